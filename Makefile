@@ -1,0 +1,29 @@
+# make train   environment (first time: a few minutes, 6 GB) and the embedded run on the CPU
+# make test    environment if absent, and every test that needs no GPU
+# make fast    the tests that take seconds
+
+RECIPE ?= tiny_cpu.yaml
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+READY := $(VENV)/ready
+
+.PHONY: train test fast clean
+
+train: $(READY)
+	$(VENV)/bin/apo-lora train --recipe $(RECIPE) $(ARGS)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+fast: $(READY)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "apo-lora needs Python 3.11 or 3.12, and none was found: install one, or make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

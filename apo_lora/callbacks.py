@@ -1,0 +1,151 @@
+"""What happens around the optimizer steps: the record, the screen, the guard against NaN, and an orderly stop."""
+
+import math
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from apo_lora.errors import TrainingStopped
+from apo_lora.run_dir import RunDir, append_jsonl
+
+SIGNAL_ALARM_STEPS = 10
+"""Steps in a row with little reward variance, or mostly truncated, before a word is said."""
+
+
+class MetricsWriter(TrainerCallback):
+    """One line of metrics.jsonl per optimizer step."""
+
+    def __init__(self, run_dir: RunDir):
+        self.run_dir = run_dir
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any):
+        if "reward" in logs:
+            append_jsonl(self.run_dir.metrics, [{"step": state.global_step, **logs}])
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skips an optimizer step whose gradient is NaN or infinite, counts it, and stops after several in a row."""
+
+    def __init__(self, model: torch.nn.Module, max_in_a_row: int):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_in_a_row = max_in_a_row
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any):
+        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
+        if all(torch.isfinite(norm) for norm in norms):
+            self.in_a_row = 0
+            return
+        for parameter in self.parameters:
+            parameter.grad = None  # an optimizer leaves a parameter without gradient alone, its state too
+        self.skipped += 1
+        self.in_a_row += 1
+
+    @property
+    def gave_up(self) -> bool:
+        return self.in_a_row >= self.max_in_a_row
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        if self.gave_up:
+            control.should_save = control.should_training_stop = True
+
+    def stopped(self, step: int) -> TrainingStopped:
+        return TrainingStopped(
+            f"step {step}: the gradient was not finite in {self.in_a_row} steps in a row; each was skipped, and the "
+            "adapter saved is the last good one. Lower train.learning_rate or raise grpo.beta, and start again"
+        )
+
+
+class OrderlyStop(TrainerCallback):
+    """Ctrl-C or SIGTERM finishes the step (and the rollout it belongs to), saves a checkpoint and ends the run.
+
+    A second signal stops at once, with the last checkpoint kept.
+    """
+
+    def __init__(self, steps_per_rollout: int):
+        self.steps_per_rollout = steps_per_rollout
+        self.requested = False
+
+    def __enter__(self) -> "OrderlyStop":
+        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write("Stopping after this step, with a checkpoint; once more to stop at once.")
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        if self.requested and state.global_step % self.steps_per_rollout == 0:
+            control.should_save = control.should_training_stop = True
+
+
+class Screen(TrainerCallback):
+    """A progress bar with an ETA, one line per logged step, and a word when there is nothing to learn from."""
+
+    def __init__(self, logging_steps: int):
+        self.logging_steps = logging_steps
+        self.steps_without_signal = 0
+        self.steps_truncated = 0
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", smoothing=0.1)
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any):
+        if "reward" not in logs:
+            return
+        if state.global_step % self.logging_steps == 0 or state.global_step in (1, state.max_steps):
+            self.bar.write(step_line(state.global_step, logs))
+        self.steps_without_signal = self.steps_without_signal + 1 if logs["zero_variance_groups"] > 0.5 else 0
+        self.steps_truncated = self.steps_truncated + 1 if logs["truncated"] > 0.5 else 0
+        if self.steps_without_signal == SIGNAL_ALARM_STEPS:
+            self.bar.write(no_signal_warning(logs))
+        if self.steps_truncated == SIGNAL_ALARM_STEPS:
+            self.bar.write(
+                f"warning: more than half of the completions were cut at grpo.max_completion_length for "
+                f"{SIGNAL_ALARM_STEPS} steps; cut answers cannot be right. Raise it, or shorten the answers asked for."
+            )
+
+    def on_train_end(self, args, state, control, **kwargs: Any):
+        self.bar.close()
+
+
+def no_signal_warning(logs: dict[str, float]) -> str:
+    """What to do when most groups are all alike, which depends on which way they are alike."""
+    start = f"warning: most groups have had no reward variance for {SIGNAL_ALARM_STEPS} steps, so they teach nothing. "
+    if logs["all_right_groups"] >= logs["all_wrong_groups"]:
+        return start + "They are all right: the data is too easy by now. Stop here, or use harder data."
+    return start + (
+        "They are all wrong: the data is too hard, answers are cut, or right answers are scored wrong. "
+        "Run `apo-lora check-rewards`, look at completions.jsonl, or use easier data."
+    )
+
+
+def step_line(step: int, logs: dict[str, float | None]) -> str:
+    """One step in one line of plain words."""
+
+    def number(name: str, form: str) -> str:
+        value = logs.get(name)
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+    return (
+        f"step {step:>4}  reward {number('reward', '.2f')}  accuracy {number('accuracy', '.2f')}  "
+        f"length right {number('length_correct', '.0f')} wrong {number('length_wrong', '.0f')}  "
+        f"KL {number('kl', '.4f')}  entropy {number('entropy', '.3f')}  "
+        f"{number('seconds', '.1f')} s (generate {number('seconds_generate', '.1f')}, "
+        f"reward {number('seconds_reward', '.1f')}, score {number('seconds_score', '.1f')}, "
+        f"train {number('seconds_train', '.1f')})"
+    )

@@ -1,0 +1,121 @@
+"""Proof before training that the rewards work on the user's own rows: gold earns 1 in any dress, wrong answers 0.
+
+Pure functions; `apo-lora check-rewards` shows their table.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from apo_lora.answer_match import Gold, MathQuestion, describes_number, read_gold
+from apo_lora.answer_text import FinalAnswer, last_box
+from apo_lora.answer_match import judge
+
+Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
+
+_THINK = "<think>I look at the picture and reason.</think>"
+_WORDS = ("banana", "none of these", "seventeen purple elephants")
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One line of the table: a dress, the reward it must earn, how many rows did, and the first that did not."""
+
+    dress: str
+    expected: float
+    checked: int
+    passed: int
+    first_failure: int | None
+
+
+def in_answer(text: str) -> str:
+    """A completion in the asked form whose final answer is `text`."""
+    return f"{_THINK}<answer>{text}</answer>"
+
+
+def gold_in_other_dress(answer: str, choices: Sequence[str] | None = None) -> list[str]:
+    """Completions that all say the gold answer, each as some model would; all must earn 1."""
+    return [completion for _, completion in _dresses(answer, choices)]
+
+
+def _dresses(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]]:
+    value = last_box(answer) or answer
+    dresses = [
+        ("as it stands", in_answer(value)),
+        ("spaces and a full stop", in_answer(f" {value}. ")),
+        ("\\boxed{}, no tags", f"The answer is \\boxed{{{value}}}."),
+        ("\\boxed{} in tags", in_answer(f"\\boxed{{{value}}}")),
+        ('"The answer is"', in_answer(f"The answer is {value}.")),
+        ("bold", in_answer(f"**{value}**")),
+    ]
+    gold = read_gold(answer, tuple(choices or ()))
+    if gold is not None and gold.index is not None:
+        letter, text = chr(65 + gold.index), choices[gold.index]
+        dresses += [
+            ("letter", in_answer(letter)),
+            ("(letter)", in_answer(f"({letter})")),
+            ("boxed letter", f"The answer is $\\boxed{{\\text{{{letter}}}}}$."),
+            ("letter and text", in_answer(f"{letter}) {text}")),
+            ("Option letter", in_answer(f"Option {letter}")),
+        ]
+        if _is_unique(gold):
+            dresses.append(("the choice's text", in_answer(text)))
+    elif gold is not None and (number := describes_number(answer)) is not None and number.integer:
+        dresses.append(("number with .0", in_answer(re.sub(r"\d(?!.*\d)", r"\g<0>.0", value) if value.isdigit() else value)))
+    return dresses
+
+
+def _is_unique(gold: Gold) -> bool:
+    """Whether the text alone names the choice: not where the choices are themselves letters (pictures, say)."""
+    return judge(FinalAnswer(gold.choices[gold.index], sentence=False), gold) is True
+
+
+def wrong_answer(answer: str, choices: Sequence[str] | None = None) -> str:
+    """A completion in the asked form whose answer is wrong, and as near to right as can be made; must earn 0."""
+    gold = read_gold(answer, tuple(choices or ()))
+    return in_answer(next((text for text in _wrong_texts(answer, choices, gold) if _is_wrong(text, gold)), "..."))
+
+
+def _wrong_texts(answer: str, choices: Sequence[str] | None, gold: Gold | None) -> list[str]:
+    if gold is None:
+        return []
+    if gold.index is not None:
+        return [chr(65 + (gold.index + step) % len(choices)) for step in range(1, len(choices))]
+    number = describes_number(answer)
+    near = [] if number is None else [_show(number.value + 1), _show(number.value * 10 + 7)]
+    return [*near, *(["B", "A"] if gold.letter else []), f"{gold.text} + 1", *_WORDS]
+
+
+def _show(value: Fraction) -> str:
+    return str(value)
+
+
+def _is_wrong(text: str, gold: Gold | None) -> bool:
+    if gold is None:
+        return True
+    verdict = judge(FinalAnswer(text, sentence=False), gold)
+    # A text that only mathematics can tell from the gold was made by adding 1: it is wrong.
+    return isinstance(verdict, MathQuestion) or not verdict
+
+
+def check_rows(rows: Sequence[tuple[str, Sequence[str] | None]], score: Score) -> list[CheckRow]:
+    """Score every row's gold in every dress (must earn 1), a wrong answer and an empty one (must earn 0).
+
+    `score(completions, answers, choices)` is `Verifier.score` or anything like it. Rows count from 0.
+    """
+    tries: dict[tuple[str, float], list[tuple[int, str]]] = {}
+    for index, (answer, choices) in enumerate(rows):
+        for dress, completion in _dresses(answer, choices):
+            tries.setdefault((dress, 1.0), []).append((index, completion))
+        tries.setdefault(("a wrong answer", 0.0), []).append((index, wrong_answer(answer, choices)))
+        tries.setdefault(("an empty answer", 0.0), []).append((index, in_answer("")))
+        tries.setdefault(("an empty completion", 0.0), []).append((index, ""))
+    table = [_check(dress, expected, found, rows, score) for (dress, expected), found in tries.items()]
+    return sorted(table, key=lambda row: -row.expected)
+
+
+def _check(dress: str, expected: float, tries: list[tuple[int, str]], rows, score: Score) -> CheckRow:
+    got = score([completion for _, completion in tries], [rows[i][0] for i, _ in tries], [rows[i][1] for i, _ in tries])
+    failed = [index for (index, _), reward in zip(tries, got, strict=True) if reward != expected]
+    return CheckRow(dress, expected, len(tries), len(tries) - len(failed), failed[0] if failed else None)

@@ -1,0 +1,138 @@
+"""The `apo-lora` command: parse, then import what the verb needs. `--help` answers without torch."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+
+from apo_lora import __version__
+from apo_lora.errors import UserError
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Bad use is one line and exit code 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="apo-lora", description="Teach a vision-language model to reason on one GPU: LoRA, GRPO and APO."
+    )
+    parser.add_argument("--version", action="version", version=f"apo-lora {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_OneLineParser)
+
+    train = verbs.add_parser("train", help="train an adapter by a recipe")
+    _add_recipe(train)
+    train.add_argument(
+        "--resume", metavar="auto|PATH", help="continue the run: its last whole checkpoint, or the one at PATH"
+    )
+    train.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
+
+    recipes = verbs.add_parser("recipes", help="list the shipped recipes, or show one")
+    recipes.add_argument("name", nargs="?", help="recipe to print")
+    recipes.add_argument("--keys", action="store_true", help="every key with its type, default and meaning")
+
+    check_data = verbs.add_parser("check-data", help="report on the recipe's data: rows, answers, images, tokens, bad rows")
+    _add_recipe(check_data)
+    check_rewards = verbs.add_parser(
+        "check-rewards", help="prove on the recipe's data that right answers are rewarded and wrong ones are not"
+    )
+    _add_recipe(check_rewards)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, for instance train.max_steps=10")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns the exit code: 0; 1 a check failed or a run stopped itself; 2 something to mend."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = build_parser()
+    # The parser's own words for an unknown verb list all of them; the nearest one is more help.
+    verbs = ("train", "recipes", "check-data", "check-rewards")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
+        near = difflib.get_close_matches(arguments[0], verbs, n=1)
+        parser.error(f"no verb {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    options = parser.parse_args(arguments)
+    run = {
+        "train": _train,
+        "recipes": _recipes,
+        "check-data": _check_data,
+        "check-rewards": _check_rewards,
+    }[options.verb]
+    try:
+        return run(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped. What was saved is kept; continue with --resume auto.", file=sys.stderr)
+        return 130
+
+
+def _recipe_of(options: argparse.Namespace):
+    from apo_lora.recipe import find_recipe, load_recipe
+
+    path = find_recipe(options.recipe)
+    return path.stem, load_recipe(path, options.overrides)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from apo_lora.train import train
+
+    name, recipe = _recipe_of(options)
+    train(recipe, recipe_name=name, resume=options.resume, dry_run=options.dry_run)
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from apo_lora.recipe import describe_keys, find_recipe, shipped_recipes
+
+    if options.keys:
+        print("\n".join(describe_keys()))
+    elif options.name:
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+    else:
+        for name, path in shipped_recipes().items():
+            first_line = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            print(f"{name:<16} {first_line}")
+        print("\napo-lora recipes NAME shows one; apo-lora recipes --keys explains every key.")
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from apo_lora.check_data import report
+    from apo_lora.data import drop_long_prompts, load_examples
+    from apo_lora.model import load_processor
+    from apo_lora.train import quiet_libraries
+
+    _, recipe = _recipe_of(options)
+    quiet_libraries()
+    data = recipe.data
+    processor = load_processor(recipe.model, data)
+    loaded = load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)
+    print("\n".join(report(drop_long_prompts(loaded, processor, data), data, processor).lines()))
+    return 0
+
+
+def _check_rewards(options: argparse.Namespace) -> int:
+    from apo_lora.check_rewards import check_rows, table
+    from apo_lora.data import load_examples
+    from apo_lora.verifier import Verifier
+
+    _, recipe = _recipe_of(options)
+    data = recipe.data
+    loaded = load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)
+    rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
+    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
+        checks = check_rows(rows, verifier.score)
+    print("\n".join([loaded.summary(), *table(checks)]))
+    return 0 if all(check.passed == check.checked for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

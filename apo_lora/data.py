@@ -1,0 +1,266 @@
+"""Examples: what a data set becomes before it is trained on or measured.
+
+`load_examples` reads any source (data_sources.py) in any format (data_formats.py), drops and counts the rows that
+cannot be used, and leaves images undecoded (data_images.py). `drop_long_prompts` counts tokens without decoding,
+and `prompt_dataset` hands TRL items whose images are decoded on access.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from apo_lora.data_formats import IMAGE_MARK, BadRow, Columns, choice_lines, find_columns, read_row
+from apo_lora.data_images import ImageRef, image_refs
+from apo_lora.data_sources import open_source
+from apo_lora.errors import DataError
+from apo_lora.recipe import DataSection
+
+if TYPE_CHECKING:
+    import datasets
+
+Message = dict[str, Any]
+Dropped = dict[str, list[tuple[int, str]]]
+"""Reason -> (row, what was found) of each row that it cost."""
+
+_COLUMN_SAMPLE = 100  # rows that decide which column is which
+_MAX_ROWS_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem with its images and gold answer."""
+
+    row: int
+    """Number in the source, from 1; of a JSONL file, the line."""
+    problem: str
+    """`<image>` marks where an image goes; images beyond the marks go first."""
+    answer: str
+    choices: tuple[str, ...] | None
+    images: tuple[ImageRef, ...]
+    category: str | None = None
+    system: str | None = None
+    """System message that the row itself brought."""
+
+    def messages(self, data: DataSection) -> list[Message]:
+        """Chat messages without image payloads: the system's (the recipe's, else the row's), then the user's parts."""
+        system = self.system if data.system_prompt is None else data.system_prompt
+        user = {"role": "user", "content": self._parts(data.instruction)}
+        return [{"role": "system", "content": [_text(system)]}, user] if system else [user]
+
+    def _parts(self, instruction: str | None) -> list[dict[str, str]]:
+        texts = self.problem.strip().split(IMAGE_MARK)
+        parts = [{"type": "image"}] * (len(self.images) - (len(texts) - 1))
+        for position, text in enumerate(texts):
+            parts += [{"type": "image"}] * (position > 0)
+            if text.strip():
+                is_first = all(part["type"] == "image" for part in parts)
+                parts.append(_text(text.lstrip() if is_first else text))
+        ending = "\n".join(text for text in (choice_lines(self.problem, self.choices), instruction) if text)
+        if ending and parts[-1]["type"] == "text":
+            parts[-1] = _text(f"{parts[-1]['text']}\n{ending}")
+        elif ending:
+            parts.append(_text(ending))
+        return [dict(part) for part in parts]
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Usable examples of a data set, and why the other rows are not among them."""
+
+    source: str
+    examples: list[Example]
+    dropped: Dropped
+    num_rows: int
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(len(rows) for rows in self.dropped.values())
+
+    def summary(self) -> str:
+        """One line: "908 rows of data.jsonl; 3 dropped (2 prompt too long: rows 4, 9; 1 unparsable gold: row 7)"."""
+        reasons = [f"{len(rows)} {reason}: {_row_numbers(rows)}" for reason, rows in self.dropped.items()]
+        dropped = f"{self.num_dropped} dropped ({'; '.join(reasons)})" if reasons else "none dropped"
+        return f"{self.num_rows} rows of {self.source}; {dropped}"
+
+
+def _row_numbers(rows: Sequence[tuple[int, str]]) -> str:
+    named = ", ".join(str(number) for number, _ in rows[:_MAX_ROWS_NAMED])
+    more = f" and {len(rows) - _MAX_ROWS_NAMED} more" if len(rows) > _MAX_ROWS_NAMED else ""
+    return f"row{'s' * (len(rows) > 1)} {named}{more}"
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_examples(
+    spec: str,
+    data: DataSection,
+    *,
+    split: str,
+    limit: int | None = None,
+    seed: int = 0,
+    base_dir: Path | None = None,
+    correct_gold: Callable[[str, list[str] | None], bool] | None = None,
+) -> Loaded:
+    """Reads the first `limit` rows of `spec` (see `DataSection.train` for its forms).
+
+    Rows that cannot be used are dropped and counted; if that is more than half of them, DataError. `split` matters to
+    `boards`, folders and Hub ids, `seed` to `boards`. `correct_gold` says whether an answer can be graded at all.
+    """
+    if correct_gold is None:
+        from apo_lora.rewards import gold_is_parsable as correct_gold
+
+    source = open_source(spec, split=split, limit=limit, seed=seed, base_dir=base_dir)
+    sample = [row for _, row in source.rows[:_COLUMN_SAMPLE] if isinstance(row, dict)]
+    if not sample:
+        raise DataError(f"{source.name}: {'no row is a mapping of columns' if source.rows else 'holds no rows'}")
+    columns = find_columns(sample, data, source.name)
+    examples: list[Example] = []
+    dropped: Dropped = {}
+    for number, row in source.rows:
+        try:
+            examples.append(_example(number, row, columns, source.folder, correct_gold))
+        except BadRow as bad:
+            dropped.setdefault(bad.reason, []).append((number, bad.detail))
+    loaded = Loaded(source.name, examples, dropped, len(source.rows))
+    if loaded.num_dropped * 2 > loaded.num_rows:
+        raise DataError(*_too_many_bad_rows(loaded, columns))
+    return loaded
+
+
+def _example(
+    number: int, row: Any, columns: Columns, folder: Path | None, correct_gold: Callable[[str, list[str] | None], bool]
+) -> Example:
+    fields = read_row(row, columns)
+    if not correct_gold(fields.answer, list(fields.choices) if fields.choices else None):
+        among = f" among {list(fields.choices)}" if fields.choices else ""
+        raise BadRow("unparsable gold", f"{fields.answer!r}{among}")
+    images = image_refs(fields.images, folder=folder, row=number)
+    marks = fields.problem.count(IMAGE_MARK)
+    if marks > len(images):
+        raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem and {len(images)} images")
+    return Example(number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system)
+
+
+def _too_many_bad_rows(loaded: Loaded, columns: Columns) -> Iterator[str]:
+    used = ", ".join(f"{field} from {column!r}" for field, column in vars(columns).items() if column)
+    yield (
+        f"{loaded.source}: {loaded.num_dropped} of {loaded.num_rows} rows cannot be used (read {used}); mend them, "
+        "or set data.image_column, data.problem_column, data.answer_column or data.choices_column"
+    )
+    bad = sorted((number, reason, detail) for reason, rows in loaded.dropped.items() for number, detail in rows)
+    for number, reason, detail in bad[:3]:
+        yield f"{loaded.source} row {number}: {reason} ({detail})"
+
+
+def drop_undecodable(loaded: Loaded) -> Loaded:
+    """Decodes every image once and drops the rows where that fails. Slow: a few minutes for 20,000 photographs."""
+    kept, bad = [], []
+    for example in loaded.examples:
+        try:
+            for image in example.images:
+                image.open()
+            kept.append(example)
+        except DataError as error:
+            bad.append((example.row, str(error)))
+    return _without(loaded, kept, "image unreadable", bad)
+
+
+def _without(loaded: Loaded, kept: list[Example], reason: str, bad: list[tuple[int, str]]) -> Loaded:
+    dropped = {**loaded.dropped, reason: loaded.dropped.get(reason, []) + bad} if bad else loaded.dropped
+    return replace(loaded, examples=kept, dropped=dropped)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_lengths(examples: Sequence[Example], processor: Any, data: DataSection) -> list[int]:
+    """Tokens of each prompt, image tokens included, exactly as the processor will make them. Decodes no image."""
+    if not examples:
+        return []
+    chats = [example.messages(data) for example in examples]
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    ids = processor.tokenizer(texts)["input_ids"]
+    # The template writes one image token for each image, which the processor then repeats.
+    return [
+        len(row) + sum(image_tokens(processor, image.size) - 1 for image in example.images)
+        for row, example in zip(ids, examples, strict=True)
+    ]
+
+
+def image_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Tokens of an image of this (width, height) under the processor's present pixel limits."""
+    width, height = size
+    patches = processor.image_processor.get_number_of_image_patches(height, width)
+    return patches // processor.image_processor.merge_size**2
+
+
+def drop_long_prompts(loaded: Loaded, processor: Any, data: DataSection) -> Loaded:
+    """Without the examples whose prompt is over `data.max_prompt_tokens`. Cut instead, a prompt would lose its image."""
+    lengths = prompt_lengths(loaded.examples, processor, data)
+    kept, bad = [], []
+    for example, length in zip(loaded.examples, lengths, strict=True):
+        if length <= data.max_prompt_tokens:
+            kept.append(example)
+        else:
+            bad.append((example.row, f"{length:,} tokens, data.max_prompt_tokens is {data.max_prompt_tokens:,}"))
+    if bad and not kept:
+        raise DataError(
+            f"{loaded.source}: every prompt is over data.max_prompt_tokens = {data.max_prompt_tokens:,} (the shortest "
+            f"has {min(lengths):,}); raise it, or lower data.max_pixels"
+        )
+    return _without(loaded, kept, "prompt too long", bad)
+
+
+def prompt_dataset(examples: Sequence[Example], data: DataSection) -> "datasets.Dataset":
+    """What TRL's GRPOTrainer reads: items `prompt`, `images`, `answer`, `choices`, `index`, `category`.
+
+    `index` is the position in `examples`, and all that is stored; the rest is made on access. A data set without any
+    image has no `images` key.
+    """
+    import datasets
+
+    bare = [example.row for example in examples if not example.images]
+    if bare and len(bare) < len(examples):
+        # TRL 1.15 hands its processor a None for an item without images, which it refuses.
+        raise DataError(
+            f"{len(bare)} of {len(examples)} examples have no image ({_row_numbers([(row, '') for row in bare])}); "
+            "train on examples with images and on those without in separate runs"
+        )
+    rows = datasets.Dataset.from_dict({"index": list(range(len(examples)))})
+    return rows.with_transform(_ItemsOnAccess(examples, data))
+
+
+class _ItemsOnAccess:
+    """Index batch -> items. The G copies of a prompt in a batch share their decoded images, as do equal batches in a
+    row: TRL asks for the same batch at every step that reuses a rollout."""
+
+    def __init__(self, examples: Sequence[Example], data: DataSection):
+        self._examples, self._data = list(examples), data
+        self._decoded: dict[int, list[Image.Image]] = {}
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        indices = batch["index"]
+        examples = [self._examples[index] for index in indices]
+        items = {
+            "prompt": [example.messages(self._data) for example in examples],
+            "answer": [example.answer for example in examples],
+            "choices": [list(example.choices) if example.choices else None for example in examples],
+            "index": list(indices),
+            "category": [example.category for example in examples],
+        }
+        if any(example.images for example in examples):
+            self._decoded = {index: self._images(index) for index in dict.fromkeys(indices)}
+            items["images"] = [list(self._decoded[index]) for index in indices]
+        return items
+
+    def _images(self, index: int) -> list[Image.Image]:
+        known = self._decoded.get(index)
+        return known if known is not None else [image.open() for image in self._examples[index].images]

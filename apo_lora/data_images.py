@@ -1,0 +1,195 @@
+"""Images of a data set: found and measured when the data is loaded, decoded only when an example is used.
+
+An ImageRef holds a path, or a place in an Arrow table on disk; never the bytes of either.
+"""
+
+import base64
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import ExifTags, Image, ImageOps
+
+from apo_lora.data_formats import BadRow
+from apo_lora.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+# Named, so that no rarely used decoder (EPS starts Ghostscript) meets a file from the net.
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+MAX_ASPECT_RATIO = 200  # the image processor of Qwen2-VL refuses more
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A place in a table of one column that is kept on disk; `position` is that within a list of images."""
+
+    column: "datasets.Dataset"
+    row: int
+    position: int | None = None
+
+    def read(self) -> Any:
+        value = self.column[self.row].column(0)[0].as_py()
+        return value if self.position is None else value[self.position]
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image to be opened later. `size` is (width, height) as it will be opened, read from the header alone."""
+
+    name: str
+    size: tuple[int, int]
+    source: Path | bytes | Cell | Image.Image = field(repr=False, compare=False)
+
+    def open(self) -> Image.Image:
+        """The image, decoded now: RGB, upright, transparent parts white, of an animation the first frame."""
+        try:
+            with _opened(self.source) as image:
+                return to_rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
+        except Exception as error:  # decoders raise anything on a damaged file
+            raise DataError(
+                f"image {self.name}: cannot be decoded ({error}); replace the file or remove its row"
+            ) from error
+
+
+def image_refs(value: Any, *, folder: Path | None, row: int) -> tuple[ImageRef, ...]:
+    """References to the images of a row: a path, bytes, a mapping with either, a Cell, or a list of these.
+
+    Paths are looked up in `folder` and in `folder`/images. Raises BadRow.
+    """
+    return tuple(_image_ref(item, folder, row) for item in _single_values(value))
+
+
+def _single_values(value: Any) -> list[Any]:
+    """None -> [], one -> [one], a list (also one in a Cell) -> its members."""
+    if isinstance(value, Cell) and value.position is None:
+        content = value.read()
+        if isinstance(content, list):
+            return [replace(value, position=i) for i, item in enumerate(content) if item is not None]
+        return [] if content is None else [value]
+    if isinstance(value, list):
+        return [item for item in value if item is not None]
+    return [] if value is None else [value]
+
+
+def _image_ref(value: Any, folder: Path | None, row: int) -> ImageRef:
+    if isinstance(value, ImageRef):
+        return value
+    content = value.read() if isinstance(value, Cell) else value
+    if isinstance(content, Mapping):
+        path = next((content[key] for key in ("path", "url", "image") if content.get(key) is not None), None)
+        content = content["bytes"] if content.get("bytes") is not None else path
+    else:
+        path = None
+    if isinstance(content, bytes):
+        name = path if isinstance(path, str) else f"image of row {row}"
+        # Bytes that an Arrow table holds are left there; only bytes that came inside a chat turn are kept.
+        source = value if isinstance(value, Cell) else content
+        return ImageRef(name, _checked_size(content, name), source)
+    if not isinstance(content, str) or not content.strip():
+        raise BadRow("image missing", f"{type(content).__name__} is neither a path nor bytes")
+    if content.startswith("data:image/"):
+        name, source = f"image of row {row}", _data_uri_bytes(content)
+    else:
+        name, source = content, find_image(content, folder)
+    return ImageRef(name, _checked_size(source, name), source)
+
+
+def find_image(text: str, folder: Path | None) -> Path:
+    """The file of an image path. Data from elsewhere must not name files outside its own folder."""
+    text = text.strip().removeprefix("file://")
+    if "://" in text:
+        raise BadRow("image is a URL", f"{text}; download it and give its path")
+    if folder is None:
+        raise BadRow("image missing", f"{text} is a path, and this data set has no folder")
+    folder = Path(os.path.abspath(folder))
+    path = Path(os.path.normpath(folder / text))  # an absolute path stands for itself
+    if not _is_inside(path, folder):
+        raise BadRow("image outside the data folder", f"{text} is not under {folder}; move or link it there")
+    found = next((p for p in (path, folder / "images" / text) if p.is_file()), None)
+    if found is None:
+        raise BadRow("image missing", f"no file {path}")
+    return found
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    # Compared as written first: a link that the user put into the folder is the user's own doing.
+    return path.is_relative_to(folder) or path.resolve().is_relative_to(folder.resolve())
+
+
+def _data_uri_bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text.split(",", 1)[1], validate=True)
+    except (IndexError, ValueError):
+        raise BadRow("image unreadable", "a data URI that is not base64") from None
+
+
+def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
+    """Width and height from the header, after rotation. Raises BadRow for what could not be used later."""
+    try:
+        with _opened(source) as image:
+            width, height = image.size
+            if _orientation(image) >= 5:  # a quarter turn
+                width, height = height, width
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadRow("image too large", f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders raise anything on a damaged file
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise BadRow("image unreadable", f"{name} ({reason})") from None
+    if min(width, height) < 1:
+        raise BadRow("image unreadable", f"{name} is {width} x {height} pixels")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BadRow("image too narrow", f"{name} is {width} x {height}; over {MAX_ASPECT_RATIO}:1 is refused")
+    return width, height
+
+
+def _opened(source: Path | bytes | Cell | Image.Image) -> Image.Image:
+    """The image with its header read; its pixels are decoded on use."""
+    if isinstance(source, Image.Image):
+        return source.copy()
+    if isinstance(source, Cell):
+        content = source.read()
+        source = content["bytes"] if isinstance(content, Mapping) else content
+    with warnings.catch_warnings():
+        # Pillow only warns between its limit and twice that; here one limit holds.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation that is still to be applied, 1 to 8, without decoding."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, size included
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole image to look for a late EXIF chunk
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits: transparent parts on white, 16-bit and float grey scaled rather than clipped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_deep_grey(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        colors = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    import numpy
+
+    levels = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float64))
+    brightest = levels.max()
+    if image.mode.startswith("I;16"):
+        white = 65535
+    else:  # 32 bits say nothing of the range: take the smallest usual one that holds the brightest level
+        white = next((w for w in (1, 255, 65535) if brightest <= w and (w > 1 or image.mode == "F")), brightest)
+    grey = numpy.clip(levels / white * 255, 0, 255).round().astype(numpy.uint8)
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,41 @@
+"""What a user did wrong, said in one line each. The command line prints these and exits with 2; anything else is our bug."""
+
+
+class UserError(Exception):
+    """Something only the user can mend.
+
+    `problems`: one line each, naming what is wrong, where (file, row, key), and the remedy.
+    All problems that can be found are raised at once, so that one edit mends them all.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *problems: str):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class RecipeError(UserError):
+    """A key, a value or a combination in a recipe."""
+
+
+class DataError(UserError):
+    """A data set, one of its rows or images."""
+
+
+class RewardError(UserError):
+    """A reward function that cannot be found, loaded or trusted."""
+
+
+class ModelError(UserError):
+    """A model, an adapter, or what this machine can do with them."""
+
+
+class RunDirError(UserError):
+    """A run directory or a checkpoint in it."""
+
+
+class TrainingStopped(UserError):
+    """A run that ended early by itself; what it had learned is kept."""
+
+    exit_code = 1

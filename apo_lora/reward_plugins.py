@@ -1,0 +1,93 @@
+"""Finding a user's own reward function: "module:function" or "path/to/file.py:function".
+
+The signature is TRL's: `f(prompts, completions, **columns) -> list[float]`.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from apo_lora.errors import RewardError
+
+_FORM = 'write it as "module:function" or "path/to/file.py:function"'
+
+
+def load_reward(spec: str) -> Callable:
+    """The function that `spec` names, checked to be callable as f(prompts=..., completions=..., **columns)."""
+    source, separator, name = str(spec).rpartition(":")
+    if not separator or not source.strip() or not name.isidentifier():
+        raise RewardError(f"reward {spec!r} does not name a function: {_FORM}")
+    is_file = source.endswith(".py") or "/" in source or "\\" in source
+    module = _from_file(spec, Path(source).expanduser()) if is_file else _from_module(spec, source)
+    function = getattr(module, name, None)
+    if function is None:
+        raise RewardError(f"reward {spec!r}: {source} has no {name!r}; {_nearest(name, module)}")
+    if not callable(function):
+        raise RewardError(f"reward {spec!r}: {name!r} is a {type(function).__name__}, not a function")
+    _check_signature(spec, function)
+    return function
+
+
+def _from_file(spec: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "paths count from the current directory"
+        raise RewardError(f"reward {spec!r}: no file {str(path)!r} (looked in {path.parent.resolve()}); {hint}")
+    loaded = importlib.util.spec_from_file_location(f"apo_lora_user_{path.stem}", path)
+    if loaded is None:
+        raise RewardError(f"reward {spec!r}: {str(path)!r} is not a Python file; give it the ending .py")
+    module = importlib.util.module_from_spec(loaded)
+    sys.modules[loaded.name] = module  # dataclasses and pickle look their module up by name
+    return _run(spec, lambda: loaded.loader.exec_module(module) or module)
+
+
+def _from_module(spec: str, name: str) -> ModuleType:
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise RewardError(
+            f"reward {spec!r}: no module named {name!r}; install it, or name its file instead (path/to/file.py:function)"
+        )
+    return _run(spec, lambda: importlib.import_module(name))
+
+
+def _run(spec: str, load: Callable[[], ModuleType]) -> ModuleType:
+    try:
+        return load()
+    except (Exception, SystemExit) as error:
+        where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+        words = " ".join(str(error).split())[:200]
+        raise RewardError(
+            f"reward {spec!r} failed while it was imported: {type(error).__name__}: {words}{where}; "
+            "mend it until `python` can import it alone"
+        ) from error
+
+
+def _nearest(name: str, module: ModuleType) -> str:
+    names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"it has {', '.join(sorted(names)[:8])}" if names else "it defines no function"
+
+
+def _check_signature(spec: str, function: Callable) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins have none; the first call will tell
+        return
+    kinds = {p.kind for p in signature.parameters.values()}
+    try:
+        signature.bind(prompts=[], completions=[], answer=[], choices=[])
+    except TypeError as error:
+        remedy = "" if inspect.Parameter.VAR_KEYWORD in kinds else " (add **columns: every data column is passed)"
+        raise RewardError(
+            f"reward {spec!r} must be callable as f(prompts, completions, **columns) -> list[float]: {error}{remedy}"
+        ) from None

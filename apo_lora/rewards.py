@@ -1,0 +1,56 @@
+"""The two built-in rewards: is the final answer right (0 or 1), and is the form kept (0 or 0.5).
+
+Cheap comparisons decide most completions in microseconds; only what they cannot decide is given to Math-Verify.
+`accuracy_reward` does that in this process, behind guards; training uses `verifier.Verifier`, which does it in a
+process that can be killed. Both give the same verdict.
+
+Numbers are compared exactly; a long decimal (6 places or more) may differ by one part in a million, so 0.333333
+is 1/3 but 3.14 is not pi, and 0.33 is not 1/3. "50%" is 0.5, and a missing percent sign or unit is forgiven; another
+unit (30 m for 30 cm) is not. A conversion (100 cm for 1 m) is not attempted.
+"""
+
+import re
+from collections.abc import Sequence
+
+from apo_lora.answer_match import MathQuestion, judge, read_gold
+from apo_lora.answer_text import final_answer
+from apo_lora.math_compare import math_equal
+
+FORMAT_REWARD = 0.5
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def accuracy_reward(completion: str, answer: str, choices: Sequence[str] | None = None) -> float:
+    """1.0 if the completion's final answer is the gold `answer`, else 0.0.
+
+    `answer` may be a choice's letter or its text, and so may the completion's answer. Gold that `gold_is_parsable`
+    refuses earns nothing, whatever the completion says.
+    """
+    verdict = quick_verdict(completion, answer, choices)
+    if isinstance(verdict, MathQuestion):
+        verdict = math_equal(verdict.answer, verdict.gold)
+    return 1.0 if verdict else 0.0
+
+
+def quick_verdict(completion: str, answer: str, choices: Sequence[str] | None = None) -> bool | MathQuestion:
+    """The verdict as far as cheap comparison goes; a `MathQuestion` where it does not."""
+    gold = read_gold(answer, tuple(choices or ()))
+    said = final_answer(completion)
+    if gold is None or said is None:
+        return False
+    return judge(said, gold)
+
+
+def format_reward(completion: str) -> float:
+    """0.5 for `<think>...</think>` followed by one `<answer>...</answer>` and nothing else but white space."""
+    text = completion.strip()
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return 0.0
+    if not (text.startswith("<think>") and text.endswith("</answer>")):
+        return 0.0
+    return FORMAT_REWARD if re.search(r"</think>\s*<answer>", text) else 0.0
+
+
+def gold_is_parsable(answer: str, choices: Sequence[str] | None = None) -> bool:
+    """False for gold that no completion can match: empty, only punctuation, a letter or a text outside the choices."""
+    return isinstance(answer, str) and read_gold(answer, tuple(choices or ())) is not None

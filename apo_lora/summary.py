@@ -1,0 +1,68 @@
+"""What is said at the end of a run: what changed, where it lies, and what to type next."""
+
+from pathlib import Path
+from typing import Any
+
+from apo_lora.run_dir import RunDir
+
+ROWS = (
+    ("accuracy", "accuracy", "{:.3f}"),
+    ("accuracy_95_low", "  95 % interval from", "{:.3f}"),
+    ("accuracy_95_high", "  to", "{:.3f}"),
+    ("length_correct", "tokens when right", "{:.0f}"),
+    ("length_wrong", "tokens when wrong", "{:.0f}"),
+    ("truncated", "truncated", "{:.3f}"),
+    ("well_formatted", "well formatted", "{:.3f}"),
+)
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(task, figure, before, after) rows; a dash where nothing was measured."""
+    before, after = evaluation.get("before", {}), evaluation.get("after", {})
+    return [
+        (task, label, _cell(before.get(task, {}).get(key), form), _cell(after.get(task, {}).get(key), form))
+        for task in before or after
+        for key, label, form in ROWS
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def closing_words(
+    recipe_name: str,
+    run_dir: RunDir,
+    evaluation: dict[str, Any],
+    plots: list[Path],
+    seconds: float,
+    steps: int,
+    verifier_counts: dict[str, int],
+) -> str:
+    lines = ["", f"{steps} steps, {seconds:.0f} s of training."]
+    table = evaluation_table(evaluation)
+    if table:
+        width = max(len(label) for _, label, _, _ in table)
+        task = None
+        for name, label, before, after in table:
+            if name != task:
+                lines += ["", f"{name + ' (held out)':<{width}}  {'before':>8}  {'after':>8}"]
+                task = name
+            lines.append(f"{label:<{width}}  {before:>8}  {after:>8}")
+    if any(verifier_counts.values()):
+        counts = ", ".join(f"{count} {name}" for name, count in verifier_counts.items())
+        lines += ["", f"Verifier: {counts}; those completions earned 0."]
+    lines += [
+        "",
+        f"Adapter      {run_dir.adapter}",
+        f"Record       {run_dir.metrics}, {run_dir.completions}",
+        f"Model card   {run_dir.model_card}",
+        *([f"Plots        {', '.join(str(plot) for plot in plots)}"] if plots else []),
+        "",
+        "Next:",
+        f"  apo-lora train --recipe {recipe_name} --resume auto train.max_steps={2 * steps} "
+        f"output.dir={run_dir.path}    # go on from here",
+        f"  apo-lora train --recipe {recipe_name} apo.dads=null apo.stcr=null output.dir={run_dir.path}-grpo"
+        "    # the same as plain GRPO",
+    ]
+    return "\n".join(lines)

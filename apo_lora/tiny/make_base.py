@@ -1,0 +1,230 @@
+"""Make the tiny base from a seed, on one CPU thread.
+
+    python -m apo_lora.tiny.make_base --seed 0 --out DIR       trains, saves, measures (see training_record.json)
+    python -m apo_lora.tiny.make_base --evaluate DIR           measures a base that exists
+
+Three stages: `see` (which cell holds what, which cells hold a colour), `answer` (clean chains and general questions) and
+`habits` (the mix with overthinking). The first two last until their lessons are learned, at a constant learning rate, so
+that a seed that learns late gets its time; the learning rate decays only in the last. Every batch is of new boards, so
+the accuracy on the batches themselves is the measure.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+BATCH_SIZE = 32
+WARMUP_STEPS = 50
+MUON_LR = 4e-3
+ADAMW_LR = 2e-3
+# Faster, the patch embedding saturates on the flat background and the vision tower learns nothing.
+PATCH_EMBED_LR = 2e-4
+GATE_BATCHES = 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    cycle: tuple[str, ...]
+    """Lessons in turn, one kind a batch."""
+    max_steps: int
+    gates: tuple[tuple[str, float], ...] = ()
+    """(lesson, accuracy): the stage ends early once every gate is met over its lesson's last GATE_BATCHES batches."""
+    decays: bool = False
+
+
+STAGES = (
+    Stage("see", ("cells", "colors"), max_steps=1200, gates=(("cells", 0.97), ("colors", 0.97))),
+    Stage(
+        "answer",
+        ("clean_reasoning", "general", "clean_reasoning", "cells", "clean_reasoning", "general", "colors"),
+        max_steps=1000,
+        gates=(("clean_reasoning", 0.985), ("general", 0.93)),
+    ),
+    Stage("habits", ("reasoning", "reasoning", "reasoning", "general", "reasoning", "cells", "general"), 700, decays=True),
+)
+
+
+def train_base(seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, processor, record of the training)."""
+    import torch
+    from tqdm import tqdm
+
+    from apo_lora.tiny.architecture import build_model, build_processor
+    from apo_lora.tiny.lessons import Batcher
+
+    torch.manual_seed(seed)
+    rng = random.Random(f"base {seed}")
+    processor = build_processor()
+    model = build_model(processor.tokenizer).train()
+    batcher = Batcher(processor, seed)
+    optimizers = build_optimizers(model)
+    lessons = lesson_makers(rng)
+
+    record = {"stages": {}}
+    bar = tqdm(total=sum(stage.max_steps for stage in STAGES), unit="step", smoothing=0.05, dynamic_ncols=True)
+    for stage in STAGES:
+        accuracies = {name: deque(maxlen=GATE_BATCHES) for name in stage.cycle}
+        queues = {name: LessonQueue(lessons[name], rng) for name in stage.cycle}
+        met = False
+        for step in range(stage.max_steps):
+            name = stage.cycle[step % len(stage.cycle)]
+            batch = batcher(queues[name].next_batch(), rng)
+            output = model(**batch)
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            share = 1 - step / stage.max_steps if stage.decays else min(1.0, (bar.n + 1) / WARMUP_STEPS)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["full_lr"] * share
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+
+            accuracies[name].append(token_accuracy(output.logits, batch["labels"]))
+            bar.update()
+            if step % 20 == 19:
+                shown = {name: f"{mean(values):.3f}" for name, values in accuracies.items() if values}
+                bar.set_description(stage.name, refresh=False)
+                bar.set_postfix(shown)
+            met = bool(stage.gates) and all(
+                len(accuracies[name]) == GATE_BATCHES and mean(accuracies[name]) >= gate for name, gate in stage.gates
+            )
+            if met:
+                break
+        steps = step + 1
+        bar.total -= stage.max_steps - steps
+        final = {name: round(mean(values), 4) for name, values in accuracies.items()}
+        record["stages"][stage.name] = {"steps": steps, "gates_met": met or not stage.gates, "token_accuracy": final}
+        if stage.gates and not met:
+            bar.write(f"{stage.name}: gates {dict(stage.gates)} not met in {steps} steps, going on with {final}")
+        else:
+            bar.write(f"{stage.name}: {steps} steps, {time.process_time():.0f} CPU s, token accuracy {final}")
+    bar.close()
+    return model.eval(), processor, record
+
+
+def lesson_makers(rng: random.Random) -> dict[str, Callable]:
+    from apo_lora.tiny.chains import CLEAN, Habits
+    from apo_lora.tiny.lessons import cells_lesson, colors_lesson, general_lesson, reasoning_lesson
+
+    return {
+        "cells": lambda: cells_lesson(rng),
+        "colors": lambda: colors_lesson(rng),
+        "general": lambda: general_lesson(rng, Habits()),
+        "clean_reasoning": lambda: reasoning_lesson(rng, CLEAN),
+        "reasoning": lambda: reasoning_lesson(rng, Habits()),
+    }
+
+
+class LessonQueue:
+    """Batches of one kind of lesson, of similar length each, so that little is padding."""
+
+    BATCHES_AHEAD = 8
+
+    def __init__(self, make_lesson: Callable, rng: random.Random):
+        self.make_lesson = make_lesson
+        self.rng = rng
+        self.batches: list[list] = []
+
+    def next_batch(self) -> list:
+        if not self.batches:
+            lessons = [self.make_lesson() for _ in range(BATCH_SIZE * self.BATCHES_AHEAD)]
+            lessons.sort(key=lambda lesson: sum(len(text) for text, _ in lesson.segments))
+            self.batches = [lessons[start : start + BATCH_SIZE] for start in range(0, len(lessons), BATCH_SIZE)]
+            self.rng.shuffle(self.batches)
+        return self.batches.pop()
+
+
+def build_optimizers(model) -> list:
+    """Muon for the matrices inside the layers, AdamW for the rest. With AdamW alone the model does not learn to look in time."""
+    import torch
+
+    groups: dict[str, list] = {"matrices": [], "patch_embed": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if "patch_embed" in name:
+            groups["patch_embed"].append(parameter)
+        elif parameter.ndim == 2 and "embed" not in name:
+            groups["matrices"].append(parameter)
+        else:
+            groups["rest"].append(parameter)
+    optimizers = [
+        torch.optim.Muon(groups["matrices"], lr=MUON_LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": groups["rest"], "lr": ADAMW_LR}, {"params": groups["patch_embed"], "lr": PATCH_EMBED_LR}],
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+        ),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["full_lr"] = group["lr"]
+    return optimizers
+
+
+def token_accuracy(logits_BTV, labels_BT) -> float:
+    """Share of learned tokens that the model would have said itself."""
+    wanted = labels_BT[:, 1:]
+    hits = logits_BTV[:, :-1].argmax(-1) == wanted
+    return hits[wanted != -100].float().mean().item()
+
+
+def save_base(model, processor, folder: Path) -> str:
+    """Write a standard folder with fp16 weights; their sha256."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make or measure the tiny base.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder to write the base to")
+    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the base in DIR instead of making one")
+    args = parser.parse_args()
+    if (args.out is None) == (args.evaluate is None):
+        parser.error("give one of --out and --evaluate")
+
+    import torch
+
+    from apo_lora.tiny.measure_base import measure_base
+
+    torch.set_num_threads(1)
+    if args.evaluate:
+        print(json.dumps(measure_base(args.evaluate), indent=2))
+        return
+
+    model, processor, record = train_base(args.seed)
+    training_seconds = round(time.process_time())
+    sha256 = save_base(model, processor, args.out)
+    record = {
+        "command": f"python -m apo_lora.tiny.make_base --seed {args.seed} --out DIR",
+        "seed": args.seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training_cpu_seconds": training_seconds,
+        **record,
+        "evaluation": measure_base(args.out),
+        "sha256": {"model.safetensors": sha256},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow")},
+        },
+    }
+    (args.out / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

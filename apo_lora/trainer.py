@@ -1,0 +1,243 @@
+"""APOTrainer: whatever `trl.GRPOTrainer` is at this moment, with APO's credit and loss in the place of GRPO's.
+
+On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards,
+shuffles, splits and steps. Overridden are:
+
+    _calculate_rewards                       remembers rewards and true lengths of the rollout
+    _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
+    _get_per_token_logps_and_entropies       the old policy's log-probs, where TRL asks for them
+    compute_loss                             apo.apo_loss
+    log, _save_checkpoint                    one record per step; checkpoints that are sealed when whole
+
+Imported after the engine is chosen, since the base class is fixed at import.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from apo_lora.apo import Credit, apo_loss, assign_credit
+from apo_lora.callbacks import NonFiniteGuard
+from apo_lora.errors import ModelError
+from apo_lora.metrics import TokenMeans, rollout_metrics
+from apo_lora.model import reference_mode
+from apo_lora.recipe import Recipe
+from apo_lora.reward_functions import completion_text
+from apo_lora.run_dir import RunDir, seal_checkpoint
+from apo_lora.scoring import token_logps
+
+
+@dataclass
+class Rollout:
+    """What sampling and the rewards left behind, in the order of the rollout: prompt by prompt, G completions each."""
+
+    examples: list[dict[str, Any]]
+    texts: list[str]
+    rewards_BF: Tensor
+    """One column per reward function."""
+    lengths_B: Tensor
+    truncated_B: Tensor
+    seconds_for_rewards: float
+
+
+class APOTrainer(GRPOTrainer):
+    """GRPO with DADS and STCR on a LoRA policy; the reference is the same model with its adapters off."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        run_dir: RunDir,
+        record_rollout: Callable[[int, Rollout, Tensor, Tensor, Credit], None] | None = None,
+        **trainer_arguments: Any,
+    ):
+        """`record_rollout(step, rollout, rewards_NG, correct_NG, credit)` is called once per rollout."""
+        super().__init__(**trainer_arguments)
+        if self.accelerator.num_processes > 1:
+            # The scoring pass calls the inner model, around the wrapper that would average gradients.
+            raise ModelError("several processes: this version trains on one; make a single GPU visible, no torchrun")
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.record_rollout = record_rollout
+        self.correct_column = recipe.rewards.functions.index(recipe.rewards.correct_by)
+        self.nonfinite_guard = NonFiniteGuard(self.model, recipe.train.max_nonfinite_steps)
+        self.add_callback(self.nonfinite_guard)
+        self.rollout_figures: dict[str, float | None] = {}
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self.token_means = TokenMeans()
+        self.loss_figures: dict[str, float] = {}
+        self.seconds = {"generate": 0.0, "reward": 0.0, "score": 0.0}
+        self.step_started = time.perf_counter()
+
+    # --- rollout -----------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        started = time.perf_counter()
+        rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rollout = Rollout(
+            examples=inputs,
+            texts=[completion_text(completion) for completion in completions],
+            rewards_BF=rewards_BF.nan_to_num(0.0),  # a reward function that returns None gives nothing
+            lengths_B=rewards_BF.new_tensor([len(ids) for ids in completion_ids_list]),
+            truncated_B=rewards_BF.new_tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list]),
+            seconds_for_rewards=time.perf_counter() - started,
+        )
+        return rewards_BF
+
+    def _generate_and_score_completions(self, inputs):
+        started = time.perf_counter()
+        batch = super()._generate_and_score_completions(inputs)
+        seconds = time.perf_counter() - started
+        rollout = self.rollout
+
+        groups = (-1, self.recipe.grpo.num_generations)
+        weights_F = rollout.rewards_BF.new_tensor(self.recipe.rewards.weights or [1.0] * rollout.rewards_BF.shape[1])
+        rewards_NG = (rollout.rewards_BF * weights_F).sum(dim=-1).view(groups)
+        correct_NG = (rollout.rewards_BF[:, self.correct_column] == 1).float().view(groups)
+        lengths_NG = rollout.lengths_B.view(groups)
+        apo = self.recipe.apo
+        credit = assign_credit(
+            rewards_NG,
+            correct_NG,
+            lengths_NG,
+            dads=apo.dads is not None,
+            dads_shape=apo.dads or "constant",
+            stcr=apo.stcr is not None,
+            stcr_base=apo.stcr or 1.0,
+            stcr_amplify_positive=apo.stcr_amplify_positive,
+        )
+        # Whatever is in the batch is shuffled and split along with it.
+        batch["advantages"] = credit.advantages_NG.flatten()
+        batch["kl_weights"] = credit.kl_weights_NG.flatten()
+        batch["correct"] = correct_NG.flatten()
+        scoring_started = time.perf_counter()
+        with reference_mode(self.accelerator.unwrap_model(self.model)):
+            batch["ref_logps"], _ = self._score(batch, rows_per_pass=self.recipe.grpo.completions_per_pass)
+
+        self.seconds["generate"] += seconds - rollout.seconds_for_rewards
+        self.seconds["reward"] += rollout.seconds_for_rewards
+        self.seconds["score"] += time.perf_counter() - scoring_started
+        self.rollout_figures = {
+            **rollout_metrics(rewards_NG, correct_NG, lengths_NG, rollout.truncated_B.view(groups), credit),
+            **{
+                f"reward_{name}": column.mean().item()
+                for name, column in zip(self.recipe.rewards.functions, rollout.rewards_BF.T, strict=True)
+            },
+            "generated_tokens": rollout.lengths_B.sum().item(),
+            "tokens_per_second": rollout.lengths_B.sum().item() / (seconds - rollout.seconds_for_rewards),
+        }
+        if self.record_rollout:
+            self.record_rollout(self.state.global_step + 1, rollout, rewards_NG, correct_NG, credit)
+        return batch
+
+    # --- scoring and loss --------------------------------------------------------------------------------------------
+
+    def _score(self, batch: dict[str, Any], rows_per_pass: int | None = None) -> tuple[Tensor, Tensor]:
+        with self.accelerator.autocast():
+            return token_logps(
+                self.accelerator.unwrap_model(self.model),
+                batch,
+                temperature=self.temperature,
+                rows_per_pass=rows_per_pass,
+            )
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **images
+    ):
+        """The old policy, which TRL scores when a rollout feeds several optimizer steps.
+
+        TRL's own version needs a Triton kernel that a CPU does not have, and would be a second implementation.
+        """
+        batch = {
+            "prompt_ids": input_ids[:, :-logits_to_keep],
+            "completion_ids": input_ids[:, -logits_to_keep:],
+            "prompt_mask": attention_mask[:, :-logits_to_keep],
+            "completion_mask": attention_mask[:, -logits_to_keep:],
+            **images,
+        }
+        logps, entropies = self._score(batch, rows_per_pass=batch_size)
+        return logps, entropies if compute_entropy else None, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logps, entropies = self._score(inputs)
+        num_tokens, num_sequences = self._step_totals()
+        loss, figures = apo_loss(
+            logps,
+            # Fully on-policy, the old policy is the policy: the ratio is 1 and only its gradient matters.
+            inputs.get("old_per_token_logps", logps.detach()),
+            inputs["ref_logps"],
+            inputs["completion_mask"],
+            inputs["advantages"],
+            inputs["kl_weights"],
+            beta=self.recipe.grpo.beta,
+            epsilon=self.recipe.grpo.epsilon,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            entropies_BT=entropies,
+            entropy_coef=self.recipe.apo.entropy_coef,
+        )
+        for name, share in {"loss": loss.detach(), **figures}.items():
+            self.loss_figures[name] = self.loss_figures.get(name, 0.0) + share.item()
+        self.token_means.add(
+            logps, inputs["ref_logps"], entropies, inputs["completion_mask"], inputs["advantages"], inputs["correct"]
+        )
+        return loss
+
+    def _step_totals(self) -> tuple[float, float]:
+        """Tokens and sequences that this optimizer step trains on, over all its micro-batches."""
+        passes = self.current_gradient_accumulation_steps
+        first = self._step % self.args.steps_per_generation // passes * passes
+        masks = [batch["completion_mask"] for batch in self._buffered_inputs[first : first + passes]]
+        num_tokens = sum(mask.sum().item() for mask in masks)
+        num_sequences = sum(mask.any(dim=-1).sum().item() for mask in masks)
+        return max(num_tokens, 1), max(num_sequences, 1)
+
+    # --- record ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._metrics["train"].clear()  # TRL's own figures: ours cover them, under one name each
+        if "grad_norm" in logs:  # an optimizer step; the other call is the summary at the end of training
+            logs = {
+                **self.rollout_figures,
+                **self.loss_figures,
+                **self.token_means.means(),
+                "grad_norm": logs["grad_norm"],
+                "learning_rate": logs["learning_rate"],
+                "epoch": logs.get("epoch"),
+                "skipped_nonfinite_steps": self.nonfinite_guard.skipped,
+                **self._step_cost(),
+            }
+            self._start_step()
+        Trainer.log(self, logs, start_time)
+
+    def _step_cost(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.step_started
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            **{f"seconds_{phase}": spent for phase, spent in self.seconds.items()},
+            "seconds_train": seconds - sum(self.seconds.values()),
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+        }
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours is written once, at the end, into the run directory."""
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        seal_checkpoint(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.run_dir.remove_old_checkpoints(self.recipe.train.keep_checkpoints)

@@ -1,0 +1,202 @@
+"""Scoring with a worker process that can be killed: no completion can hang, crash or fatten the training process.
+
+Cheap comparison happens in the parent (`rewards.quick_verdict`). What only mathematics can decide goes, one
+question at a time, as a JSON line to `python -m apo_lora.verifier`, which answers with a JSON line. A question that
+takes too long costs its completion the reward and the worker its life; the next question starts a new one.
+
+A plain subprocess and not `multiprocessing`: that would import the user's __main__ again (a notebook and a script
+from stdin have none to import), and would fork or share nothing good with a parent that has CUDA initialised.
+The worker imports neither torch nor the rest of the kit.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from apo_lora.answer_match import MathQuestion
+from apo_lora.errors import RewardError
+from apo_lora.math_compare import math_equal
+from apo_lora.rewards import quick_verdict
+
+START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
+_MEMO_SIZE = 20_000
+
+
+class Verifier:
+    """Scores completions like `accuracy_reward`, with time and memory of the mathematics bounded.
+
+    `timeouts` and `crashes` count the questions that were given up; `seconds_per_item` bounds each question,
+    `memory_mb` the worker's address space (Linux). Use as a context manager, or call `close()`.
+    """
+
+    def __init__(self, seconds_per_item: float = 5.0, memory_mb: int = 2048):
+        self.seconds_per_item = seconds_per_item
+        self.memory_mb = memory_mb
+        self.timeouts = 0
+        self.crashes = 0
+        self._command = [sys.executable, "-P", "-m", "apo_lora.verifier", str(memory_mb)]
+        self._worker: _Worker | None = None
+        self._memo: dict[MathQuestion, float] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Verifier":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker. The next `score` would start a new one."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def score(
+        self,
+        completions: Sequence[str],
+        answers: Sequence[str],
+        choices: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[float]:
+        """One 0.0 or 1.0 per completion. Whatever a completion does, the others are scored."""
+        rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
+        with self._lock:
+            return [self._score_one(*row) for row in rows]
+
+    def _score_one(self, completion: str, answer: str, choices: Sequence[str] | None) -> float:
+        verdict = quick_verdict(completion, answer, choices)
+        if not isinstance(verdict, MathQuestion):
+            return 1.0 if verdict else 0.0
+        if verdict not in self._memo:  # a group's completions repeat each other, and each repeat would time out again
+            if len(self._memo) >= _MEMO_SIZE:
+                self._memo.clear()
+            self._memo[verdict] = self._ask(verdict)
+        return self._memo[verdict]
+
+    def _ask(self, question: MathQuestion) -> float:
+        line = json.dumps([question.answer, question.gold])
+        for _ in range(2):  # a worker that died while idle is no fault of this question: ask once more
+            if self._worker is None:
+                self._worker = _Worker(self._command, self.memory_mb)
+            if self._worker.send(line):
+                break
+            self._give_up_worker()
+            self.crashes += 1
+        else:
+            return 0.0
+        try:
+            reply = self._worker.read(self.seconds_per_item)
+        except queue.Empty:
+            self.timeouts += 1
+            self._give_up_worker()
+            return 0.0
+        if reply is None:
+            self.crashes += 1
+            self._give_up_worker()
+            return 0.0
+        return 1.0 if reply == "1" else 0.0
+
+    def _give_up_worker(self) -> None:
+        self._worker.kill()
+        self._worker = None
+
+
+class _Worker:
+    """One running worker process: `send` a line, `read` a line within a time, `kill`."""
+
+    def __init__(self, command: list[str], memory_mb: int):
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=_worker_environment(),
+            start_new_session=True,  # Ctrl-C is for the training process, which then closes this one in order
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_pump, args=(self._process.stdout, self._lines), daemon=True).start()
+        self._finalizer = weakref.finalize(self, _end_process, self._process)
+        self._await_ready(memory_mb)
+
+    def _await_ready(self, memory_mb: int) -> None:
+        try:
+            ready = self.read(START_SECONDS)
+        except queue.Empty:
+            ready = None
+        if ready != "ready":
+            self.kill()
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            raise RewardError(
+                f"the verifier's worker process did not start (memory_mb={memory_mb}): {last[0][:200]}. "
+                "Remedy: raise memory_mb, or run `python -m apo_lora.verifier` to see why"
+            )
+
+    def send(self, line: str) -> bool:
+        """False if the worker is dead."""
+        if self._process.poll() is not None:
+            return False
+        try:
+            self._process.stdin.write(line.encode("ascii") + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            return False
+        return True
+
+    def read(self, seconds: float) -> str | None:
+        """The next line; None if the worker has died; queue.Empty if it takes too long."""
+        return self._lines.get(timeout=seconds)
+
+    def kill(self) -> None:
+        self._finalizer()
+
+
+def _worker_environment() -> dict[str, str]:
+    """The parent's environment, with this package importable and no GPU in sight."""
+    package_root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _pump(stream, lines: "queue.Queue[str | None]") -> None:
+    """Carry lines from the pipe to a queue, which can be waited on for a limited time on every platform."""
+    for line in stream:
+        lines.put(line.decode("ascii", errors="replace").strip())
+    lines.put(None)
+
+
+def _end_process(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    process.stdin.close()
+
+
+def _limit_memory(memory_mb: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows: time is still bounded
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The worker: JSON lines [answer, gold] on stdin, "1" or "0" on stdout, until stdin ends."""
+    _limit_memory(int(arguments[0]) if arguments else 2048)
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library prints may pass for a reply
+    math_equal("1+x", "x+1")  # pay for the imports before the clock of the first question runs
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        answer, gold = json.loads(line)
+        print("1" if math_equal(answer, gold) else "0", file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""Shared fixtures: the embedded tiny model with a LoRA adapter, and batches in the shape that TRL hands around."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+PROJECT = Path(__file__).parent.parent
+SHARED_DATA = PROJECT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is absent: real data is not part of the project")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def load_tiny():
+    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ..."""
+    from apo_lora.model import load_policy
+    from apo_lora.recipe import DataSection, LoraSection, ModelSection
+
+    def load(lora: dict | None = None, seed: int = 0, **model):
+        return load_policy(
+            ModelSection(name="tiny", **model), LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed
+        )
+
+    return load
+
+
+@pytest.fixture
+def tiny_policy(load_tiny):
+    return load_tiny()
+
+
+@pytest.fixture
+def stir_adapter():
+    """Gives a fresh adapter (whose B is zero) values, so that it changes the model."""
+    import torch
+
+    def stir(model, scale: float = 0.3, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+    return stir
+
+
+@pytest.fixture
+def make_batch():
+    """A batch of random completions to prompts with images of different sizes, as TRL's trainers hold it."""
+    import torch
+    from PIL import Image
+
+    def make(policy, sizes=((84, 84), (112, 56), (56, 140), (84, 84)), lengths=(7, 3, 12, 1), seed=0):
+        processor = policy.processor
+        generator = torch.Generator().manual_seed(seed)
+        texts = [
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?" * (i + 1)}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for i in range(len(sizes))
+        ]
+        pixels = [torch.randint(0, 256, (h, w, 3), generator=generator, dtype=torch.uint8) for w, h in sizes]
+        images = [[Image.fromarray(array.numpy())] for array in pixels]
+        inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        width = max(lengths)
+        mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+        ids = torch.randint(10, 200, mask.shape, generator=generator) * mask
+        return {
+            "prompt_ids": inputs["input_ids"],
+            "prompt_mask": inputs["attention_mask"],
+            "completion_ids": ids,
+            "completion_mask": mask,
+            "pixel_values": inputs["pixel_values"],
+            "image_grid_thw": inputs["image_grid_thw"],
+            "mm_token_type_ids": inputs["mm_token_type_ids"],
+            "num_images": [1] * len(sizes),
+        }
+
+    return make
