@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from apo_lora.answer_text import FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
-from apo_lora.math_compare import is_safe_math
+from apo_lora.math_compare import is_safe_math, math_equal
 from apo_lora.numbers_text import Number, parse_number, same_number, strip_unit
 
 
@@ -43,6 +43,8 @@ _LABELLED = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _EXPLICIT_LETTER = re.compile(r"\(\s*([A-Z])\s*\)|\b(?:[Oo]ption|[Cc]hoice|[Ff]igure|选项)\s+([A-Z])\b")
+# Another letter, after "C: ", that is more than a word: "(B)", "B.", "B, ", or "B" at the end.
+_OTHER_LETTER = re.compile(r"(?<![\w\\])([A-Z])\s*[).:,;]|(?<![\w\\])([A-Z])$")
 _NEGATED = re.compile(
     r"\b(?:not|no|neither|nor|except|wrong|incorrect|eliminate[sd]?|unlike|false|cannot|rule[sd]? out)\b|n't\b", re.I
 )
@@ -68,6 +70,8 @@ def _gold_index(text: str, choices: tuple[str, ...]) -> int | None:
         return letter
     found = _same_as_choice(text, choices)
     if not found:
+        found = [i for i, choice in enumerate(choices) if math_equal(strip_unit(text), strip_unit(plain(choice)))]
+    if not found:
         labelled = _labelled(text, choices)
         return labelled if labelled is not None and labelled >= 0 else None
     return found[0]
@@ -77,8 +81,8 @@ def judge(answer: FinalAnswer, gold: Gold) -> bool | MathQuestion:
     """The verdict on a final answer, or the one question that mathematics must decide."""
     last = ""
     for reading, is_value in _readings(answer):
-        if len(reading) > 1000:
-            continue
+        if is_value and not gold.choices and "=" in gold.text:
+            continue  # "y = 5" is not "x = 5"
         verdict = _judge_choice(reading, gold, is_value) if gold.choices else _judge_open(reading, gold)
         if verdict is not None:
             return verdict
@@ -88,21 +92,24 @@ def judge(answer: FinalAnswer, gold: Gold) -> bool | MathQuestion:
     return _math_question(answer, gold)
 
 
+_IS = re.compile(r"\b(?:is|are|equals?|be|was|were|choose|select|pick)\b")
+
+
 def _readings(answer: FinalAnswer) -> Iterator[tuple[str, bool]]:
     """(reading, is a bare value) from the most literal to the loosest.
 
-    Looser ones are the end of "the answer is ...", of "... is 5", and of "x = 5". Text of several sentences has
-    none of them but the first two: its end could be one of many tries.
+    Looser ones are the end of "the answer is ...", of "... is 5", and of "x = 5". In a tag or a box, text that says
+    such a thing twice or has several sentences is read literally only: its end could be one of many tries.
     """
     text = plain(answer.text)
     yield text, False
-    phrase = after_answer_phrase(text)
+    phrase = after_answer_phrase(text) if answer.sentence or text.lower().count("answer") < 2 else None
     if phrase:
         yield plain(phrase), False
         text = plain(phrase)
-    if re.search(r"\n|[a-z]{2}[.;]\s|;", text) or (_HEDGE.search(text) and not answer.sentence):
+    if not answer.sentence and (_HEDGE.search(text) or re.search(r"\n|[.;?!]\s", text) or len(_IS.findall(text)) > 1):
         return
-    tail = re.search(r".*\b(?:is|are|equals?|be|was|were)\b\s*:?\s*(\S.*)$|.*[a-z]:\s+(\S.*)$", text, re.DOTALL)
+    tail = re.search(rf".*{_IS.pattern}\s*:?\s*(\S.*)$|.*[a-z]:\s+(\S.*)$", text, re.DOTALL)
     if tail:
         yield plain(tail.group(1) or tail.group(2)), False
     value = _right_side(text)
@@ -111,8 +118,12 @@ def _readings(answer: FinalAnswer) -> Iterator[tuple[str, bool]]:
     spans = re.findall(r"\$+([^$]+)\$+|\\[(\[](.+?)\\[)\]]", answer.text)
     if answer.sentence and len(spans) == 1:  # "Therefore $x \\ge 5$ is the solution"
         yield plain(spans[0][0] or spans[0][1]), True
+    lone = _PROSE.fullmatch(text) if answer.sentence else None
+    if lone and not _NEGATED.search(text) and not _HEDGE.search(text):
+        yield lone.group(1), True  # "So he earns 1,080 a month": words and one number
 
 
+_PROSE = re.compile(r"[A-Za-z' ,]*[a-z]{2,}[ ,]+(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?)(?:[ .,][A-Za-z' .,]*)?")
 _RELATION = re.compile(r"(?<![<>!\\])=(?!=)|\\approx(?![a-z])")
 
 
@@ -129,11 +140,9 @@ def _judge_open(text: str, gold: Gold) -> bool | None:
     if same_text(text, gold.text):
         return True
     if gold.letter:
-        letter, wanted = _bare_letter(text), _bare_letter(gold.text)
-        if letter is None:
-            labelled = _labelled(text, ())
-            letter = labelled
-        return None if letter is None else letter == wanted
+        letter = _bare_letter(text)
+        letter = _labelled(text, ()) if letter is None else letter
+        return None if letter is None else letter == _bare_letter(gold.text)
     if _HEDGE.search(text) and not _HEDGE.search(gold.text):
         return None
     return _same_value(text, gold.text)
@@ -248,16 +257,17 @@ def _labelled(text: str, choices: tuple[str, ...]) -> int | None:
         return None
     letter = next(group for group in match.groups()[:5] if group)
     index, rest = ord(letter.upper()) - 65, plain(match.group(6))
+    if rest.startswith("(") and rest.endswith(")") and rest.count("(") == 1:
+        rest = rest[1:-1]  # "C (square)"
     if choices and index >= len(choices):
         return None
     same = _same_as_choice(rest, choices) if choices else []
     weak = match.group(4) or match.group(5)
     if weak:
         return index if index in same else None
-    other = _bare_letter(rest)
-    if (same and index not in same) or (other is not None and other != index and other < max(len(choices), 5)):
-        return -1
-    if other is None and re.match(r"(?:and|or|&|/|,)\s*\(?[A-Z]\b\)?", rest):
+    others = {ord(a or b) - 65 for a, b in _OTHER_LETTER.findall(rest)} | ({_bare_letter(rest)} - {None})
+    rivals = [other for other in others if other != index and other < (len(choices) or 5)]
+    if index not in same and (same or rivals or _HEDGE.search(rest)):
         return -1
     return index
 

@@ -25,7 +25,7 @@ _END_TOKENS = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|en
 # "the answer is", "correct option:", "####" (GSM8K), and the Chinese forms; the last one in the text counts.
 _ANSWER_PHRASE = re.compile(
     r"(?:\b(?:answer|option|choice|solution|result)\b(?:\s+(?:to|of|for)\b[^.\n:]{0,60}?)?"
-    r"(?:\s+(?:is|are|must\s+be|should\s+be|would\s+be)\b|\s*[:=])|答案(?:是|为|:)|正确选项(?:是|为|:)|选项(?:是|为)|####"
+    r"(?:\s+(?:is|are|must\s+be|should\s+be|would\s+be)\b|\s*[:=])|答案(?:是|为|:)|正确选项(?:是|为|:)|选项(?:是|为)|[故应]选|####"
     r"|(?:^|\n)\s*(?:final\s+)?answer(?=\s))(?:\s*therefore\b|\s*thus\b)?\s*[:,]?\s*",
     re.IGNORECASE,
 )
@@ -74,12 +74,10 @@ def _last_sentence(line: str) -> str:
 
 def after_answer_phrase(text: str) -> str | None:
     """What follows the last "answer is" (or the like), to the end of its sentence; None without one."""
-    last = None
-    for last in _ANSWER_PHRASE.finditer(text):
-        pass
-    if last is None:
+    found = list(_ANSWER_PHRASE.finditer(text))
+    if not found:
         return None
-    rest = text[last.end() :].lstrip()
+    rest = text[found[-1].end() :].lstrip()
     return _SENTENCE_END.split(rest, maxsplit=1)[0].strip() or None
 
 
@@ -130,8 +128,8 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SIGNS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
-    "∠": r"\angle ", "∪": r"\cup ", "∩": r"\cap ", "°": "°", "º": "°", "˚": "°", "θ": r"\theta ", "。": ". ", "、": ", ",
-    "【": "(", "】": ")", "“": '"', "”": '"', "‘": "'", "’": "'", "⁄": "/",
+    "∠": r"\angle ", "∪": r"\cup ", "∩": r"\cap ", "°": "°", "º": "°", "˚": "°", "θ": r"\theta ", "。": ". ",
+    "、": ", ", "【": "(", "】": ")", "“": '"', "”": '"', "‘": "'", "’": "'", "⁄": "/",
 }  # fmt: skip
 _SIGN_TABLE = str.maketrans(_SIGNS)
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")
@@ -145,7 +143,7 @@ def unify_signs(text: str) -> str:
         return text
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^" + m.group().translate(_SUPERSCRIPTS), text)
     text = re.sub("[¼½¾⅐-⅞]", lambda m: " " + m.group(), text)  # NFKC alone makes "2½" read 21/2
-    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-z]\b|\([^()]*\))", lambda m: r"\sqrt{%s}" % m.group(1).strip("()"), text)
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-z]\b|\([^()]*\))", lambda m: f"\\sqrt{{{m.group(1).strip('()')}}}", text)
     text = unicodedata.normalize("NFKC", text.replace("º", "°").replace("˚", "°"))
     return _INVISIBLE.sub("", text.translate(_SIGN_TABLE))
 

@@ -1,4 +1,4 @@
-"""What a data set holds, before any training: kinds of answers, images, prompt lengths, and every row that was dropped."""
+"""What a data set holds, before training: kinds of answers, images, prompt lengths, and every row that was dropped."""
 
 import re
 from collections import Counter

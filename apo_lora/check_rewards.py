@@ -3,14 +3,11 @@
 Pure functions; `apo-lora check-rewards` shows their table.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
-from apo_lora.answer_match import Gold, MathQuestion, describes_number, read_gold
+from apo_lora.answer_match import Gold, MathQuestion, describes_number, judge, read_gold
 from apo_lora.answer_text import FinalAnswer, last_box
-from apo_lora.answer_match import judge
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
 
@@ -62,7 +59,7 @@ def _dresses(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]
         if _is_unique(gold):
             dresses.append(("the choice's text", in_answer(text)))
     elif gold is not None and (number := describes_number(answer)) is not None and number.integer:
-        dresses.append(("number with .0", in_answer(re.sub(r"\d(?!.*\d)", r"\g<0>.0", value) if value.isdigit() else value)))
+        dresses.append(("number with .0", in_answer(f"{value}.0" if value.isdecimal() else value)))
     return dresses
 
 
@@ -83,12 +80,8 @@ def _wrong_texts(answer: str, choices: Sequence[str] | None, gold: Gold | None) 
     if gold.index is not None:
         return [chr(65 + (gold.index + step) % len(choices)) for step in range(1, len(choices))]
     number = describes_number(answer)
-    near = [] if number is None else [_show(number.value + 1), _show(number.value * 10 + 7)]
+    near = [] if number is None else [str(number.value + 1), str(number.value * 10 + 7)]
     return [*near, *(["B", "A"] if gold.letter else []), f"{gold.text} + 1", *_WORDS]
-
-
-def _show(value: Fraction) -> str:
-    return str(value)
 
 
 def _is_wrong(text: str, gold: Gold | None) -> bool:
@@ -119,3 +112,13 @@ def _check(dress: str, expected: float, tries: list[tuple[int, str]], rows, scor
     got = score([completion for _, completion in tries], [rows[i][0] for i, _ in tries], [rows[i][1] for i, _ in tries])
     failed = [index for (index, _), reward in zip(tries, got, strict=True) if reward != expected]
     return CheckRow(dress, expected, len(tries), len(tries) - len(failed), failed[0] if failed else None)
+
+
+def table(checks: Sequence[CheckRow]) -> list[str]:
+    """The checks as lines for a terminal."""
+    width = max([len("dress"), *(len(check.dress) for check in checks)])
+    lines = [f"{'dress':{width}}  must earn  checked  passed"]
+    for check in checks:
+        failure = "" if check.first_failure is None else f"   first failure: row {check.first_failure}"
+        lines.append(f"{check.dress:{width}}  {check.expected:9g}  {check.checked:7}  {check.passed:6}{failure}")
+    return lines

@@ -5,6 +5,8 @@ cannot be used, and leaves images undecoded (data_images.py). `drop_long_prompts
 and `prompt_dataset` hands TRL items whose images are decoded on access.
 """
 
+import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,7 +205,7 @@ def image_tokens(processor: Any, size: tuple[int, int]) -> int:
 
 
 def drop_long_prompts(loaded: Loaded, processor: Any, data: DataSection) -> Loaded:
-    """Without the examples whose prompt is over `data.max_prompt_tokens`. Cut instead, a prompt would lose its image."""
+    """Without examples whose prompt is over `data.max_prompt_tokens`: a prompt that is cut would lose its image."""
     lengths = prompt_lengths(loaded.examples, processor, data)
     kept, bad = [], []
     for example, length in zip(loaded.examples, lengths, strict=True):
@@ -238,6 +240,13 @@ def prompt_dataset(examples: Sequence[Example], data: DataSection) -> "datasets.
     return rows.with_transform(_ItemsOnAccess(examples, data))
 
 
+_LIVE_ITEMS: weakref.WeakValueDictionary[str, "_ItemsOnAccess"] = weakref.WeakValueDictionary()
+
+
+def _live_items(key: str) -> "_ItemsOnAccess":
+    return _LIVE_ITEMS[key]
+
+
 class _ItemsOnAccess:
     """Index batch -> items. The G copies of a prompt in a batch share their decoded images, as do equal batches in a
     row: TRL asks for the same batch at every step that reuses a rollout."""
@@ -245,6 +254,13 @@ class _ItemsOnAccess:
     def __init__(self, examples: Sequence[Example], data: DataSection):
         self._examples, self._data = list(examples), data
         self._decoded: dict[int, list[Image.Image]] = {}
+        self._key = uuid.uuid4().hex
+        _LIVE_ITEMS[self._key] = self
+
+    def __reduce__(self) -> tuple[Callable[[str], "_ItemsOnAccess"], tuple[str]]:
+        # `datasets` pickles a transform at every select and shuffle, only to hash it: seconds for 20,000 examples, and
+        # all their images for boards. A key will do, in this process and in those forked from it.
+        return _live_items, (self._key,)
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         indices = batch["index"]

@@ -44,11 +44,11 @@ _RESERVED = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end
 
 
 class BadRow(Exception):
-    """A row that cannot be used: `reason` is what is counted, `detail` says what was found."""
+    """A row that cannot be used: `reason` is what is counted, `detail` says what was found, in one short line."""
 
     def __init__(self, reason: str, detail: str):
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, _one_line(detail)
+        super().__init__(f"{reason}: {self.detail}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def find_columns(rows: Sequence[Mapping[str, Any]], data: DataSection, source: s
     is_chat = any(_is_chat(pick(row, chosen["problem"])) for row in rows)
     if chosen["problem"] is None:
         problems.append(f"{source}: no column for the problem; set data.problem_column to one of: {_list(names)}")
-    elif chosen["answer"] is None and not is_chat:
+    if chosen["answer"] is None and not is_chat:
         problems.append(f"{source}: no column for the answer; set data.answer_column to one of: {_list(names)}")
     # Without this, a picture column of an unusual name would make a text-only data set, and nobody would notice.
     pictures = [name for name in names if any(looks_like_image(row.get(name)) for row in rows)]
@@ -113,11 +113,11 @@ def read_row(row: Any, columns: Columns) -> Fields:
     if not isinstance(row, Mapping):
         raise BadRow("not a mapping", f"the row is {_short(row)}")
     chat = read_problem(pick(row, columns.problem))
-    if found := _RESERVED.search(f"{chat.problem}{chat.system or ''}"):
-        raise BadRow("reserved token", f"the text holds {found.group()}")
     choices = read_choices(pick(row, columns.choices))
+    if found := _RESERVED.search(f"{chat.problem} {chat.system} {choices}"):
+        raise BadRow("reserved token", f"the text holds {found.group()}")
     gold = pick(row, columns.answer)
-    return Fields(
+    fields = Fields(
         problem=chat.problem,
         answer=read_answer(chat.reply if gold is None else gold, choices),
         choices=choices,
@@ -125,6 +125,11 @@ def read_row(row: Any, columns: Columns) -> Fields:
         category=as_text(pick(row, columns.category)) or None,
         system=chat.system,
     )
+    try:  # JSON can spell half a character (\ud800), which neither a tokenizer nor a file takes
+        "".join([fields.problem, fields.answer, fields.system or "", fields.category or "", *(choices or ())]).encode()
+    except UnicodeEncodeError:
+        raise BadRow("broken text", "half of a surrogate pair") from None
+    return fields
 
 
 def pick(row: Mapping[str, Any], name: str | None) -> Any:
@@ -302,5 +307,9 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _one_line(repr(value), 60)
+
+
+def _one_line(text: str, most: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."

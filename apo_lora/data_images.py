@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 # Named, so that no rarely used decoder (EPS starts Ghostscript) meets a file from the net.
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_ASPECT_RATIO = 200  # the image processor of Qwen2-VL refuses more
 
 
@@ -40,11 +40,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image to be opened later. `size` is (width, height) as it will be opened, read from the header alone."""
+    """An image to be opened later."""
 
     name: str
+    """The path as the data gives it, else "row 5 image 1" or "boards/train/17"."""
     size: tuple[int, int]
+    """(width, height) as it will be opened, read from the header alone."""
     source: Path | bytes | Cell | Image.Image = field(repr=False, compare=False)
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where the image is one."""
+        return self.source if isinstance(self.source, Path) else None
 
     def open(self) -> Image.Image:
         """The image, decoded now: RGB, upright, transparent parts white, of an animation the first frame."""
@@ -62,7 +69,8 @@ def image_refs(value: Any, *, folder: Path | None, row: int) -> tuple[ImageRef, 
 
     Paths are looked up in `folder` and in `folder`/images. Raises BadRow.
     """
-    return tuple(_image_ref(item, folder, row) for item in _single_values(value))
+    values = _single_values(value)
+    return tuple(_image_ref(item, folder, f"row {row} image {n}") for n, item in enumerate(values, start=1))
 
 
 def _single_values(value: Any) -> list[Any]:
@@ -77,24 +85,22 @@ def _single_values(value: Any) -> list[Any]:
     return [] if value is None else [value]
 
 
-def _image_ref(value: Any, folder: Path | None, row: int) -> ImageRef:
+def _image_ref(value: Any, folder: Path | None, place: str) -> ImageRef:
     if isinstance(value, ImageRef):
         return value
     content = value.read() if isinstance(value, Cell) else value
     if isinstance(content, Mapping):
-        path = next((content[key] for key in ("path", "url", "image") if content.get(key) is not None), None)
-        content = content["bytes"] if content.get("bytes") is not None else path
-    else:
-        path = None
+        content = next(
+            (content[key] for key in ("bytes", "path", "url", "image") if content.get(key) is not None), None
+        )
     if isinstance(content, bytes):
-        name = path if isinstance(path, str) else f"image of row {row}"
         # Bytes that an Arrow table holds are left there; only bytes that came inside a chat turn are kept.
         source = value if isinstance(value, Cell) else content
-        return ImageRef(name, _checked_size(content, name), source)
+        return ImageRef(place, _checked_size(content, place), source)
     if not isinstance(content, str) or not content.strip():
         raise BadRow("image missing", f"{type(content).__name__} is neither a path nor bytes")
     if content.startswith("data:image/"):
-        name, source = f"image of row {row}", _data_uri_bytes(content)
+        name, source = place, _data_uri_bytes(content)
     else:
         name, source = content, find_image(content, folder)
     return ImageRef(name, _checked_size(source, name), source)
@@ -109,9 +115,13 @@ def find_image(text: str, folder: Path | None) -> Path:
         raise BadRow("image missing", f"{text} is a path, and this data set has no folder")
     folder = Path(os.path.abspath(folder))
     path = Path(os.path.normpath(folder / text))  # an absolute path stands for itself
-    if not _is_inside(path, folder):
+    try:
+        is_inside = _is_inside(path, folder)
+    except (OSError, ValueError) as error:  # no path at all: a NUL inside, a loop of links
+        raise BadRow("image missing", f"{text!r} ({error})") from None
+    if not is_inside:
         raise BadRow("image outside the data folder", f"{text} is not under {folder}; move or link it there")
-    found = next((p for p in (path, folder / "images" / text) if p.is_file()), None)
+    found = next((p for p in (path, folder / "images" / text) if os.path.isfile(p)), None)
     if found is None:
         raise BadRow("image missing", f"no file {path}")
     return found
@@ -158,7 +168,6 @@ def _opened(source: Path | bytes | Cell | Image.Image) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow only warns between its limit and twice that; here one limit holds.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", "Palette images with Transparency")
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
 
 

@@ -18,13 +18,14 @@ _MAX_SIMPLIFY_EXPONENT = 20  # what Math-Verify may have to expand
 _MAX_FACTORIAL = 200
 _MAX_FUNCTIONS = 12
 
-_FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd det".split())
-_COMMANDS = _FUNCTIONS | set(
-    "frac sqrt pi cdot times div pm mp cup cap infty in notin le ge ne neq lt gt approx equiv theta alpha beta gamma"
-    " delta lambda mu sigma phi varphi omega epsilon rho tau psi eta circ angle triangle overline bar vec hat widehat"
-    " lbrace rbrace langle rangle lvert rvert vert mid setminus emptyset varnothing perp parallel begin end binom"
-    " lfloor rfloor lceil rceil mathcal degree to infinity prime ldots dots cdots".split()
-)
+_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd det"
+_COMMAND_NAMES = """
+    frac sqrt pi cdot times div pm mp cup cap infty in notin le ge ne neq lt gt approx equiv theta alpha beta gamma
+    delta lambda mu sigma phi varphi omega epsilon rho tau psi eta circ angle triangle overline bar vec hat widehat
+    lbrace rbrace langle rangle lvert rvert vert mid setminus emptyset varnothing perp parallel begin end binom
+    lfloor rfloor lceil rceil mathcal degree to infinity prime ldots dots cdots"""
+_FUNCTIONS = set(_FUNCTION_NAMES.split())
+_COMMANDS = _FUNCTIONS | set(_COMMAND_NAMES.split())
 _ENVIRONMENTS = {"pmatrix", "bmatrix", "matrix", "vmatrix", "array", "cases"}
 
 # The parser's caches are shared; one lock costs nothing, since Python would run the threads in turns anyway.
@@ -67,7 +68,7 @@ def _letters_are_symbols(text: str) -> bool:
         return False
     if re.search(r"\d\s+\d", re.sub(r"(\d)\s+(?=\d{3}(?!\d))", r"\1", bare)):
         return False
-    return bool(re.search(r"[\d#+*/^<>=(\[{-]", bare)) or len(bare.strip()) == 1
+    return bool(re.search(r"[\d#+*/^<>=(\[{-]", bare)) or (len(bare.strip()) == 1 and bare.strip().isalnum())
 
 
 def _numbers_stay_small(text: str) -> bool:
@@ -76,7 +77,7 @@ def _numbers_stay_small(text: str) -> bool:
     small = all(len(n) <= 3 and int(n) <= _MAX_FACTORIAL for n in re.findall(r"\d+", text))
     if re.search(r"!\s*!|[^\d\s]\s*!(?!=)", text) or (("!" in text or "\\binom" in text) and not small):
         return False
-    if re.search(r"\^\s*(?:\{[^{}]*\}|[^\s{}])\s*(?:\^|\*\*)", text.replace("^\\prime", "")):
+    if re.search(r"\^\s*(?:\{[^{}]*\}|[\d.]+|[^\s{}])\s*(?:\^|\*\*)", text.replace("^\\prime", "")):
         return False  # a tower: 9^9^9
     roots = [int(n) for n in re.findall(r"\\sqrt\s*\[\s*(\d+)", text)]
     return _exponent_product(text) <= _MAX_EXPONENT and max([1, *roots]) <= _MAX_EXPONENT
@@ -89,7 +90,7 @@ def _exponent_product(text: str) -> float:
         if exponent.group(1):
             group = _group(text, exponent.end())
         else:
-            group = re.match(r"[-\d\s(]*", text[exponent.end() :]).group()
+            group = re.match(r"\(|[-\d\s]*", text[exponent.end() :]).group()
         if "^" in group or "!" in group or "*" in group or "(" in group and not exponent.group(1):
             return float("inf")
         for number in re.findall(r"\d+", group):
@@ -110,6 +111,8 @@ def math_equal(answer: str, gold: str) -> bool:
     """True if the two plain texts are mathematically equal. Works in any thread; never raises."""
     if not (is_safe_math(answer) and is_safe_math(gold)):
         return False
+    import math_verify  # noqa: F401  a missing package is no reason to call every answer wrong: it must raise here
+
     with _LOCK:
         try:
             return _parsed_equal(answer, gold)

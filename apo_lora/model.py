@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apo_lora.compat import mend_4bit_on_cpu
 from apo_lora.errors import ModelError
 from apo_lora.recipe import DataSection, LoraSection, ModelSection
 from apo_lora.tiny import BASE_DIR
@@ -153,6 +154,8 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
         path, revision=model.revision, padding_side="left", trust_remote_code=False
     )
     if model.load_in_4bit:
+        if not torch.cuda.is_available():
+            mend_4bit_on_cpu(base)
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
     torch.manual_seed(seed)
     config = LoraConfig(

@@ -25,21 +25,24 @@ class Number:
 _PLAIN = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _SIGNED = rf"\s*[-+]?\s*(?:{_PLAIN})\s*"
 _FRACTION = rf"\\frac\s*\{{({_SIGNED})\}}\s*\{{({_SIGNED})\}}"
+_TIMES_TEN = r"(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*"
 _READERS = tuple((kind, re.compile(pattern)) for kind, pattern in (
-    ("mixed", rf"(\d+)\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=\d) (\d+)\s*/\s*(\d+))"),
+    ("mixed", r"(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<=\d) (\d+)\s*/\s*(\d+))"),
     ("fraction", rf"(?:{_FRACTION}|({_PLAIN})\s*/\s*({_PLAIN}))"),
-    ("scientific", rf"({_PLAIN})\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?\s*\(?([-+]?\d+)\)?\s*\}}?|[eE]([-+]?\d+))"),
+    ("scientific", rf"({_PLAIN})\s*(?:{_TIMES_TEN}\{{?\s*\(?([-+]?\d+)\)?\s*\}}?|[eE]([-+]?\d+))"),
     ("comma", r"(0,\d+|\d+,\d{1,2}|\d+,\d{4,})(?![\d,])"),
     ("plain", rf"({_PLAIN})"),
 ))  # fmt: skip
 
-_NUMBER_WORDS = dict(zip(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen twenty".split(), range(21), strict=True,
-))  # fmt: skip
+_COUNTING = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty"""
+_NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTING.split())}
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
-_LEAD = re.compile(r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|\\approx|~|=|:|rs\.?|usd|us)\s*", re.I)
+_LEAD = re.compile(
+    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|\\approx|~|=|:|rs\.?|usd|us)\s*", re.IGNORECASE
+)
+_DIGITS_GO_ON = re.compile(r"[\d.]\d|,\d|[\^_/!]")
 _CURRENCY = re.compile(r"^([-+]?)\s*[€£¥₹$₽₩]\s*")
 
 
@@ -61,7 +64,7 @@ def parse_number(text: str, gold: bool = False) -> Number | None:
     body = text[len(sign) :]
     for kind, pattern in _READERS:
         match = pattern.match(body)
-        if match and len(match.group()) <= 2 * _MAX_DIGITS and not re.match(r"[\d.]\d|,\d|[\^_/!]", body[match.end() :]):
+        if match and len(match.group()) <= 2 * _MAX_DIGITS and not _DIGITS_GO_ON.match(body, match.end()):
             return _read(kind, match, -1 if "-" in sign else 1, body[match.end() :], gold)
     return None
 
@@ -128,12 +131,12 @@ _LETTER_UNITS = "msghl"  # "5m" is a length in an answer; "5n" and "5x" are alge
 _NOTHING = {"unit", "u", "time", "th", "st", "nd", "rd", "point", "number", "total", "intotal", "altogether", "each"}
 _POWER_WORDS = (("square", "2"), ("sq", "2"), ("cubic", "3"), ("cu", "3"))
 # Words after a number that change its value or say that there is more than one answer.
-_NO_UNIT = set(
-    "or and not to if than but over plus minus divided is are was equals half halves third thirds quarter quarters"
-    " fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth"
-    " hundredths thousandths squared cubed factorial pi root modulo mod sin cos tan log ln sqrt frac either maybe"
-    " isn neither nor unless except instead wrong incorrect".split()
-)
+_NO_UNIT_WORDS = """
+    or and not to if than but over plus minus divided is are was equals half halves third thirds quarter quarters
+    fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth
+    hundredths thousandths squared cubed factorial pi root modulo mod sin cos tan log ln sqrt frac either maybe
+    isn neither nor unless except instead wrong incorrect"""
+_NO_UNIT = set(_NO_UNIT_WORDS.split())
 
 
 def _read_rest(rest: str, gold: bool) -> tuple[int, bool, str] | None:

@@ -53,7 +53,7 @@ def _from_module(spec: str, name: str) -> ModuleType:
         found = None
     if found is None:
         raise RewardError(
-            f"reward {spec!r}: no module named {name!r}; install it, or name its file instead (path/to/file.py:function)"
+            f"reward {spec!r}: no module named {name!r}; install it, or name its file (path/to/file.py:function)"
         )
     return _run(spec, lambda: importlib.import_module(name))
 

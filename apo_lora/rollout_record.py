@@ -7,6 +7,7 @@ from torch import Tensor
 
 from apo_lora.apo import Credit
 from apo_lora.data import Example
+from apo_lora.data_images import ImageRef
 from apo_lora.run_dir import RunDir, append_jsonl
 from apo_lora.trainer import Rollout
 
@@ -54,11 +55,11 @@ def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, R
     return write
 
 
-def _saved(image, folder: Path) -> str:
+def _saved(image: ImageRef, folder: Path) -> str:
     """The image's own path if it is a file, else that of a copy in the run directory."""
-    if Path(image.name).is_file():
-        return str(image.name)
-    target = folder / (image.name.replace("/", "-") + ".png")
+    if image.path is not None:
+        return str(image.path)
+    target = folder / (image.name.replace("/", "-").replace(" ", "-") + ".png")
     if not target.exists():
         folder.mkdir(exist_ok=True)
         image.open().save(target)

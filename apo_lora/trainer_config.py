@@ -89,7 +89,6 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path) -> dict[str
         "save_steps": train.save_steps,
         "save_total_limit": None,
         "report_to": list(recipe.output.report_to) or "none",
-        "logging_dir": None,
         "disable_tqdm": True,
         "log_completions": False,
         "remove_unused_columns": False,

@@ -111,7 +111,7 @@ class _Worker:
     """One running worker process: `send` a line, `read` a line within a time, `kill`."""
 
     def __init__(self, command: list[str], memory_mb: int):
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the worker
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -191,7 +191,9 @@ def main(arguments: Sequence[str]) -> None:
     _limit_memory(int(arguments[0]) if arguments else 2048)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library prints may pass for a reply
-    math_equal("1+x", "x+1")  # pay for the imports before the clock of the first question runs
+    # Pays for the imports before the clock of the first question runs, and proves that they fit into the memory.
+    if not math_equal("1+x", "x+1"):
+        sys.exit("it cannot compare 1+x with x+1")
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         answer, gold = json.loads(line)

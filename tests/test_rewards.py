@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hostile_cases import HOSTILE
+from reward_cases import ONE_TO_FOUR, RIGHT, ROOTS, SHAPES, WHOLE, WRONG
 
 from apo_lora.answer_match import MathQuestion
 from apo_lora.check_rewards import check_rows, gold_in_other_dress, wrong_answer
@@ -16,310 +18,6 @@ from apo_lora.reward_plugins import load_reward
 from apo_lora.rewards import accuracy_reward, format_reward, gold_is_parsable, quick_verdict
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-SHAPES = ["triangle", "hexagon", "square", "circle"]
-ONE_TO_FOUR = ["6", "3", "4", "2"]
-LENGTHS = ["24 cm", "24 m", "30 cm", "36 cm"]
-ROOTS = ["5", "5 \\sqrt { 2 }", "5 \\sqrt { 3 }", "10"]
-LETTERS = ["A", "B", "C", "D", "E"]
-PAIRS = ["1 and 7", "1 and 6", "only 3 or 7", "2 and 6"]
-
-# (answer, gold, choices): the answer stands alone in <answer></answer>.
-RIGHT = [
-    # numbers
-    ("30", "30", None),
-    ("30.0", "30", None),
-    ("30.", "30", None),
-    (" 30 cm", "30", None),
-    ("30", "30 cm", None),
-    ("30cm", "30", None),
-    ("5m", "5", None),
-    ("1,000", "1000", None),
-    ("1{,}000", "1000", None),
-    ("12,\\!000", "12000", None),
-    ("1 000", "1000", None),
-    ("$1,234.50", "1234.5", None),
-    ("€ 20", "20", None),
-    ("20 dollars", "$20", None),
-    ("+7", "7", None),
-    ("−5", "-5", None),
-    ("-5", "-5.0", None),
-    ("007", "7", None),
-    (".4", "0.4", None),
-    ("1/2", "0.5", None),
-    ("\\frac{1}{2}", "0.5", None),
-    ("\\dfrac{13}{2}", "6.5", None),
-    ("\\frac12", "1/2", None),
-    ("½", "0.5", None),
-    ("2½", "2.5", None),
-    ("1\\frac{1}{2}", "3/2", None),
-    ("1 1/2", "1.5", None),
-    ("-\\frac{24}{25}", "-24/25", None),
-    ("\\frac{-24}{25}", "-\\frac{24}{25}", None),
-    ("0.333333", "1/3", None),
-    ("0.30000000000000004", "0.3", None),
-    ("50%", "0.5", None),
-    ("50\\%", "50", None),
-    ("50 percent", "50%", None),
-    ("50", "50\\%", None),
-    ("3 \\times 10^8", "300000000", None),
-    ("3e8", "3 \\times 10^{8}", None),
-    ("1.5×10³", "1500", None),
-    ("five", "5", None),
-    ("Three apples.", "3", None),
-    ("5 apples", "5", None),
-    ("2 million", "2000000", None),
-    ("２４", "24", None),
-    ("30°", "30", None),
-    ("30^\\circ", "30^{\\circ}", None),
-    ("30 degrees", "$30^\\circ$", None),
-    ("36 \\text{ cm}^2", "36 cm²", None),
-    ("36 square cm", "36 \\mathrm{~cm}^{2}", None),
-    ("36 sq. units", "36", None),
-    ("60 km/h", "60 kilometers per hour", None),
-    ("30 centimeters", "30 cm", None),
-    ("approximately 12.5", "12.5", None),
-    ("**42**", "42", None),
-    ("$42$.", "42", None),
-    ("x = 5", "5", None),
-    ("5", "x = 5", None),
-    ("AB = 2 + 3 = 5", "5", None),
-    ("\\angle ABC = 30^\\circ", "30", None),
-    ("x = \\frac{50}{3} \\approx 16.67", "\\frac{50}{3}", None),
-    ("10:30", "10:30", None),
-    ("2 : 3", "2:3", None),
-    ("2/3", "2:3", None),
-    # mathematics
-    ("\\sqrt{8}", "2\\sqrt{2}", None),
-    ("2√2", "2\\sqrt{2}", None),
-    ("5*sqrt(3)", "5\\sqrt{3}", None),
-    ("4π", "4\\pi", None),
-    ("24 + 4\\pi", "4\\pi+24", None),
-    ("36\\pi \\text{ cm}^2", "36\\pi", None),
-    ("(3, -4)", "(3,-4)", None),
-    ("\\left(3, -4\\right)", "(3,-4)", None),
-    ("[0, 1)", "[0,1)", None),
-    ("2 + 3", "5", None),
-    ("\\{1, 2\\}", "\\{2,1\\}", None),
-    ("12 and 13", "12, 13", None),
-    ("2x+1", "1 + 2x", None),
-    ("x \\le 2", "x <= 2", None),
-    # letters
-    ("A", "A", ONE_TO_FOUR),
-    ("(B)", "B", ONE_TO_FOUR),
-    ("b", "B", ONE_TO_FOUR),
-    ("B.", "B", ONE_TO_FOUR),
-    ("\\boxed{\\text{B}}", "B", ONE_TO_FOUR),
-    ("\\textbf{(C) }4", "C", ONE_TO_FOUR),
-    ("The answer is: C.", "C", ONE_TO_FOUR),
-    ("Option D", "D", ONE_TO_FOUR),
-    ("B) 3", "B", ONE_TO_FOUR),
-    ("**C**", "C", ONE_TO_FOUR),
-    ("C: 4", "C", ONE_TO_FOUR),
-    ("C: the fourth one", "C", ONE_TO_FOUR),
-    ("（C）", "C", ONE_TO_FOUR),
-    ("选项C", "C", ONE_TO_FOUR),
-    ("答案是C。", "C", ONE_TO_FOUR),
-    ("C", "4", ONE_TO_FOUR),
-    ("4", "C", ONE_TO_FOUR),
-    ("4.0", "C", ONE_TO_FOUR),
-    ("4", "4", ONE_TO_FOUR),
-    ("Figure E", "E", LETTERS),
-    ("D", "D", ["A", "B", "C", "E", "Impossible"]),
-    ("So option B is correct", "B", ONE_TO_FOUR),
-    ("C", "C", None),
-    ("(C)", "C", None),
-    ("C. It has the longest side", "C", None),
-    # choice texts
-    ("hexagon", "hexagon", SHAPES),
-    ("A hexagon.", "hexagon", SHAPES),
-    ("B", "hexagon", SHAPES),
-    ("The missing shape is a hexagon", "B", SHAPES),
-    ("(B) hexagon", "hexagon", SHAPES),
-    ("30", "C", LENGTHS),
-    ("24 cm", "A", LENGTHS),
-    ("24\\mathrm{~cm}", "A", LENGTHS),
-    ("5\\sqrt{3}", "C", ROOTS),
-    ("\\sqrt{75}", "C", ROOTS),
-    ("1 and 7", "A", PAIRS),
-    ("only 3 or 7", "C", PAIRS),
-    # yes and no, words
-    ("Yes.", "yes", None),
-    ("yes, because the sides are equal", "Yes", None),
-    ("True", "true", None),
-    ("no", "B", ["Yes", "No"]),
-    ("RED", "red", None),
-    ("the red one", "the red one", None),
-    ("Grey", "gray", None),
-    ("dark-blue", "dark blue", None),
-    ("The color is purple.", "purple", None),
-    ("\\text{Evelyn}", "Evelyn", None),
-]  # fmt: skip
-
-WRONG = [
-    ("300", "30", None),
-    ("30", "300", None),
-    ("3", "30", None),
-    ("-5", "5", None),
-    ("5", "-5", None),
-    ("30.1", "30", None),
-    ("30 m", "30 cm", None),
-    ("30 cm^2", "30 cm", None),
-    ("1.000", "1000", None),
-    ("32, 349", "32349", None),
-    ("5866609", "5866608", None),
-    ("16386.21", "16386.20", None),
-    ("1000001", "1000000", None),
-    ("3.14", "\\pi", None),
-    ("0.33", "1/3", None),
-    ("16.67", "50/3", None),
-    ("21/2", "2½", None),
-    ("103", "10^3", None),
-    ("cm2", "2", None),
-    ("0.5%", "50%", None),
-    ("0.5", "50", None),
-    ("5 million", "5", None),
-    ("5!", "5", None),
-    ("5x", "5", None),
-    ("5i", "5", None),
-    ("5\\pi", "5", None),
-    ("5 squared", "5", None),
-    ("5 and a half", "5", None),
-    ("5 or 6", "5", None),
-    ("5 or 6", "6", None),
-    ("5, 6", "5", None),
-    ("5, 6", "6", None),
-    ("5 6", "56", None),
-    ("5 6", "11", None),
-    ("5 6", "6", None),
-    ("3\n4\n5", "5", None),
-    ("5 to 6", "6", None),
-    ("not 5", "5", None),
-    ("The answer is not 5", "5", None),
-    ("\\pm 5", "5", None),
-    ("\\boxed{5} or \\boxed{6}", "6", None),
-    ("5 feet 3 inches", "5 feet", None),
-    ("AZYUK2A", "2", None),
-    ("10:30", "1:3", None),
-    ("1:00", "12:00", None),
-    ("10:30", "1/3", None),
-    ("3:2", "2:3", None),
-    ("\\sqrt{2}", "1.41", None),
-    ("\\sqrt{2}", "2", None),
-    ("4\\sqrt{2}", "4", None),
-    ("(-4, 3)", "(3,-4)", None),
-    ("[0,1)", "[0,1]", None),
-    ("x > 5", "x < 5", None),
-    ("y = 2x", "y = 3x", None),
-    ("\\{1, 2, 3\\}", "\\{1,2\\}", None),
-    ("x", "5", None),
-    ("?", "5", None),
-    ("...", "5", None),
-    ("", "5", None),
-    ("<think>", "5", None),
-    ("I do not know", "5", None),
-    ("5e", "5", None),
-    ("1e999999999", "1", None),
-    ("1\\approx 2", "2", None),
-    ("nan", "0", None),
-    ("inf", "\\infty x", None),
-    ("TTP", "PTT", None),
-    ("AB", "BA", None),
-    # letters
-    ("A", "B", ONE_TO_FOUR),
-    ("D", "2.5", None),
-    ("AB", "B", ONE_TO_FOUR),
-    ("A or B", "B", ONE_TO_FOUR),
-    ("A or B", "A", ONE_TO_FOUR),
-    ("A, B", "A", ONE_TO_FOUR),
-    ("A B C D", "D", ONE_TO_FOUR),
-    ("(A) and (C)", "C", ONE_TO_FOUR),
-    ("(A)(B)", "A", ONE_TO_FOUR),
-    ("A/B", "A", ONE_TO_FOUR),
-    ("A) or B)", "A", ONE_TO_FOUR),
-    ("A. B", "A", ONE_TO_FOUR),
-    ("\\boxed{A} or \\boxed{B}", "B", ONE_TO_FOUR),
-    ("not A", "A", ONE_TO_FOUR),
-    ("The answer is not A", "A", ONE_TO_FOUR),
-    ("Because", "B", ONE_TO_FOUR),
-    ("A dog", "A", ONE_TO_FOUR),
-    ("Banana", "B", ONE_TO_FOUR),
-    ("E", "D", ONE_TO_FOUR),
-    ("B) 4", "B", ONE_TO_FOUR),
-    ("2", "B", ONE_TO_FOUR),
-    ("4", "D", ONE_TO_FOUR),
-    ("14", "C", ONE_TO_FOUR),
-    ("3 or 4", "C", ONE_TO_FOUR),
-    ("6, 3, 4, 2", "B", ONE_TO_FOUR),
-    ("One of the options", "A", ONE_TO_FOUR),
-    ("Option A is wrong", "A", ONE_TO_FOUR),
-    ("It could be option A or option C", "C", ONE_TO_FOUR),
-    ("24", "A", LENGTHS),
-    ("24 m", "A", LENGTHS),
-    ("5\\sqrt{2}", "C", ROOTS),
-    ("5", "C", ROOTS),
-    ("7", "C", PAIRS),
-    ("1", "A", PAIRS),
-    # words
-    ("triangle or hexagon", "hexagon", SHAPES),
-    ("triangle, hexagon, square, circle", "circle", SHAPES),
-    ("not a hexagon", "hexagon", SHAPES),
-    ("hex", "hexagon", SHAPES),
-    ("hexagonal prism", "hexagon", SHAPES),
-    ("red", "dark red", None),
-    ("dark red", "red", None),
-    ("red, blue", "red", None),
-    ("red and blue", "red", None),
-    ("colored", "red", None),
-    ("yes", "no", None),
-    ("yes and no", "yes", None),
-    ("No, yes", "yes", None),
-    ("not true", "true", None),
-    ("nothing", "no", None),
-    ("know", "no", None),
-]  # fmt: skip
-
-# (whole completion, gold, choices, expected): where in the completion the answer stands.
-WHOLE = [
-    ("<think>maybe 5</think><answer>6</answer>", "6", None, 1),
-    ("<think>maybe 5</think><answer>6</answer>", "5", None, 0),
-    ("<answer>5</answer> no, <answer>6</answer>", "6", None, 1),
-    ("<answer>5</answer> no, <answer>6</answer>", "5", None, 0),
-    ("<think><answer>5</answer></think>So it is 6.", "5", None, 0),
-    ("<think>\\boxed{5}</think>", "5", None, 0),
-    ("<think>x</think>\n<answer>\n 42 \n</answer>\n", "42", None, 1),
-    ("<think>x</think><answer>\\boxed{42}</answer>", "42", None, 1),
-    ("<think>x</think><answer>42", "42", None, 1),
-    ("<think>x</think><answer></answer>", "42", None, 0),
-    ("\\boxed{42}<answer></answer>", "42", None, 0),
-    ("so \\boxed{\\frac{1}{2}} of it.", "0.5", None, 1),
-    ("first \\boxed{5}, but then after much more thinking about it I say \\boxed{6}.", "6", None, 1),
-    ("first \\boxed{5}, but then after much more thinking about it I say \\boxed{6}.", "5", None, 0),
-    ("\\boxed{1} and \\boxed{2}", "1, 2", None, 1),
-    ("\\boxed{1} and \\boxed{2}", "2", None, 0),
-    ("it is $\\boxed{4", "4", None, 0),
-    ("\\boxed{1.5 \\mathrm{~m}} long.\n\nTherefore, the answer is (C).", "C", ["1 m", "2 m", "1.5 m"], 1),
-    ("She has 18 - 4 = 14 left.\n#### 14", "14", None, 1),
-    ("She has 18 - 4 = 14 left.\n#### 14", "18", None, 0),
-    ("Adding up gives 14.\nThe answer is 14.", "14", None, 1),
-    ("The answer is 12 at first. Correcting, the final answer is 14.", "14", None, 1),
-    ("The answer is 12 at first. Correcting, the final answer is 14.", "12", None, 0),
-    ("**Final Answer:** 14 cm", "14", None, 1),
-    ("**Answer:**\n\n(B)", "B", SHAPES, 1),
-    ("The correct option is B because it has six sides.", "A", SHAPES, 0),
-    ("Therefore, the correct answer is option B. This is because it fits.", "B", SHAPES, 1),
-    ("(A) no\n(B) yes\nTherefore, option C is correct.", "C", SHAPES, 1),
-    ("(A) no\n(B) yes\nTherefore, option C is correct.", "A", SHAPES, 0),
-    ("A is too small, B too large.", "A", SHAPES, 0),
-    ("The pattern repeats.\nTherefore, the missing shape is a square.", "square", SHAPES, 1),
-    ("There are 3 rows of 5.\nSo there are 15 dots.", "15", None, 1),
-    ("There are 3 rows of 5.\nSo there are 15 dots.", "5", None, 0),
-    ("15", "15", None, 1),
-    ("C", "C", SHAPES, 1),
-    ("因此，底面半径必须是7。答案是$\\boxed{\\text{(C)}}$。", "C", LETTERS, 1),
-    ("答案：（C）", "C", LETTERS, 1),
-    ("Therefore, x = 7.<|im_end|>", "7", None, 1),
-    ("", "7", None, 0),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(("answer", "gold", "choices"), RIGHT)
@@ -335,3 +33,231 @@ def test_wrong_answer_is_rejected(answer, gold, choices):
 @pytest.mark.parametrize(("completion", "gold", "choices", "expected"), WHOLE)
 def test_the_answer_is_looked_for_in_the_right_place(completion, gold, choices, expected):
     assert accuracy_reward(completion, gold, choices) == expected
+
+
+def test_the_table_is_large_and_half_of_it_is_wrong_answers():
+    assert len(RIGHT) + len(WRONG) + len(WHOLE) >= 120
+    assert len(WRONG) + sum(row[3] == 0 for row in WHOLE) >= 100
+
+
+def test_most_verdicts_need_no_mathematics():
+    verdicts = [quick_verdict(f"<answer>{answer}</answer>", *gold) for answer, *gold in RIGHT + WRONG]
+    asked = [verdict for verdict in verdicts if isinstance(verdict, MathQuestion)]
+    assert 0 < len(asked) < 0.3 * len(RIGHT + WRONG)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>a</think><answer>5</answer>", 0.5),
+        ("\n <think>\na\n</think>\n\n<answer>\n5\n</answer> \n", 0.5),
+        ("<answer>5</answer>", 0.0),
+        ("<think>a</think>5", 0.0),
+        ("a</think><answer>5</answer>", 0.0),
+        ("x<think>a</think><answer>5</answer>", 0.0),
+        ("<think>a</think>so<answer>5</answer>", 0.0),
+        ("<think>a</think><answer>5</answer>.", 0.0),
+        ("<think>a</think><answer>5", 0.0),
+        ("<think>a</think><answer>5</answer><answer>5</answer>", 0.0),
+        ("<think>a</think><think>b</think><answer>5</answer>", 0.0),
+        ("<think>a <answer>5</answer></think>", 0.0),
+        ("<answer>5</answer><think>a</think>", 0.0),
+        ("<think>a<answer>5</answer></think><answer>5</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format_is_strict(completion, expected):
+    assert format_reward(completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "choices", "expected"),
+    [
+        ("5", None, True),
+        ("blue", None, True),
+        ("\\frac{1}{2}", None, True),
+        ("∞", None, True),
+        ("The midpoints form a hexagon", None, True),
+        ("D", SHAPES, True),
+        ("(d)", SHAPES, True),
+        ("circle", SHAPES, True),
+        ("4.0", ONE_TO_FOUR, True),
+        ("\\sqrt{75}", ROOTS, True),
+        ("E", SHAPES, False),
+        ("oval", SHAPES, False),
+        ("", None, False),
+        (" \n", None, False),
+        ("?!.", None, False),
+        ("$", None, False),
+        ("\\frac{1}{", None, False),
+        ("9" * 2000, None, False),
+        (None, None, False),
+    ],
+)
+def test_gold_is_parsable(gold, choices, expected):
+    assert gold_is_parsable(gold, choices) is expected
+
+
+def test_unparsable_gold_earns_nothing():
+    assert accuracy_reward("<answer></answer>", "") == 0.0
+    assert accuracy_reward("<answer>E</answer>", "E", SHAPES) == 0.0
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_completions_earn_nothing_quickly_even_without_a_sandbox(name):
+    started = time.monotonic()
+    for wrap in ("<think>a</think><answer>%s</answer>", "\\boxed{%s}", "%s"):
+        for gold, choices in (("5", None), ("\\frac{x+1}{2}", None), ("B", ["\\sqrt{2}", "x+1"]), ("(1,2)", None)):
+            assert accuracy_reward(wrap.replace("%s", HOSTILE[name]), gold, choices) == 0.0
+    assert time.monotonic() - started < 8
+
+
+def test_accuracy_works_outside_the_main_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(accuracy_reward("\\boxed{1+2x}", "2x+1")))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+def test_importing_the_rewards_imports_neither_torch_nor_sympy():
+    code = "import sys, apo_lora.rewards; print(sorted({'torch', 'sympy'} & set(sys.modules)))"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+
+
+# --- recorded verdicts ---
+
+# Recorded as wrong, yet the gold choice's own letter or value in another dress, which the table above asks for:
+# "1m" for "1 m", "54^\circ" for "54^{\circ}", "12" for "12 cm^2", "(D) <text of D>" for D, "(C) 49" for C.
+LABELLED_WRONG_BUT_RIGHT = {
+    "mathv-out-ChatGPT3.5_CoT_Text_Image_Caption_-969",
+    "mathv-out-ChatGPT3.5_CoT_Text_Image_Caption_-1800",
+    "mathv-out-ChatGPT3.5_CoT_Text_Image_Caption_-1529",
+    "mathv-out-GPT4_CoT_Text_Only_-2139",
+    "mathv-out-Qwen_VL_Max_CoT-650",
+}
+# Settings of Math-Verify that accuracy_reward has no word for.
+FOREIGN_SETTINGS = {"precision", "strict", "allow_set_relation_comp"}
+
+
+def recorded(group):
+    path = DATA / "verdicts" / "verdicts.jsonl"
+    if not path.exists():
+        print(f"skipped: {path} is absent")
+        pytest.skip(f"{path} is absent")
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["group"] == group]
+
+
+def disagreements(rows):
+    """(false accepts, false rejects) as lists of ids."""
+    got = [accuracy_reward(row["response"], row["gold"], row["choices"] or None) for row in rows]
+    wrong = [row for row, reward in zip(rows, got, strict=True) if reward != row["expected"]]
+    return [r["id"] for r in wrong if not r["expected"]], [r["id"] for r in wrong if r["expected"]]
+
+
+def test_verdicts_on_real_model_outputs():
+    rows = recorded("mathv_model_outputs")
+    accepts, rejects = disagreements(rows)
+    assert len(accepts + rejects) <= 0.03 * len(rows)
+    assert set(accepts) <= LABELLED_WRONG_BUT_RIGHT
+    assert not rejects
+
+
+@pytest.mark.slow
+def test_verdicts_on_the_cases_of_math_verify():
+    rows = [row for row in recorded("math_verify_tests") if not FOREIGN_SETTINGS & row["test_config"].keys()]
+    accepts, rejects = disagreements(rows)
+    assert not accepts
+    assert len(rejects) <= 0.10 * len(rows), rejects
+
+
+# --- check-rewards ---
+
+
+def plain_score(completions, answers, choices):
+    return [accuracy_reward(*row) for row in zip(completions, answers, choices, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["puzzlevqa", "geometry3k_examples"])
+@pytest.mark.parametrize("with_choices", [True, False])
+def test_every_row_of_the_data_passes_the_check(name, with_choices):
+    path = DATA / name / "data.jsonl"
+    if not path.exists():
+        print(f"skipped: {path} is absent")
+        pytest.skip(f"{path} is absent")
+    data = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [(d["answer"] if with_choices else d.get("answer_value", d["answer"]), d["choices"]) for d in data]
+    table = check_rows([(answer, choices if with_choices else None) for answer, choices in rows], plain_score)
+    assert [row for row in table if row.passed != row.checked] == []
+    assert {row.expected for row in table} == {0.0, 1.0}
+
+
+def test_check_rows_notices_a_reward_that_is_wrong():
+    def string_compare(completions, answers, choices):
+        return [1.0 if c.endswith(f"<answer>{a}</answer>") else 0.0 for c, a in zip(completions, answers, strict=True)]
+
+    failed = [row for row in check_rows([("30", None), ("B", SHAPES)], string_compare) if row.passed < row.checked]
+    assert {"bold", "number with .0", "(letter)"} <= {row.dress for row in failed}
+    generous = check_rows([("30", None)], lambda completions, *_: [1.0] * len(completions))
+    assert [(r.dress, r.first_failure) for r in generous if r.first_failure is not None] == [
+        ("a wrong answer", 0),
+        ("an empty answer", 0),
+        ("an empty completion", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices"),
+    [("30", None), ("1/2", None), ("2\\sqrt{3}", None), ("red", None), ("yes", None), ("banana", None), ("C", None),
+     ("x^2+1", None), ("(3,-4)", None), ("B", SHAPES), ("hexagon", SHAPES), ("36\\pi cm^2", None), ("50%", None)],
+)  # fmt: skip
+def test_dresses_earn_one_and_the_wrong_answer_nothing(answer, choices):
+    assert [accuracy_reward(c, answer, choices) for c in gold_in_other_dress(answer, choices)].count(0.0) == 0
+    assert accuracy_reward(wrong_answer(answer, choices), answer, choices) == 0.0
+
+
+# --- users' own rewards ---
+
+
+def test_load_reward_from_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def short(prompts, completions, **columns):\n    return [1.0 / len(c) for c in completions]\n")
+    assert load_reward(f"{path}:short")(prompts=["p"], completions=["ab"], answer=["x"]) == [0.5]
+
+
+def test_load_reward_from_a_module(tmp_path, monkeypatch):
+    source = "def f(completions, **columns):\n    return [0.0 for _ in completions]\n"
+    (tmp_path / "own_rewards_for_test.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_reward("own_rewards_for_test:f")(prompts=["p"], completions=["ab"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mine.py", "module:function"),
+        ("{dir}/mine.py:shrt", "did you mean 'short'"),
+        ("{dir}/mnie.py:short", "did you mean 'mine.py'"),
+        ("{dir}/mine.py:LIMIT", "is a int, not a function"),
+        ("{dir}/mine.py:narrow", "add **columns"),
+        ("{dir}/broken.py:f", "SyntaxError"),
+        ("{dir}/raises.py:f", "failed while it was imported: ZeroDivisionError"),
+        ("no_such_module_here:f", "no module named 'no_such_module_here'"),
+        ("json:lods", "did you mean 'load"),
+    ],
+)
+def test_every_failure_to_load_is_one_line_with_a_remedy(tmp_path, spec, says):
+    (tmp_path / "mine.py").write_text(
+        "LIMIT = 3\n"
+        "def short(prompts, completions, **columns): return []\n"
+        "def narrow(prompts, completions): return []\n"
+    )
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "raises.py").write_text("1 / 0\n")
+    spec = spec.replace("{dir}", str(tmp_path))
+    with pytest.raises(RewardError) as caught:
+        load_reward(spec)
+    assert says in str(caught.value)
+    assert repr(spec) in str(caught.value)
+    assert "\n" not in str(caught.value)

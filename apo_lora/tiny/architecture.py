@@ -117,34 +117,34 @@ def _train_bpe() -> Tokenizer:
 def build_model(tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """A model with fresh weights (drawn from torch's global generator)."""
     token_id = tokenizer.convert_tokens_to_ids
-    ends = dict(eos_token_id=token_id(END_OF_TURN), pad_token_id=token_id(END_OF_TEXT))
+    ends = {"eos_token_id": token_id(END_OF_TURN), "pad_token_id": token_id(END_OF_TEXT)}
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            max_position_embeddings=4096,
+        text_config={
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 4096,
             # Halves of a head of 32: 4 pairs turn with time, 6 with height, 6 with width.
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            tie_word_embeddings=True,
-            bos_token_id=token_id(END_OF_TEXT),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": True,
+            "bos_token_id": token_id(END_OF_TEXT),
             **ends,
-        ),
-        vision_config=dict(
-            depth=4,
-            hidden_size=64,
-            intermediate_size=128,
-            num_heads=2,
-            out_hidden_size=96,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=112,
-            fullatt_block_indexes=[3],
-        ),
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": 96,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [3],
+        },
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),

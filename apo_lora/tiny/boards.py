@@ -28,7 +28,7 @@ KINDS = ("circle", "square", "triangle")
 LEVELS = (1, 2, 3)
 SPLITS = ("train", "test")
 
-# Grey near the mean that the image processor subtracts: an empty cell is then close to zero, and small vision towers learn.
+# Grey near the mean that the image processor subtracts: an empty cell is then close to zero for the vision tower.
 BACKGROUND = (122, 117, 104)
 GRID_LINE = (90, 88, 80)
 DIGIT_COLOR = (0, 0, 0)
@@ -154,7 +154,7 @@ def _likely_color(rng: random.Random, board: Board) -> str:
 
 
 def reasoning_rows(num_rows: int, *, split: str, seed: int) -> list[dict[str, Any]]:
-    """`num_rows` counting questions, each {"image", "problem", "answer", "category"}; the same for the same (split, seed)."""
+    """`num_rows` counting questions {"image", "problem", "answer", "category"}, the same for the same (split, seed)."""
     return list(_rows(num_rows, reasoning_question, "reasoning", split, seed))
 
 

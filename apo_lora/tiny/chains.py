@@ -5,7 +5,8 @@ An answer counts each colour by naming its cells, then combines the counts:
     <think>Let me count. red:1,4=2. blue:3=1. 2+1=3.</think><answer>3</answer>
 
 A share of the chains rambles: it counts again, once to three times, and a recount is more often wrong than right. The
-last count decides. This builds overthinking into the base: long chains fail, and RL can find out that short ones do not.
+last count decides. This builds overthinking into the base: long chains fail, and RL can find out that short ones do
+not.
 """
 
 import random
@@ -14,7 +15,15 @@ from dataclasses import dataclass
 
 from apo_lora.tiny.boards import COLORS, KINDS, NUM_CELLS, Question, cells_of_color
 
-OPENINGS = ("", "", "Let me count. ", "I look at the image. ", "Let me look at the image. ", "Let me check the image. ", "I count. ")
+OPENINGS = (
+    "",
+    "",
+    "Let me count. ",
+    "I look at the image. ",
+    "Let me look at the image. ",
+    "Let me check the image. ",
+    "I count. ",
+)
 RECOUNTS = (" Wait, let me check again. ", " Hmm, recount. ", " Let me verify. ")
 
 

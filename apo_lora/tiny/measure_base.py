@@ -75,7 +75,7 @@ def answer_rows(
 ) -> list[Attempt]:
     """One completion for each row."""
     tokenizer = processor.tokenizer
-    how = dict(do_sample=False, temperature=None, top_p=None, top_k=None) if greedy else {}
+    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {}
     attempts = []
     for start in range(0, len(rows), BATCH_SIZE):
         batch = rows[start : start + BATCH_SIZE]

@@ -1,0 +1,54 @@
+"""Every shim over upstream code, each with symptom, link and the condition under which it goes.
+
+tests/test_compat.py shows of each that upstream still needs it, and that it works.
+"""
+
+import ctypes
+from typing import Any
+
+from torch import nn
+
+
+def mend_4bit_on_cpu(model: nn.Module) -> None:
+    """Both of the shims that a 4-bit model on a CPU needs."""
+    keep_4bit_layout_on_cpu(model)
+    dequantize_blocks_across_rows_on_cpu()
+
+
+def keep_4bit_layout_on_cpu(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking NF4 weights for AVX512-BF16 inference on a CPU.
+
+    Symptom: on such CPUs the first generation rewrites the weights of every Linear4bit into another layout; for an
+    input size that is no multiple of 64 that raises "shape '[96, 1]' is invalid for input of size 144", and training
+    wants the ordinary layout anyway.
+    Link: https://github.com/bitsandbytes-foundation/bitsandbytes (nn/modules.py, Linear4bit.forward), seen in 0.50.2.
+    Goes when: Linear4bit with 96 input features can generate and then train on a CPU with AVX512-BF16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dequantize_blocks_across_rows_on_cpu() -> None:
+    """Makes bitsandbytes' CPU kernel dequantise NF4 weights rightly where a row is no whole number of blocks.
+
+    Symptom: quantisation runs blocks of 64 across row ends; the CPU kernel starts a new block with every row. With
+    96 input features a weight comes back 28 % off in place of 9 %, silently, and the model answers much worse.
+    Link: https://github.com/bitsandbytes-foundation/bitsandbytes (backends/cpu/ops.py, dequantize_4bit), seen in 0.50.2.
+    Goes when: an NF4 round trip of a (96, 96) matrix on a CPU is as exact as that of a (144, 64) one.
+    """
+    from bitsandbytes.backends.cpu.ops import lib
+
+    for dtype in ("fp32", "bf16", "fp16"):
+        name = f"cdequantize_blockwise_cpu_nf4_{dtype}"
+        if name not in vars(lib):  # the library looks its functions up by name; ours stands before that
+            setattr(lib, name, _as_one_row(getattr(lib, name)))
+
+
+def _as_one_row(kernel: Any) -> Any:
+    def dequantize(weights, absmax, out, blocksize, rows, columns):
+        if columns.value % blocksize.value:
+            rows, columns = ctypes.c_longlong(1), ctypes.c_longlong(rows.value * columns.value)
+        return kernel(weights, absmax, out, blocksize, rows, columns)
+
+    return dequantize

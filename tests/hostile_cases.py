@@ -1,0 +1,25 @@
+"""Completions that are meant to do harm: none may earn anything, cost seconds, or stop the others."""
+
+HOSTILE = {
+    "tower": "10**10**10",
+    "latex tower": "10^{10^{10}}",
+    "chained tower": "9^9^9^9",
+    "big power of a sum": "(x+y+z+1)^{900}",
+    "nested powers": "((x+1)^{10}+(y+1)^{10})^{10}",
+    "complex power": "(1+i)^{900}",
+    "factorials": "((5!)!)!",
+    "megabyte of braces": "{" * 1_000_000,
+    "unclosed boxes": "\\boxed{" * 100_000,
+    "many tags": "<answer>" * 100_000,
+    "nested parentheses": "(" * 200 + "1" + ")" * 200,
+    "nested radicals": "\\sqrt{" * 150 + "2" + "}" * 150,
+    "wide radicals": "+".join(["\\sqrt{2+\\sqrt{3+\\sqrt{5+\\sqrt{7}}}}"] * 10),
+    "null bytes": "\x005\x00",
+    "lone surrogates": "\ud8005",
+    "huge number": "1" * 100_000,
+    "equation of degree nine": "x^{9}+y^{7}=3",
+    "sum": "\\sum_{k=1}^{10^9} k",
+    "bars": "|" * 390,
+    "code": "__import__('os').abort()",
+    "spaces": "5" + " " * 1_000_000 + "x",
+}  # fmt: skip
