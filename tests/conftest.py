@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other on a busy machine
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 PROJECT = Path(__file__).parent.parent

@@ -1,0 +1,232 @@
+"""APOTrainer on the tiny model: the same gradient for any split, the right reference, skipped NaN steps."""
+
+import pytest
+import torch
+
+from apo_lora.data import load_examples, prompt_dataset
+from apo_lora.recipe import Recipe
+from apo_lora.run_dir import RunDir
+from transformers import TrainerCallback
+
+SMALL = {
+    "data": {"train": "boards", "limit": 16},
+    "grpo": {
+        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 64, "beta": 0.1,
+    },
+    "apo": {"dads": "complement_exp", "stcr": 1.05},
+    "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
+}  # fmt: skip
+
+
+def recipe_of(**changes):
+    tree = {section: dict(keys) for section, keys in SMALL.items()}
+    for section, keys in changes.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    return Recipe.model_validate(tree)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, load_tiny):
+    from apo_lora.trainer import APOTrainer
+    from apo_lora.trainer_config import grpo_config
+
+    def reward(completions, answer, **columns):
+        # Any deterministic function of the text that varies within a group; 1 counts as correct.
+        return [float(sum(map(ord, c[-1]["content"])) % 3 == 0) for c in completions]
+
+    reward.__name__ = "accuracy"
+
+    def make(recipe, **policy_options):
+        recipe = recipe.model_copy(update={"rewards": recipe.rewards.model_copy(update={"functions": ("accuracy",)})})
+        policy = load_tiny(**policy_options)
+        run_dir = RunDir(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
+        run_dir.create()
+        examples = load_examples("boards", recipe.data, split="train", limit=recipe.data.limit).examples
+        return APOTrainer(
+            recipe=recipe,
+            run_dir=run_dir,
+            model=policy.model,
+            processing_class=policy.processor,
+            args=grpo_config(recipe, policy, run_dir.checkpoints),
+            train_dataset=prompt_dataset(examples, recipe.data),
+            reward_funcs=[reward],
+        )
+
+    return make
+
+
+def adapter(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def logged(trainer):
+    return [log for log in trainer.state.log_history if "reward" in log]
+
+
+def largest_difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        self.gradient = torch.cat(gradients).clone()
+
+
+def test_any_micro_batch_split_gives_the_same_adapter(make_trainer):
+    """One optimizer step on one rollout, 8 x 1, 1 x 8 and 2 x 4, with DADS weights and STCR factors away from 1."""
+    results = []
+    for completions_per_pass in (8, 1, 2):
+        trainer = make_trainer(recipe_of(grpo={"completions_per_pass": completions_per_pass}, train={"max_steps": 2}))
+        keep = KeepGradients()
+        trainer.add_callback(keep)
+        fresh = adapter(trainer)
+        trainer.train()
+        results.append((keep.gradient, adapter(trainer), logged(trainer)))
+    gradient, trained, (first, second) = results[0]
+    assert largest_difference(fresh, trained) > 1e-3
+    assert first["dads_weight_positives"] < 0.99 and first["stcr_multiplier"] > 1.01
+    for other_gradient, other, figures in results[1:]:
+        assert figures[0]["reward"] == first["reward"] and figures[0]["length"] == first["length"]  # the same rollout
+        for name in ("policy_loss", "kl", "grad_norm", "entropy"):
+            assert figures[0][name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+        # Adam divides by the size of the gradient: where that is rounding noise, so is the first step.
+        assert sum((other[n] - trained[n]).norm() for n in trained) < 1e-2 * sum(
+            (fresh[n] - trained[n]).norm() for n in trained
+        )
+
+
+def test_step_gradient_is_the_sum_over_micro_batches(make_trainer):
+    gradients = []
+    for completions_per_pass in (8, 1, 4):
+        trainer = make_trainer(recipe_of(grpo={"completions_per_pass": completions_per_pass}, train={"max_steps": 1}))
+        keep = KeepGradients()
+        trainer.add_callback(keep)
+        trainer.train()
+        gradients.append(keep.gradient)
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_plain_grpo_differs_from_apo(make_trainer):
+    apo = make_trainer(recipe_of())
+    grpo = make_trainer(recipe_of(apo={"dads": None, "stcr": None}))
+    apo.train(), grpo.train()
+    assert largest_difference(adapter(apo), adapter(grpo)) > 1e-5
+    assert logged(grpo)[0]["dads_weight_positives"] in (1.0, None)
+    assert logged(grpo)[0]["stcr_amplified"] == 0
+
+
+def test_the_first_step_has_no_kl_and_later_ones_have(make_trainer):
+    trainer = make_trainer(recipe_of(train={"max_steps": 3}))
+    trainer.train()
+    first, *_, last = logged(trainer)
+    assert first["kl"] == 0 and last["kl"] > 1e-4
+
+
+def test_every_figure_of_a_step_is_there(make_trainer):
+    trainer = make_trainer(recipe_of())
+    trainer.train()
+    expected = {
+        "reward", "accuracy", "reward_accuracy", "advantage_std", "zero_variance_groups", "all_right_groups",
+        "all_wrong_groups", "length_correct", "length_wrong", "truncated", "kl", "kl_positives", "kl_negatives",
+        "dads_weight_positives", "stcr_amplified", "stcr_multiplier", "entropy", "entropy_correct", "entropy_wrong",
+        "clip_fraction", "grad_norm", "seconds_generate", "seconds_reward", "seconds_score", "seconds_train",
+        "tokens_per_second", "peak_memory_bytes", "skipped_nonfinite_steps", "learning_rate", "loss",
+    }  # fmt: skip
+    for figures in logged(trainer):
+        assert expected <= figures.keys()
+        assert figures["seconds"] == pytest.approx(sum(v for k, v in figures.items() if k.startswith("seconds_")), 1e-6)
+
+
+def test_a_rollout_may_feed_several_steps(make_trainer):
+    """Off-policy steps use the old policy's log-probs: the second step's ratio is no longer 1."""
+    trainer = make_trainer(recipe_of(grpo={"prompts_per_rollout": 4}, train={"max_steps": 2, "save_steps": 2}))
+    seen = []
+    original = trainer.compute_loss
+
+    def watch(model, inputs, **options):
+        with torch.no_grad():
+            logps, _ = trainer._score(inputs)
+        seen.append((logps - inputs["old_per_token_logps"]).abs().max().item())
+        return original(model, inputs, **options)
+
+    trainer.compute_loss = watch
+    trainer.train()
+    assert len(seen) == 2 and seen[0] < 1e-5 < 1e-3 < seen[1]
+    assert logged(trainer)[1]["reward"] == logged(trainer)[0]["reward"]  # one rollout, two steps
+
+
+def test_a_nonfinite_step_is_skipped_and_counted(make_trainer):
+    trainer = make_trainer(recipe_of(train={"max_steps": 3}))
+    original, states = trainer.compute_loss, []
+
+    def poison(model, inputs, **options):
+        states.append(adapter(trainer))
+        loss = original(model, inputs, **options)
+        return loss * float("nan") if len(states) == 2 else loss
+
+    trainer.compute_loss = poison
+    trainer.train()
+    states.append(adapter(trainer))
+    assert largest_difference(states[0], states[1]) > 0  # step 1 moved
+    assert largest_difference(states[1], states[2]) == 0  # step 2 was NaN
+    assert largest_difference(states[2], states[3]) > 0  # step 3 went on
+    assert all(torch.isfinite(p).all() for p in states[3].values())
+    assert [figures["skipped_nonfinite_steps"] for figures in logged(trainer)] == [0, 1, 1]
+
+
+def test_nonfinite_steps_in_a_row_stop_the_run(make_trainer):
+    trainer = make_trainer(recipe_of(train={"max_steps": 9, "max_nonfinite_steps": 2}))
+    original, before = trainer.compute_loss, adapter(trainer)
+    trainer.compute_loss = lambda model, inputs, **options: original(model, inputs, **options) * float("inf")
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.nonfinite_guard.gave_up
+    assert largest_difference(before, adapter(trainer)) == 0
+    assert "2 steps in a row" in str(trainer.nonfinite_guard.stopped(2))
+
+
+def test_vision_tokens_are_never_sampled(make_trainer, monkeypatch):
+    from apo_lora.model import vision_token_ids
+
+    trainer = make_trainer(recipe_of(grpo={"temperature": 50.0, "max_completion_length": 64}))  # nearly uniform
+    forbidden = set(vision_token_ids(trainer.processing_class))
+    sampled = set()
+    original = trainer._calculate_rewards
+
+    def watch(inputs, prompts, completions, completion_ids_list):
+        sampled.update(*completion_ids_list)
+        return original(inputs, prompts, completions, completion_ids_list)
+
+    monkeypatch.setattr(trainer, "_calculate_rewards", watch)
+    trainer.train()
+    assert len(sampled) > 200 and not sampled & forbidden
+
+
+def test_all_truncated_and_masked_gives_finite_figures(make_trainer):
+    trainer = make_trainer(
+        recipe_of(grpo={"max_completion_length": 2, "mask_truncated_completions": True}, train={"max_steps": 1})
+    )
+    before = adapter(trainer)
+    trainer.train()
+    (figures,) = logged(trainer)
+    assert figures["truncated"] == 1 and figures["loss"] == 0 and figures["kl"] is None
+    assert largest_difference(before, adapter(trainer)) == 0
+
+
+def test_4bit_trains_on_the_cpu(make_trainer):
+    trainer = make_trainer(recipe_of(), load_in_4bit=True)
+    before = adapter(trainer)
+    trainer.train()
+    assert logged(trainer)[0]["kl"] == 0
+    assert largest_difference(before, adapter(trainer)) > 1e-3
+
+
+def test_config_values_survive_construction(load_tiny, tmp_path):
+    from apo_lora.trainer_config import config_values, grpo_config
+
+    policy, recipe = load_tiny(), recipe_of()
+    config = grpo_config(recipe, policy, tmp_path)
+    for key, value in config_values(recipe, policy, tmp_path).items():
+        if key not in ("report_to", "optim", "lr_scheduler_type", "save_strategy"):
+            assert getattr(config, key) == value, key
