@@ -121,7 +121,7 @@ def assign_credit(
 
 
 def token_kl(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) per token, exp(x) - x - 1 with x = ref - logp. Returns (B, T), >= 0."""
+    """The k3 estimate of KL(policy || reference) per token: exp(x) - x - 1, x = ref - logp. Returns (B, T), >= 0."""
     log_ratio_BT = (ref_logps_BT - logps_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.exp(log_ratio_BT) - log_ratio_BT - 1.0
 

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="recipe to print")
     recipes.add_argument("--keys", action="store_true", help="every key with its type, default and meaning")
 
-    check_data = verbs.add_parser("check-data", help="report on the recipe's data: rows, answers, images, tokens, bad rows")
+    check_data = verbs.add_parser("check-data", help="report on the recipe's data: rows, answers, images, tokens")
     _add_recipe(check_data)
     check_rewards = verbs.add_parser(
         "check-rewards", help="prove on the recipe's data that right answers are rewarded and wrong ones are not"
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, for instance train.max_steps=10")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.max_steps=10")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def _check_data(options: argparse.Namespace) -> int:
     from apo_lora.check_data import report
     from apo_lora.data import drop_long_prompts, load_examples
     from apo_lora.model import load_processor
-    from apo_lora.train import quiet_libraries
+    from apo_lora.quiet import quiet_libraries
 
     _, recipe = _recipe_of(options)
     quiet_libraries()

@@ -34,7 +34,7 @@ def dequantize_blocks_across_rows_on_cpu() -> None:
 
     Symptom: quantisation runs blocks of 64 across row ends; the CPU kernel starts a new block with every row. With
     96 input features a weight comes back 28 % off in place of 9 %, silently, and the model answers much worse.
-    Link: https://github.com/bitsandbytes-foundation/bitsandbytes (backends/cpu/ops.py, dequantize_4bit), seen in 0.50.2.
+    Link: https://github.com/bitsandbytes-foundation/bitsandbytes (backends/cpu/ops.py, dequantize_4bit), in 0.50.2.
     Goes when: an NF4 round trip of a (96, 96) matrix on a CPU is as exact as that of a (144, 64) one.
     """
     from bitsandbytes.backends.cpu.ops import lib

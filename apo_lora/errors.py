@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line each. The command line prints these and exits with 2; anything else is our bug."""
+"""What a user did wrong, in one line each. The command line prints these and exits with 2; the rest is our bug."""
 
 
 class UserError(Exception):

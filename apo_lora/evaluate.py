@@ -19,7 +19,9 @@ PROMPTS_PER_PASS = 64
 Score = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
 
 
-def evaluate(policy: Policy, examples: Sequence[Example], recipe: Recipe, score: Score, *, title: str) -> dict[str, Any]:
+def evaluate(
+    policy: Policy, examples: Sequence[Example], recipe: Recipe, score: Score, *, title: str
+) -> dict[str, Any]:
     """One sampled completion per example at the recipe's temperature, verified by `score`.
 
     Returns accuracy with its 95 % Wilson interval, mean lengths (tokens) of right and wrong completions, and the

@@ -122,7 +122,7 @@ def load_policy(model: ModelSection, lora: LoraSection, data: DataSection, *, se
     with _one_line_load_errors(model.name):
         peft_model, processor = load(model, lora, dtype, seed)
     if model.load_in_4bit and not is_4bit(peft_model):
-        raise ModelError(f"model.load_in_4bit: {engine} loaded {model.name} without 4-bit layers; is bitsandbytes usable?")
+        raise ModelError(f"model.load_in_4bit: {engine} loaded {model.name} without 4-bit layers; check bitsandbytes")
     limit_image_size(processor, data)
     return Policy(peft_model, processor, engine, dtype, base_path(model.name))
 

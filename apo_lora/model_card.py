@@ -49,9 +49,6 @@ Versions: {versions}.
 def model_card(recipe: Recipe, base: str, evaluation: dict[str, Any], steps: int) -> str:
     """The card's text, in Markdown with a Hub front matter."""
     name = "apo-lora tiny base" if recipe.model.name == "tiny" else base
-    method = " + ".join(
-        ["GRPO", *(["DADS"] if recipe.apo.dads else []), *(["STCR"] if recipe.apo.stcr else [])]
-    )
     front_matter = {
         "base_model": name,
         "library_name": "peft",
@@ -64,10 +61,10 @@ def model_card(recipe: Recipe, base: str, evaluation: dict[str, Any], steps: int
     )
     return CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        title=f"{name} + {method}",
+        title=f"{name} + {recipe.method}",
         base=name,
         version=__version__,
-        method=method,
+        method=recipe.method,
         steps=steps,
         prompts=recipe.grpo.prompts_per_step,
         generations=recipe.grpo.num_generations,

@@ -1,6 +1,6 @@
 """The curves of a run as PNG files: one table row per picture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from apo_lora.run_dir import RunDir, read_jsonl
@@ -10,50 +10,58 @@ from apo_lora.run_dir import RunDir, read_jsonl
 class Plot:
     file: str
     title: str
-    left: dict[str, str]
-    """Metric to label, on the left axis."""
     left_label: str
-    right: dict[str, str]
+    left: dict[str, tuple[str, str]]
+    """Metric to (label, colour), on the left axis."""
     right_label: str = ""
+    right: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The same on the right axis, which goes from 0 to 1."""
 
+
+ALL, RIGHT, WRONG, OTHER = "dimgrey", "tab:blue", "tab:red", "tab:orange"
 
 PLOTS = (
     Plot(
         "reward_accuracy.png",
         "Reward and accuracy",
-        {"reward": "reward (mean)"},
-        "reward",
-        {"accuracy": "accuracy"},
+        "mean reward",
+        {"reward": ("reward", ALL)},
         "accuracy",
+        {"accuracy": ("accuracy", RIGHT)},
     ),
     Plot(
         "length.png",
         "Length of completions",
-        {"length_correct": "right", "length_wrong": "wrong"},
         "tokens",
-        {},
+        {"length_correct": ("right", RIGHT), "length_wrong": ("wrong", WRONG)},
     ),
     Plot(
         "entropy.png",
         "Entropy of the policy",
-        {"entropy": "all", "entropy_correct": "right", "entropy_wrong": "wrong"},
         "nats per token",
-        {},
+        {"entropy": ("all", ALL), "entropy_correct": ("right", RIGHT), "entropy_wrong": ("wrong", WRONG)},
     ),
     Plot(
         "kl_dads.png",
         "KL to the base, and DADS",
-        {"kl": "KL", "kl_positives": "KL, positives", "kl_negatives": "KL, others"},
         "nats per token",
-        {"dads_weight_positives": "DADS weight of positives"},
-        "weight",
+        {
+            "kl": ("KL", ALL),
+            "kl_positives": ("KL, positive advantage", RIGHT),
+            "kl_negatives": ("KL, others", WRONG),
+        },
+        "weight of the KL",
+        {"dads_weight_positives": ("DADS weight of positives", OTHER)},
     ),
     Plot(
         "zero_variance_groups.png",
         "Groups that teach nothing",
-        {"zero_variance_groups": "no variance", "all_right_groups": "all right", "all_wrong_groups": "all wrong"},
         "fraction of groups",
-        {},
+        {
+            "zero_variance_groups": ("no reward variance", ALL),
+            "all_right_groups": ("all right", RIGHT),
+            "all_wrong_groups": ("all wrong", WRONG),
+        },
     ),
 )
 
@@ -75,13 +83,13 @@ def _draw(plot: Plot, rows: list[dict], path: Path) -> Path:
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _curves(axes, plot.left, rows, colours=("C0", "C3", "C7"), style="-")
+    _curves(axes, plot.left, rows, style="-")
     axes.set(title=plot.title, xlabel="optimizer step", ylabel=plot.left_label)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if plot.right:
         other = axes.twinx()
-        _curves(other, plot.right, rows, colours=("C1",), style="--")
+        _curves(other, plot.right, rows, style="--")
         other.set(ylabel=plot.right_label, ylim=(-0.02, 1.02))
         more_handles, more_labels = other.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
@@ -90,9 +98,9 @@ def _draw(plot: Plot, rows: list[dict], path: Path) -> Path:
     return path
 
 
-def _curves(axes, metrics: dict[str, str], rows: list[dict], colours: tuple[str, ...], style: str) -> None:
+def _curves(axes, metrics: dict[str, tuple[str, str]], rows: list[dict], style: str) -> None:
     """Each metric as measured (thin) and as a running mean (thick); steps without a value are gaps."""
-    for (metric, label), colour in zip(metrics.items(), colours, strict=False):
+    for metric, (label, colour) in metrics.items():
         points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
         if not points:
             continue

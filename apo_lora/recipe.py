@@ -66,7 +66,7 @@ class LoraSection(Section):
 
 class DataSection(Section):
     train: str
-    """`boards` (the built-in tiny task), a .json, .jsonl or .parquet file, a folder holding one, or a Hugging Face id."""
+    """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder holding one, or a Hugging Face id."""
     eval: str | None = None
     """Held-out items, measured before and after training. Same forms as `train`."""
     general: str | None = None
@@ -199,6 +199,15 @@ class Recipe(Section):
     def completions_per_step(self) -> int:
         return self.grpo.prompts_per_step * self.grpo.num_generations
 
+    @property
+    def method(self) -> str:
+        """In words: GRPO, GRPO + DADS, GRPO + STCR, or GRPO + DADS + STCR (which is APO)."""
+        return " + ".join(["GRPO", *(["DADS"] if self.apo.dads else []), *(["STCR"] if self.apo.stcr else [])])
+
+    def in_run_dir(self, path: Path) -> "Recipe":
+        """The same recipe with its run directory spelled out."""
+        return self.model_copy(update={"output": self.output.model_copy(update={"dir": str(path)})})
+
     def to_yaml(self) -> str:
         """The resolved recipe, every key with its value; load_recipe reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -228,10 +237,11 @@ def combination_problems(recipe: Recipe) -> Iterator[str]:
         yield f"rewards.correct_by: {rewards.correct_by!r} is not in rewards.functions {list(rewards.functions)}"
     if rewards.weights is not None and len(rewards.weights) != len(rewards.functions):
         yield (
-            f"rewards.weights: {len(rewards.weights)} given for {len(rewards.functions)} functions; give one per function"
+            f"rewards.weights: {len(rewards.weights)} given for {len(rewards.functions)} functions; "
+            "give one per function"
         )
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):
-        yield f"lora.target_modules: {name} is tied to the other end of the model and a merge would lose it; leave it out"
+        yield f"lora.target_modules: {name} is tied to the model's other end, a merge would lose it; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):
         yield f"data.min_pixels: {recipe.data.min_pixels} is above data.max_pixels = {recipe.data.max_pixels}"
 
@@ -245,8 +255,12 @@ def describe_keys() -> Iterator[str]:
     for section, field in Recipe.model_fields.items():
         yield f"{section}:"
         for key, info in field.annotation.model_fields.items():
-            default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True).split("\n")[0]
+            default = "required" if info.is_required() else _inline_yaml(info.default)
             yield f"  {key}: {default}" + (f"    # {' '.join(info.description.split())}" if info.description else "")
+
+
+def _inline_yaml(value: Any) -> str:
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

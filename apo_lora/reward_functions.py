@@ -1,4 +1,4 @@
-"""The recipe's rewards as the functions that TRL calls: f(prompts, completions, **columns) -> one float per completion."""
+"""The recipe's rewards as functions that TRL calls: f(prompts, completions, **columns) -> one float a completion."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

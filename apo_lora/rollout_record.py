@@ -48,7 +48,18 @@ def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, R
                     "kl_weight": kl_weight,
                     "stcr_multiplier": multiplier,
                 }
-                for example, text, rewards, length, truncated, reward, correct, advantage, kl_weight, multiplier in columns
+                for (
+                    example,
+                    text,
+                    rewards,
+                    length,
+                    truncated,
+                    reward,
+                    correct,
+                    advantage,
+                    kl_weight,
+                    multiplier,
+                ) in columns  # fmt: skip
             ),
         )
 

@@ -71,7 +71,9 @@ class RunDir:
         if wanted != "auto":
             path = Path(wanted)
             if not is_whole(path):
-                raise RunDirError(f"--resume {wanted}: not a whole checkpoint ({why_not_whole(path)}); try --resume auto")
+                raise RunDirError(
+                    f"--resume {wanted}: not a whole checkpoint ({why_not_whole(path)}); try --resume auto"
+                )
             return path
         if not self.path.is_dir():
             raise RunDirError(f"--resume auto: there is no run in {self.path}; leave --resume out to start one")

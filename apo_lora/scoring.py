@@ -1,10 +1,10 @@
 """Log-probabilities and entropies of sampled tokens. The old, the reference and the policy pass all come from here.
 
 The model gives hidden states; the head is applied only at completion tokens, a chunk at a time, and recomputed in
-backward. So no [B, T, vocabulary] tensor of a whole batch ever exists: with 151,936 tokens and 8 x 1,024 of completion
+backward. So no [B, T, vocabulary] tensor of a whole batch ever exists: for 8 completions of 1,024 tokens out of 151,936
 it would be 5 GB in float32, and several of them are alive during a naive backward.
 
-Shape suffixes: B sequences, T completion tokens, K = the completion tokens that are not padding, H hidden, V vocabulary.
+Shape suffixes: B sequences, T completion tokens, K = completion tokens that are not padding, H hidden, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ LOGITS_BYTES = 256 * 2**20
 """Budget for one chunk of float32 logits; a handful of tensors of this size live at the peak."""
 
 Batch = Mapping[str, Any]
-"""What TRL's trainers hand around: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .), and for images
-pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids."""
+"""What TRL's trainers hand around: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .), and for
+images pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids."""
 
 
 def token_logps(

@@ -31,38 +31,34 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def closing_words(
-    recipe_name: str,
     run_dir: RunDir,
     evaluation: dict[str, Any],
     plots: list[Path],
     seconds: float,
     steps: int,
-    verifier_counts: dict[str, int],
+    troubles: dict[str, int],
 ) -> str:
+    """The text. `troubles` are counts of what went wrong on the way, named; zeros are left out."""
     lines = ["", f"{steps} steps, {seconds:.0f} s of training."]
     table = evaluation_table(evaluation)
-    if table:
-        width = max(len(label) for _, label, _, _ in table)
-        task = None
-        for name, label, before, after in table:
-            if name != task:
-                lines += ["", f"{name + ' (held out)':<{width}}  {'before':>8}  {'after':>8}"]
-                task = name
-            lines.append(f"{label:<{width}}  {before:>8}  {after:>8}")
-    if any(verifier_counts.values()):
-        counts = ", ".join(f"{count} {name}" for name, count in verifier_counts.items())
-        lines += ["", f"Verifier: {counts}; those completions earned 0."]
+    width = max((len(label) for _, label, _, _ in table), default=0)
+    for position, (task, label, before, after) in enumerate(table):
+        if position == 0 or task != table[position - 1][0]:
+            lines += ["", f"{task + ' (held out)':<{width}}  {'before':>8}  {'after':>8}"]
+        lines.append(f"{label:<{width}}  {before:>8}  {after:>8}")
+    if any(troubles.values()):
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in troubles.items() if count)
+        lines += ["", f"On the way: {counts}."]
     lines += [
         "",
         f"Adapter      {run_dir.adapter}",
         f"Record       {run_dir.metrics}, {run_dir.completions}",
         f"Model card   {run_dir.model_card}",
-        *([f"Plots        {', '.join(str(plot) for plot in plots)}"] if plots else []),
+        *([f"Plots        {run_dir.plots}/{', '.join(plot.name for plot in plots)}"] if plots else []),
         "",
         "Next:",
-        f"  apo-lora train --recipe {recipe_name} --resume auto train.max_steps={2 * steps} "
-        f"output.dir={run_dir.path}    # go on from here",
-        f"  apo-lora train --recipe {recipe_name} apo.dads=null apo.stcr=null output.dir={run_dir.path}-grpo"
+        f"  apo-lora train --recipe {run_dir.recipe} --resume auto train.max_steps={2 * steps}    # go on from here",
+        f"  apo-lora train --recipe {run_dir.recipe} apo.dads=null apo.stcr=null output.dir={run_dir.path}-grpo"
         "    # the same as plain GRPO",
     ]
     return "\n".join(lines)

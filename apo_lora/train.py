@@ -1,18 +1,29 @@
-"""A recipe in, an adapter out. Reads from top to bottom; the heavy imports come after everything cheap was checked."""
+"""A recipe in, an adapter out. Cheap checks come first, then heavy imports, then data, then the model; the run
+directory is made only when all of that has worked.
+"""
 
+import json
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apo_lora.errors import DataError, RunDirError, UserError
+from apo_lora.environment import environment, installed
+from apo_lora.errors import DataError, ModelError, RunDirError, UserError
+from apo_lora.model_card import model_card
+from apo_lora.quiet import quiet_libraries
 from apo_lora.recipe import Recipe, load_recipe
 from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_json
+from apo_lora.summary import closing_words
+
+if TYPE_CHECKING:
+    from apo_lora.data import Example, Loaded
 
 # Keys that may differ when a run is continued: they change how long it goes on or what is shown, not what it computes.
-FREE_ON_RESUME = ("train.max_steps", "train.epochs", "train.save_steps", "train.keep_checkpoints", "train.evaluate",
-                  "output.", "data.eval", "data.general", "grpo.completions_per_pass")  # fmt: skip
+FREE_ON_RESUME = (
+    "train.max_steps", "train.epochs", "train.save_steps", "train.keep_checkpoints", "train.evaluate", "output.",
+)  # fmt: skip
 
 
 def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_run: bool = False) -> RunDir:
@@ -21,114 +32,81 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     Raises UserError for everything a user can mend, before anything is written where that is possible.
     """
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
+    recipe = recipe.in_run_dir(run_dir.path)
     checkpoint = _checkpoint(run_dir, recipe, resume)
     _check_trackers(recipe)
 
     quiet_libraries()
     say("Loading libraries ...")
-    from apo_lora.data import drop_long_prompts, load_examples, prompt_dataset
+    import torch
+
     from apo_lora.model import choose_engine, load_policy, load_processor, needs_gpu
+
+    if (problem := needs_gpu(recipe.model)) and not dry_run:
+        raise ModelError(problem)
+    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
+        import unsloth  # noqa: F401  before trl is imported: it rewrites the trainer
+    from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
+    from apo_lora.data import prompt_dataset
+    from apo_lora.evaluate import evaluate
+    from apo_lora.plots import write_plots
     from apo_lora.reward_functions import reward_functions
+    from apo_lora.rollout_record import rollout_writer
+    from apo_lora.trainer import APOTrainer
+    from apo_lora.trainer_config import grpo_config
     from apo_lora.verifier import Verifier
 
-    if problem := needs_gpu(recipe.model):
-        raise UserError(problem)
-    data, seed = recipe.data, recipe.train.seed
-    processor = load_processor(recipe.model, data)
-    loaded = drop_long_prompts(load_examples(data.train, data, split=data.split, limit=data.limit, seed=seed), processor, data)
+    processor = load_processor(recipe.model, recipe.data)
+    loaded, held_out = _load_data(recipe, processor)
     say(loaded.summary())
-    if len(loaded.examples) < recipe.prompts_per_rollout:
-        raise DataError(
-            f"data.train: {len(loaded.examples)} usable rows, and one rollout takes {recipe.prompts_per_rollout}; "
-            "lower grpo.prompts_per_step or add data"
-        )
-    held_out = {
-        title: drop_long_prompts(
-            load_examples(spec, data, split=data.eval_split, limit=data.eval_limit, seed=seed), processor, data
-        ).examples
-        for title, spec in (("reasoning", data.eval), ("general", data.general))
-        if spec and recipe.train.evaluate
-    }
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
         rewards = reward_functions(recipe.rewards, verifier)
         if dry_run:
-            say(recipe.to_yaml() + f"\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
+            say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
-
-        import torch
-
-        if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
-            import unsloth  # noqa: F401  before trl: it rewrites the trainer
-        from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
-        from apo_lora.environment import environment
-        from apo_lora.evaluate import evaluate
-        from apo_lora.rollout_record import rollout_writer
-        from apo_lora.trainer import APOTrainer
-        from apo_lora.trainer_config import grpo_config
-
-        policy = load_policy(recipe.model, recipe.lora, data, seed=seed)
+        policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
         say(policy.summary)
         say(_plan(recipe, len(loaded.examples)))
+        _open_run(run_dir, recipe, checkpoint)
 
-        if checkpoint is None:
-            run_dir.create()
-            write_atomically(run_dir.recipe, recipe.to_yaml())
-        else:
-            for unfinished in run_dir.remove_unfinished_checkpoints():
-                say(f"{unfinished.name} was unfinished and is left out.")
-            run_dir.rewind(checkpoint_step(checkpoint))
-            say(f"Continuing from {checkpoint}.")
-        write_json(run_dir.environment, environment())
-
-        def measure(when: str) -> dict[str, Any]:
-            return {
+        def measure(when: str) -> None:
+            evaluation[when] = {
                 title: evaluate(policy, examples, recipe, verifier.score, title=f"{when}: {title}")
                 for title, examples in held_out.items()
             }
-
-        evaluation = _read_evaluation(run_dir) if checkpoint else {}
-        if "before" not in evaluation and checkpoint is None:
-            evaluation["before"] = measure("before")
             write_json(run_dir.evaluation, evaluation)
 
+        evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
+        if checkpoint is None:
+            measure("before")
         stop = OrderlyStop(recipe.steps_per_rollout)
         trainer = APOTrainer(
             recipe=recipe,
             run_dir=run_dir,
             record_rollout=rollout_writer(run_dir, loaded.examples) if recipe.output.log_completions else None,
+            more_figures=lambda: {"verifier_timeouts": verifier.timeouts, "verifier_crashes": verifier.crashes},
             model=policy.model,
             processing_class=policy.processor,
             args=grpo_config(recipe, policy, run_dir.checkpoints),
-            train_dataset=prompt_dataset(loaded.examples, data),
+            train_dataset=prompt_dataset(loaded.examples, recipe.data),
             reward_funcs=rewards,
             callbacks=[MetricsWriter(run_dir), Screen(recipe.output.logging_steps), stop],
         )
-        use_own_screen(trainer)
         started = time.perf_counter()
         with stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - started
+        seconds, steps = time.perf_counter() - started, trainer.state.global_step
 
         _save_adapter(policy.model, run_dir)
-        stopped = stop.requested or trainer.nonfinite_guard.gave_up
-        if not stopped:
-            evaluation["after"] = measure("after")
-            write_json(run_dir.evaluation, evaluation)
-        verifier_counts = {"timeouts": verifier.timeouts, "crashes": verifier.crashes}
-    _finish(recipe, run_dir, policy, evaluation, recipe_name, seconds, trainer.state.global_step, verifier_counts)
-    if trainer.nonfinite_guard.gave_up:
-        raise trainer.nonfinite_guard.stopped(trainer.state.global_step)
-    return run_dir
-
-
-def _finish(recipe, run_dir, policy, evaluation, recipe_name, seconds, steps, verifier_counts) -> None:
-    from apo_lora.model_card import model_card
-    from apo_lora.plots import write_plots
-    from apo_lora.summary import closing_words
-
+        if not (stop.requested or trainer.nonfinite_guard.gave_up):
+            measure("after")
+        troubles = trainer.more_figures() | {"steps skipped as not finite": trainer.nonfinite_guard.skipped}
     plots = write_plots(run_dir)
     write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, steps))
-    say(closing_words(recipe_name, run_dir, evaluation, plots, seconds, steps, verifier_counts))
+    say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
+    if trainer.nonfinite_guard.gave_up:
+        raise trainer.nonfinite_guard.stopped(steps)
+    return run_dir
 
 
 def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | None:
@@ -137,8 +115,7 @@ def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | N
         run_dir.refuse_existing()
         return None
     checkpoint = run_dir.checkpoint_to_resume(resume)
-    before = load_recipe(run_dir.recipe).model_dump()
-    after = recipe.model_dump()
+    before, after = load_recipe(run_dir.recipe).model_dump(), recipe.model_dump()
     changed = [
         f"{section}.{key}: {before[section][key]!r} there, {value!r} now"
         for section, keys in after.items()
@@ -155,32 +132,54 @@ def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | N
 
 
 def _check_trackers(recipe: Recipe) -> None:
-    from apo_lora.environment import installed
-
     missing = [name for name in recipe.output.report_to if installed(name) is None]
     if missing:
         raise UserError(*(f"output.report_to: {name} is not installed; pip install {name}" for name in missing))
 
 
+def _load_data(recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
+    """Training rows, and what is measured before and after, by title."""
+    from apo_lora.data import drop_long_prompts, load_examples
+
+    data = recipe.data
+
+    def load(spec: str, split: str, limit: int | None) -> "Loaded":
+        rows = load_examples(spec, data, split=split, limit=limit, seed=recipe.train.seed)
+        return drop_long_prompts(rows, processor, data)
+
+    loaded = load(data.train, data.split, data.limit)
+    if len(loaded.examples) < recipe.prompts_per_rollout:
+        raise DataError(
+            f"data.train: {len(loaded.examples)} usable rows, and one rollout takes {recipe.prompts_per_rollout}; "
+            "lower grpo.prompts_per_step or add data"
+        )
+    titles = {"reasoning": data.eval, "general": data.general} if recipe.train.evaluate else {}
+    return loaded, {
+        title: load(spec, data.eval_split, data.eval_limit).examples for title, spec in titles.items() if spec
+    }
+
+
 def _plan(recipe: Recipe, num_prompts: int) -> str:
     grpo = recipe.grpo
-    steps = recipe.train.max_steps or int(
-        num_prompts // recipe.prompts_per_rollout * recipe.steps_per_rollout * recipe.train.epochs
-    )
-    apo = recipe.apo
-    method = " + ".join(
-        ["GRPO", *(["DADS"] if apo.dads else []), *(["STCR"] if apo.stcr else [])]
-    )
+    epoch_steps = num_prompts // recipe.prompts_per_rollout * recipe.steps_per_rollout
+    steps = recipe.train.max_steps or int(epoch_steps * recipe.train.epochs)
     return (
-        f"{method}: {steps} steps of {grpo.prompts_per_step} prompts x {grpo.num_generations} completions, "
+        f"{recipe.method}: {steps} steps of {grpo.prompts_per_step} prompts x {grpo.num_generations} completions, "
         f"{grpo.completions_per_pass} per pass, at most {grpo.max_completion_length} tokens each"
     )
 
 
-def _read_evaluation(run_dir: RunDir) -> dict[str, Any]:
-    import json
-
-    return json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
+def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None) -> None:
+    """Makes the run directory, or takes its record back to the checkpoint."""
+    if checkpoint is None:
+        run_dir.create()
+    else:
+        for unfinished in run_dir.remove_unfinished_checkpoints():
+            say(f"{unfinished.name} was unfinished and is left out.")
+        run_dir.rewind(checkpoint_step(checkpoint))
+        say(f"Continuing from {checkpoint}.")
+    write_atomically(run_dir.recipe, recipe.to_yaml())
+    write_json(run_dir.environment, environment())
 
 
 def _save_adapter(model: Any, run_dir: RunDir) -> None:
@@ -191,26 +190,6 @@ def _save_adapter(model: Any, run_dir: RunDir) -> None:
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the card of the run says more
     shutil.rmtree(run_dir.adapter, ignore_errors=True)
     temporary.rename(run_dir.adapter)
-
-
-def use_own_screen(trainer: Any) -> None:
-    """The Trainer's own printers of dicts go; ours says the same in words."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-
-
-def quiet_libraries() -> None:
-    """Upstream notices that a user can do nothing about; errors still show."""
-    import os
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\b")
 
 
 def say(text: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
@@ -58,16 +58,21 @@ class APOTrainer(GRPOTrainer):
         recipe: Recipe,
         run_dir: RunDir,
         record_rollout: Callable[[int, Rollout, Tensor, Tensor, Credit], None] | None = None,
+        more_figures: Callable[[], dict[str, float]] = dict,
         **trainer_arguments: Any,
     ):
-        """`record_rollout(step, rollout, rewards_NG, correct_NG, credit)` is called once per rollout."""
+        """`record_rollout(step, rollout, rewards_NG, correct_NG, credit)` is called once per rollout, and
+        `more_figures()` once per optimizer step."""
         super().__init__(**trainer_arguments)
+        for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; callbacks.Screen has words
+            self.remove_callback(upstream_screen)
         if self.accelerator.num_processes > 1:
             # The scoring pass calls the inner model, around the wrapper that would average gradients.
             raise ModelError("several processes: this version trains on one; make a single GPU visible, no torchrun")
         self.recipe = recipe
         self.run_dir = run_dir
         self.record_rollout = record_rollout
+        self.more_figures = more_figures
         self.correct_column = recipe.rewards.functions.index(recipe.rewards.correct_by)
         self.nonfinite_guard = NonFiniteGuard(self.model, recipe.train.max_nonfinite_steps)
         self.add_callback(self.nonfinite_guard)
@@ -216,6 +221,7 @@ class APOTrainer(GRPOTrainer):
                 "learning_rate": logs["learning_rate"],
                 "epoch": logs.get("epoch"),
                 "skipped_nonfinite_steps": self.nonfinite_guard.skipped,
+                **self.more_figures(),
                 **self._step_cost(),
             }
             self._start_step()

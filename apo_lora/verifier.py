@@ -20,9 +20,9 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from apo_lora.answer_match import MathQuestion
+from apo_lora.answers.match import MathQuestion
+from apo_lora.answers.mathematics import math_equal
 from apo_lora.errors import RewardError
-from apo_lora.math_compare import math_equal
 from apo_lora.rewards import quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more

@@ -21,15 +21,15 @@ def test_advantages_use_the_unbiased_deviation():
     # mean 0.5; squared deviations sum to 1; unbiased variance 1/3, deviation 1/sqrt(3)
     advantages = group_advantages(tensor([1.0, 0.0, 0.0, 1.0]))
     root3_by_2 = math.sqrt(3) / 2
-    torch.testing.assert_close(advantages, tensor([root3_by_2, -root3_by_2, -root3_by_2, root3_by_2]), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        advantages, tensor([root3_by_2, -root3_by_2, -root3_by_2, root3_by_2]), rtol=1e-8, atol=0
+    )
 
 
 def test_advantages_of_two_generations():
     # mean 0.75, deviations +-0.75, unbiased deviation 0.75 * sqrt(2)
     root_half = 1 / math.sqrt(2)
-    torch.testing.assert_close(
-        group_advantages(tensor([1.5, 0.0])), tensor([root_half, -root_half]), rtol=1e-8, atol=0
-    )
+    torch.testing.assert_close(group_advantages(tensor([1.5, 0.0])), tensor([root_half, -root_half]), rtol=1e-8, atol=0)
 
 
 def test_advantages_see_their_own_group_only():
@@ -116,7 +116,11 @@ def test_stcr_needs_a_right_answer_to_compare_with():
 
 
 def test_credit_of_one_mixed_group():
-    rewards, correct, lengths = tensor([1.5, 0.5, 0.0, 0.0]), tensor([1.0, 0.0, 0.0, 0.0]), tensor([20.0, 20.0, 20.0, 30.0])
+    rewards, correct, lengths = (
+        tensor([1.5, 0.5, 0.0, 0.0]),
+        tensor([1.0, 0.0, 0.0, 0.0]),
+        tensor([20.0, 20.0, 20.0, 30.0]),
+    )
     credit = assign_credit(rewards, correct, lengths, stcr_base=1.1)
     # mean 0.5; deviations 1, 0, -0.5, -0.5; unbiased variance 1.5 / 3 = 0.5
     scale = math.sqrt(2)

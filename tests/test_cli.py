@@ -10,7 +10,9 @@ from apo_lora.cli import main
 
 
 def run_cli(*arguments, cwd=None, module="apo_lora.cli"):
-    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])

@@ -11,7 +11,7 @@ import pytest
 from hostile_cases import HOSTILE
 from reward_cases import ONE_TO_FOUR, RIGHT, ROOTS, SHAPES, WHOLE, WRONG
 
-from apo_lora.answer_match import MathQuestion
+from apo_lora.answers.match import MathQuestion
 from apo_lora.check_rewards import check_rows, gold_in_other_dress, wrong_answer
 from apo_lora.errors import RewardError
 from apo_lora.reward_plugins import load_reward

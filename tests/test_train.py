@@ -28,7 +28,16 @@ def train(path, *overrides, recipe="tiny_cpu.yaml", resume=None):
 
 
 def command(path, *overrides):
-    return [sys.executable, "-m", "apo_lora.train", "--recipe", "tiny_cpu.yaml", *SMALL, *overrides, f"output.dir={path}"]
+    return [
+        sys.executable,
+        "-m",
+        "apo_lora.train",
+        "--recipe",
+        "tiny_cpu.yaml",
+        *SMALL,
+        *overrides,
+        f"output.dir={path}",
+    ]
 
 
 def adapter_weights(run: RunDir):
@@ -199,7 +208,8 @@ def test_ctrl_c_saves_and_resumes(finished_run, tmp_path):
 def test_real_puzzles_train_end_to_end(shared_data, tmp_path):
     run = RunDir(tmp_path / "run")
     code = train(
-        run.path, f"data.train={shared_data / 'puzzlevqa'}", f"data.eval={shared_data / 'puzzlevqa'}", "data.general=null",
+        run.path,
+        f"data.train={shared_data / 'puzzlevqa'}", f"data.eval={shared_data / 'puzzlevqa'}", "data.general=null",
         "data.max_pixels=50176", "train.max_steps=3", "rewards.functions=[accuracy,format]",
         "data.instruction='Answer inside <answer> </answer>.'",
     )  # fmt: skip

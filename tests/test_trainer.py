@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from apo_lora.data import load_examples, prompt_dataset
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir
-from transformers import TrainerCallback
 
 SMALL = {
     "data": {"train": "boards", "limit": 16},
     "grpo": {
-        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 64, "beta": 0.1,
+        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 64,
+        "beta": 0.1,
     },
     "apo": {"dads": "complement_exp", "stcr": 1.05},
     "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
@@ -74,19 +75,18 @@ class KeepGradients(TrainerCallback):
 
 
 def test_any_micro_batch_split_gives_the_same_adapter(make_trainer):
-    """One optimizer step on one rollout, 8 x 1, 1 x 8 and 2 x 4, with DADS weights and STCR factors away from 1."""
+    """The same rollouts in passes of 16, 1 and 4, with DADS weights and STCR factors away from 1."""
     results = []
-    for completions_per_pass in (8, 1, 2):
-        trainer = make_trainer(recipe_of(grpo={"completions_per_pass": completions_per_pass}, train={"max_steps": 2}))
-        keep = KeepGradients()
-        trainer.add_callback(keep)
+    for completions_per_pass in (16, 1, 4):
+        grpo = {"num_generations": 8, "completions_per_pass": completions_per_pass}
+        trainer = make_trainer(recipe_of(grpo=grpo))
         fresh = adapter(trainer)
         trainer.train()
-        results.append((keep.gradient, adapter(trainer), logged(trainer)))
-    gradient, trained, (first, second) = results[0]
+        results.append((adapter(trainer), logged(trainer)))
+    trained, (first, _) = results[0]
     assert largest_difference(fresh, trained) > 1e-3
     assert first["dads_weight_positives"] < 0.99 and first["stcr_multiplier"] > 1.01
-    for other_gradient, other, figures in results[1:]:
+    for other, figures in results[1:]:
         assert figures[0]["reward"] == first["reward"] and figures[0]["length"] == first["length"]  # the same rollout
         for name in ("policy_loss", "kl", "grad_norm", "entropy"):
             assert figures[0][name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name

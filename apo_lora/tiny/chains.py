@@ -32,13 +32,13 @@ class Habits:
     """How the taught chains behave."""
 
     openings: tuple[str, ...] = OPENINGS
-    recount_shares: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
+    recount_shares: tuple[float, ...] = (0.22, 0.26, 0.26, 0.26)
     """Shares of chains with 0, 1, 2, ... recounts."""
     concise_slips: float = 0.10
     """Probability that a chain without a recount has one wrong count."""
     rambling_slips: float = 0.15
     """The same for the first pass of a chain with recounts."""
-    recount_slips: float = 0.65
+    recount_slips: float = 0.70
     """Probability that one recount is wrong."""
     general_slips: float = 0.08
     """Share of the general task's answers that are wrong, so that there is something to lose and something to gain."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from apo_lora.answer_text import FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
-from apo_lora.math_compare import is_safe_math, math_equal
-from apo_lora.numbers_text import Number, parse_number, same_number, strip_unit
+from apo_lora.answers.mathematics import is_safe_math, math_equal
+from apo_lora.answers.numbers import Number, parse_number, same_number, strip_unit
+from apo_lora.answers.text import FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _same_value(text: str, gold_text: str) -> bool | None:
 
 
 def _same_ratio(text: str, gold_text: str) -> bool | None:
-    """"2:3" equals "2 : 3" and, in lowest terms only, 2/3 (10:30 is a time, not a third)."""
+    """ "2:3" equals "2 : 3" and, in lowest terms only, 2/3 (10:30 is a time, not a third)."""
     ratio = r"(?:ratio\s+)?(\d{1,9})\s*(?::|to)\s*(\d{1,9})"
     a, b = re.fullmatch(ratio, text), re.fullmatch(ratio, gold_text)
     if a and b:
