@@ -1,0 +1,31 @@
+"""The wheel carries the recipes and the embedded base, and works away from the checkout."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+
+
+@pytest.mark.slow
+def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
+    source = tmp_path / "source"  # a build leaves litter beside pyproject.toml
+    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(source)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, str(source)], check=True)
+    code = (
+        "import apo_lora.recipe as r, apo_lora.tiny as t, json\n"
+        f"assert t.__file__.startswith({str(tmp_path)!r}), t.__file__\n"
+        "r.load_recipe(r.find_recipe('tiny_cpu.yaml'))\n"
+        "assert (t.BASE_DIR / 'model.safetensors').is_file()\n"
+        "print(sorted(r.shipped_recipes()))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "single_gpu" in finished.stdout

@@ -1,0 +1,50 @@
+"""What the README tells people to type is there."""
+
+import re
+
+import pytest
+from conftest import PROJECT
+
+from apo_lora.cli import build_parser
+from apo_lora.recipe import find_recipe, load_recipe, shipped_recipes
+
+README = (PROJECT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:apo-lora|python -m apo_lora\.train|make) .*?(?=\s{2,}#|$)", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")])
+def test_every_command_parses(command):
+    import shlex
+
+    words = shlex.split(command.replace("python -m apo_lora.train", "apo-lora train"))[1:]
+    options = build_parser().parse_args(words)
+    if getattr(options, "recipe", None):
+        load_recipe(find_recipe(options.recipe), options.overrides)
+
+
+def test_the_make_targets_exist():
+    targets = {c.split()[1] for c in COMMANDS if c.startswith("make")}
+    assert targets == {"train", "test"}
+    makefile = (PROJECT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_every_recipe_is_in_the_table():
+    assert not [name for name in shipped_recipes() if f"`{name}.yaml`" not in README]
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if not link.startswith("http") and not (PROJECT / link).exists()]
+    assert links and not missing
+
+
+def test_the_pinned_set_pins_what_the_project_needs():
+    import tomllib
+
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=]", name)[0].lower().replace("_", "-") for name in project["dependencies"]}
+    lines = (PROJECT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    assert needed <= pinned
+    assert {"unsloth", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "xformers"} <= needed
