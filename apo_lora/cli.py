@@ -3,7 +3,8 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from apo_lora import __version__
 from apo_lora.errors import UserError
@@ -22,30 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"apo-lora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_OneLineParser)
-
-    train = verbs.add_parser("train", help="train an adapter by a recipe")
-    _add_recipe(train)
-    train.add_argument(
-        "--resume", metavar="auto|PATH", help="continue the run: its last whole checkpoint, or the one at PATH"
-    )
-    train.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
-
-    recipes = verbs.add_parser("recipes", help="list the shipped recipes, or show one")
-    recipes.add_argument("name", nargs="?", help="recipe to print")
-    recipes.add_argument("--keys", action="store_true", help="every key with its type, default and meaning")
-
-    check_data = verbs.add_parser("check-data", help="report on the recipe's data: rows, answers, images, tokens")
-    _add_recipe(check_data)
-    check_rewards = verbs.add_parser(
-        "check-rewards", help="prove on the recipe's data that right answers are rewarded and wrong ones are not"
-    )
-    _add_recipe(check_rewards)
+    for name, verb in VERBS.items():
+        of_verb = verbs.add_parser(name, help=verb.help, description=verb.help)
+        for add in verb.arguments:
+            add(of_verb)
     return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.max_steps=10")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,25 +35,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = build_parser()
     # The parser's own words for an unknown verb list all of them; the nearest one is more help.
-    verbs = ("train", "recipes", "check-data", "check-rewards")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
-        near = difflib.get_close_matches(arguments[0], verbs, n=1)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        near = difflib.get_close_matches(arguments[0], VERBS, n=1)
         parser.error(f"no verb {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
     options = parser.parse_args(arguments)
-    run = {
-        "train": _train,
-        "recipes": _recipes,
-        "check-data": _check_data,
-        "check-rewards": _check_rewards,
-    }[options.verb]
     try:
-        return run(options)
+        return VERBS[options.verb].run(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped. What was saved is kept; continue with --resume auto.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `apo-lora recipes --keys | head`
+        sys.stderr.close()
+        return 0
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _with_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.max_steps=10")
+
+
+def _with_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue the run: its last whole checkpoint, or the one at PATH"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
+
+
+def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="recipe to print")
+    parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
 
 
 def _recipe_of(options: argparse.Namespace):
@@ -132,6 +133,34 @@ def _check_rewards(options: argparse.Namespace) -> int:
         checks = check_rows(rows, verifier.score)
     print("\n".join([loaded.summary(), *table(checks)]))
     return 0 if all(check.passed == check.checked for check in checks) else 1
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from apo_lora.train import run_preflight
+
+    _, recipe = _recipe_of(options)
+    return 0 if run_preflight(recipe) else 1
+
+
+class Verb(NamedTuple):
+    help: str
+    arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
+    run: Callable[[argparse.Namespace], int]
+
+
+VERBS = {
+    "train": Verb("train an adapter by a recipe", (_with_recipe, _with_training_options), _train),
+    "recipes": Verb("list the shipped recipes, or show one", (_with_recipe_to_show,), _recipes),
+    "check-data": Verb("report on a recipe's data: rows, answers, images, tokens", (_with_recipe,), _check_data),
+    "check-rewards": Verb(
+        "prove on a recipe's data that right answers are rewarded and wrong ones are not",
+        (_with_recipe,),
+        _check_rewards,
+    ),
+    "preflight": Verb(
+        "check image, reference and sampling, and whether the largest example fits", (_with_recipe,), _preflight
+    ),
+}
 
 
 if __name__ == "__main__":

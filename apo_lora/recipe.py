@@ -161,6 +161,8 @@ class TrainSection(Section):
     """Older valid checkpoints are removed."""
     max_nonfinite_steps: Count = 3
     """Stop after so many optimizer steps in a row with a NaN or infinite gradient; each is skipped and counted."""
+    preflight: bool = True
+    """Before step 1, check image, reference and sampling, and find out whether the largest example fits."""
     evaluate: bool = True
     """Measure `data.eval` and `data.general` before and after."""
 

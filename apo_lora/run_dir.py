@@ -2,7 +2,8 @@
 
     recipe.yaml        the resolved recipe               metrics.jsonl      one line per optimizer step
     environment.json   versions and device               completions.jsonl  one line per sampled completion
-    eval.json          before and after                  images/            pictures of the completions' prompts
+    preflight.json     what was checked before step 1    images/            pictures of the completions' prompts
+    eval.json          before and after
     adapter/           the result, in PEFT's format      plots/             PNG
     checkpoints/       checkpoint-STEP folders           README.md          model card
 
@@ -31,6 +32,7 @@ class RunDir:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.environment = self.path / "environment.json"
+        self.preflight = self.path / "preflight.json"
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions.jsonl"
         self.evaluation = self.path / "eval.json"

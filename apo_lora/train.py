@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from apo_lora.summary import closing_words
 
 if TYPE_CHECKING:
     from apo_lora.data import Example, Loaded
+    from apo_lora.preflight import Check
 
 # Keys that may differ when a run is continued: they change how long it goes on or what is shown, not what it computes.
 FREE_ON_RESUME = (
-    "train.max_steps", "train.epochs", "train.save_steps", "train.keep_checkpoints", "train.evaluate", "output.",
+    "train.max_steps", "train.epochs", "train.save_steps", "train.keep_checkpoints", "train.evaluate",
+    "train.preflight", "output.",
 )  # fmt: skip
 
 
@@ -50,6 +53,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.data import prompt_dataset
     from apo_lora.evaluate import evaluate
     from apo_lora.plots import write_plots
+    from apo_lora.preflight import preflight
     from apo_lora.reward_functions import reward_functions
     from apo_lora.rollout_record import rollout_writer
     from apo_lora.trainer import APOTrainer
@@ -67,7 +71,15 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
         say(policy.summary)
         say(_plan(recipe, len(loaded.examples)))
-        _open_run(run_dir, recipe, checkpoint)
+        given = recipe
+        if recipe.train.preflight:
+            checks, recipe = preflight(policy, loaded.examples, recipe)
+            failed = report_checks(checks)
+            if failed:
+                raise ModelError(*failed)
+        _open_run(run_dir, given, checkpoint)
+        if recipe.train.preflight:
+            write_json(run_dir.preflight, [asdict(check) for check in checks])
 
         def measure(when: str) -> None:
             evaluation[when] = {
@@ -180,6 +192,33 @@ def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None) -> None:
         say(f"Continuing from {checkpoint}.")
     write_atomically(run_dir.recipe, recipe.to_yaml())
     write_json(run_dir.environment, environment())
+
+
+def run_preflight(recipe: Recipe) -> bool:
+    """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
+    quiet_libraries()
+    import torch
+
+    from apo_lora.model import choose_engine, load_policy, load_processor, needs_gpu
+
+    if problem := needs_gpu(recipe.model):
+        raise ModelError(problem)
+    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
+        import unsloth  # noqa: F401
+    from apo_lora.preflight import preflight
+
+    loaded, _ = _load_data(recipe, load_processor(recipe.model, recipe.data))
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
+    say(policy.summary)
+    checks, _ = preflight(policy, loaded.examples, recipe)
+    return not report_checks(checks)
+
+
+def report_checks(checks: list["Check"]) -> list[str]:
+    """Prints one line per check. Returns the lines of those that failed."""
+    for check in checks:
+        say(check.line())
+    return [check.line() for check in checks if not check.ok]
 
 
 def _save_adapter(model: Any, run_dir: RunDir) -> None:

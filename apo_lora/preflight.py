@@ -1,0 +1,249 @@
+"""Before step 1: does the policy see its images, is the reference the base, does scoring agree with sampling, and does
+the largest example fit in memory?
+
+Each of these has cost somebody a night: a scoring pass that silently lost the image, a reference that was not the base,
+generation without its cache, an out-of-memory at step 120.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apo_lora.data import Example, prompt_lengths
+from apo_lora.memory import peak_memory, reset_peak_memory
+from apo_lora.model import Policy, limit_image_size, reference_mode
+from apo_lora.recipe import Recipe
+from apo_lora.sampling import generating, generation_options, prompt_inputs
+from apo_lora.scoring import token_logps
+
+MIN_PIXELS = 64 * 28 * 28
+"""Images are never shrunk below 64 tokens on our own account: much smaller, and nothing can be read in them."""
+
+PROBE_TOKENS = 16
+PROBE_EXAMPLES = 4
+
+# Mean difference, in nats per token, between a token's log-prob while sampling and when scored. In 16 bits the two
+# passes round differently (other batch shapes, other kernels); over this they are not the same policy.
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name}: {self.found}" + ("" if self.ok else f"; {self.remedy}")
+
+
+def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Check], Recipe]:
+    """The checks, and the recipe with which the largest example fits (the same one where it fits as it stands).
+
+    Leaves weights, gradients and random state as they were.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.train.seed)
+        batch, sampled_logps, input_lengths = _sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
+        checks = [
+            check_cache(input_lengths),
+            check_agreement(policy, batch, sampled_logps, recipe),
+            check_reference(policy, batch),
+            *([check_image(policy, batch)] if batch.get("pixel_values") is not None else []),
+        ]
+        memory, recipe = fit_largest(policy, examples, recipe)
+    return [*checks, memory], recipe
+
+
+# --- sampling against scoring ----------------------------------------------------------------------------------------
+
+
+def _sample_probe(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[dict, Tensor, list[int]]:
+    """A batch of short sampled completions, their log-probs while sampling (B, T), and the length of every forward."""
+    inputs = prompt_inputs(policy, examples, recipe)
+    with _watched_lengths(policy.model) as lengths, generating(policy.model), torch.no_grad():
+        output = policy.model.generate(
+            **inputs,
+            **generation_options(policy, recipe) | {"max_new_tokens": PROBE_TOKENS, "min_new_tokens": PROBE_TOKENS},
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    completion_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    logits_BTV = torch.stack(output.logits, dim=1).float() / recipe.grpo.temperature
+    logps = torch.log_softmax(logits_BTV, dim=-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
+    return as_batch(inputs, completion_ids, examples), logps, lengths
+
+
+def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequence[Example]) -> dict[str, Any]:
+    """The shape in which TRL hands batches around, which scoring reads."""
+    return {
+        "prompt_ids": inputs["input_ids"],
+        "prompt_mask": inputs["attention_mask"],
+        "completion_ids": completion_ids,
+        "completion_mask": torch.ones_like(completion_ids),
+        "pixel_values": inputs.get("pixel_values"),
+        "image_grid_thw": inputs.get("image_grid_thw"),
+        "mm_token_type_ids": inputs.get("mm_token_type_ids"),
+        "num_images": [len(e.images) for e in examples],
+    }
+
+
+def check_cache(input_lengths: Sequence[int]) -> Check:
+    """After the prompt, every forward pass of generation must see one token."""
+    after_prompt = list(input_lengths[1:])
+    return Check(
+        "generation uses its cache",
+        bool(after_prompt) and all(length == 1 for length in after_prompt),
+        f"{len(input_lengths)} forward passes, the longest after the prompt {max(after_prompt, default=0)} tokens",
+        "generation would be minutes in place of seconds; set use_cache in the model's generation_config.json",
+    )
+
+
+def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: Recipe) -> Check:
+    with torch.no_grad():
+        scored, _ = token_logps(policy.model, batch, temperature=recipe.grpo.temperature)
+    difference, limit = (scored - sampled_logps).abs().mean().item(), AGREEMENT[policy.dtype]
+    return Check(
+        "scoring agrees with sampling",
+        difference <= limit,
+        f"{difference:.1e} nats per token on average, at most {limit:.0e}",
+        "the policy that is trained is not the one that samples; report this with `pip freeze`",
+    )
+
+
+def check_reference(policy: Policy, batch: dict) -> Check:
+    with torch.no_grad():
+        fresh, _ = token_logps(policy.model, batch)
+    with reference_mode(policy.model):
+        reference, _ = token_logps(policy.model, batch)
+    difference = (fresh - reference).abs().max().item()
+    return Check(
+        "the fresh adapter is the base",
+        difference == 0,
+        f"KL to the reference starts at {'0' if difference == 0 else f'over 0 ({difference:.1e} nats)'}",
+        "switching the adapters off does not give the base; is lora.dropout 0, and the peft version the tested one?",
+    )
+
+
+def check_image(policy: Policy, batch: dict) -> Check:
+    """log p(completion | image) must differ from log p(completion | blank image)."""
+    blank = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}
+    with torch.no_grad():
+        difference = token_logps(policy.model, batch)[0] - token_logps(policy.model, blank)[0]
+    found = difference.abs().max().item()
+    return Check(
+        "scoring sees the image",
+        found > 1e-4,
+        f"a blank image changes log-probs by up to {found:.2g} nats",
+        "the image does not reach the model; look at the data with `apo-lora check-data`",
+    )
+
+
+@contextmanager
+def _watched_lengths(model: nn.Module) -> Iterator[list[int]]:
+    """The sequence length of every forward pass of the language model."""
+    lengths: list[int] = []
+    language_model = model.get_base_model().model.language_model
+    handle = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        yield lengths
+    finally:
+        handle.remove()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def fit_largest(
+    policy: Policy,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    run_pass: Callable[[Policy, Example, Recipe], None] | None = None,
+) -> tuple[Check, Recipe]:
+    """Walks down the ladder until a forward and backward pass of the longest prompt fits. Never raises for memory."""
+    run_pass = run_pass or forward_and_backward
+    given, steps = recipe, []
+    while True:
+        limit_image_size(policy.processor, recipe.data)
+        lengths = prompt_lengths(examples, policy.processor, recipe.data)
+        longest = max(range(len(examples)), key=lengths.__getitem__)
+        reset_peak_memory()
+        try:
+            run_pass(policy, examples[longest], recipe)
+        except torch.OutOfMemoryError:
+            lower = next_rung(recipe)
+            if lower is None:
+                return _does_not_fit(examples[longest]), given
+            steps.append(ladder_step(recipe, lower))
+            recipe = lower
+            continue
+        found = (
+            f"row {examples[longest].row} ({lengths[longest]:,} prompt tokens) with "
+            f"{recipe.grpo.completions_per_pass} x {recipe.grpo.max_completion_length:,} completion tokens, "
+            f"peak {peak_memory() / 2**30:.2f} GiB"
+        )
+        return Check("the largest example fits", True, "; ".join([*steps, found])), recipe
+
+
+def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> None:
+    """One training pass of the example at full completion length; gradients are dropped again."""
+    rows = [example] * recipe.grpo.completions_per_pass
+    inputs = prompt_inputs(policy, rows, recipe)
+    shape = (len(rows), recipe.grpo.max_completion_length)
+    # Any ordinary token does: memory and time do not depend on which. The end token is one, and no vision token.
+    completion_ids = torch.full(shape, policy.processor.tokenizer.eos_token_id, device=policy.model.device)
+    was_training = policy.model.training
+    try:
+        policy.model.train()
+        logps, entropies = token_logps(policy.model, as_batch(inputs, completion_ids, rows))
+        (logps.mean() + 0.0 * entropies.mean()).backward()
+    finally:
+        policy.model.train(was_training)
+        policy.model.zero_grad(set_to_none=True)
+
+
+def next_rung(recipe: Recipe) -> Recipe | None:
+    """The next cheaper recipe: completions per pass (same result), then image size, then generations per prompt."""
+    grpo, data = recipe.grpo, recipe.data
+    if grpo.completions_per_pass > 1:
+        smaller = max(d for d in range(1, grpo.completions_per_pass // 2 + 1) if recipe.completions_per_step % d == 0)
+        return recipe.model_copy(update={"grpo": grpo.model_copy(update={"completions_per_pass": smaller})})
+    if (data.max_pixels or 2 * MIN_PIXELS) > MIN_PIXELS:
+        # Without a limit of its own the processor allows 16,384 image tokens: start below what anybody has memory for.
+        pixels = max(MIN_PIXELS, (data.max_pixels or 4096 * 28 * 28) // 2)
+        return recipe.model_copy(update={"data": data.model_copy(update={"max_pixels": pixels})})
+    if grpo.num_generations > 2:
+        return recipe.model_copy(
+            update={"grpo": grpo.model_copy(update={"num_generations": max(2, grpo.num_generations // 2)})}
+        )
+    return None
+
+
+LADDER = ("grpo.completions_per_pass", "data.max_pixels", "grpo.num_generations")
+
+
+def ladder_step(before: Recipe, after: Recipe) -> str:
+    changes = []
+    for key in LADDER:
+        section, name = key.split(".")
+        old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
+        if old != new:
+            changes.append(f"{key} {'unlimited' if old is None else old} did not fit, now {new}")
+    return ", ".join(changes)
+
+
+def _does_not_fit(example: Example) -> Check:
+    return Check(
+        "the largest example fits",
+        False,
+        f"row {example.row} does not, even with one completion per pass and the smallest images",
+        "lower grpo.max_completion_length or data.max_prompt_tokens, use model.load_in_4bit and "
+        "model.gradient_checkpointing, or a larger GPU (`apo-lora plan` estimates without one)",
+    )

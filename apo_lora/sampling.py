@@ -1,0 +1,71 @@
+"""Prompts into tensors, tensors into completions: sampling outside the trainer, for evaluation and preflight."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apo_lora.data import Example
+from apo_lora.model import Policy, vision_token_ids
+from apo_lora.recipe import Recipe
+
+
+class Completion(NamedTuple):
+    text: str
+    length: int
+    """Tokens, the end token included."""
+    truncated: bool
+
+
+def prompt_inputs(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> dict[str, Tensor]:
+    """What the processor makes of the examples' prompts, padded on the left, on the model's device."""
+    texts = [
+        policy.processor.apply_chat_template(e.messages(recipe.data), add_generation_prompt=True, tokenize=False)
+        for e in examples
+    ]
+    images = [[image.open() for image in e.images] for e in examples]
+    return policy.processor(
+        text=texts, images=images if any(images) else None, padding=True, padding_side="left", return_tensors="pt"
+    ).to(policy.model.device)
+
+
+def generation_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's way of sampling; vision tokens, which no forward pass could take back in, are never sampled."""
+    return {
+        "do_sample": True,
+        "temperature": recipe.grpo.temperature,
+        "top_p": recipe.grpo.top_p,
+        "top_k": recipe.grpo.top_k,
+        "max_new_tokens": recipe.grpo.max_completion_length,
+        "suppress_tokens": vision_token_ids(policy.processor),
+    }
+
+
+@torch.no_grad()
+def sample(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> list[Completion]:
+    """One completion per example."""
+    inputs = prompt_inputs(policy, examples, recipe)
+    with generating(policy.model):
+        output = policy.model.generate(**inputs, **generation_options(policy, recipe))
+    ends = policy.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    completions = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_until_end(ids, ends, policy.processor) for ids in completions]
+
+
+def _until_end(ids: list[int], ends: list[int], processor: Any) -> Completion:
+    length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return Completion(processor.decode(ids[:length], skip_special_tokens=True), length, ids[length - 1] not in ends)
+
+
+@contextmanager
+def generating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, which also switches gradient checkpointing off and dropout with it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,146 @@
+"""Preflight: each check passes on a sound policy and fails on the fault that it is there for."""
+
+import pytest
+import torch
+
+from apo_lora.data import load_examples
+from apo_lora.preflight import (
+    check_agreement,
+    check_cache,
+    check_image,
+    check_reference,
+    fit_largest,
+    next_rung,
+    preflight,
+)
+from apo_lora.recipe import Recipe
+
+RECIPE = Recipe.model_validate(
+    {
+        "data": {"train": "boards"},
+        "grpo": {"max_completion_length": 32, "prompts_per_step": 2, "num_generations": 4, "completions_per_pass": 8},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples("boards", RECIPE.data, split="train", limit=8).examples
+
+
+def names(checks, ok):
+    return [check.name for check in checks if check.ok is ok]
+
+
+def test_a_sound_policy_passes(tiny_policy, examples):
+    state = torch.get_rng_state()
+    weights = {name: p.clone() for name, p in tiny_policy.model.named_parameters()}
+    checks, recipe = preflight(tiny_policy, examples, RECIPE)
+    assert len(checks) == 5 and not names(checks, ok=False), [check.line() for check in checks]
+    assert recipe == RECIPE
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in tiny_policy.model.named_parameters())
+
+
+def test_a_lost_image_is_found(tiny_policy, make_batch, monkeypatch):
+    batch = make_batch(tiny_policy)
+    assert check_image(tiny_policy, batch).ok
+    inner = tiny_policy.model.get_base_model().model
+    features = inner.get_image_features
+
+    def blind(*args, **kwargs):
+        output = features(*args, **kwargs)
+        output.pooler_output = [torch.zeros_like(part) for part in output.pooler_output]
+        return output
+
+    monkeypatch.setattr(inner, "get_image_features", blind)
+    assert not check_image(tiny_policy, batch).ok
+
+
+def test_a_reference_that_is_not_the_base_is_found(tiny_policy, make_batch, stir_adapter):
+    batch = make_batch(tiny_policy)
+    assert check_reference(tiny_policy, batch).ok
+    stir_adapter(tiny_policy.model)
+    assert not check_reference(tiny_policy, batch).ok
+
+
+def test_scoring_unlike_sampling_is_found(tiny_policy, make_batch):
+    from apo_lora.scoring import token_logps
+
+    batch = make_batch(tiny_policy)
+    batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
+    with torch.no_grad():
+        sampled, _ = token_logps(tiny_policy.model, batch)
+    assert check_agreement(tiny_policy, batch, sampled, RECIPE).ok
+    assert not check_agreement(tiny_policy, batch, sampled + 0.01, RECIPE).ok
+
+
+@pytest.mark.parametrize(("lengths", "ok"), [([50, 1, 1, 1], True), ([50, 51, 52], False), ([50], False)])
+def test_generation_without_its_cache_is_found(lengths, ok):
+    assert check_cache(lengths).ok is ok
+
+
+def test_generation_without_its_cache_is_seen_in_the_model(tiny_policy, examples):
+    tiny_policy.model.generation_config.use_cache = False
+    checks, _ = preflight(tiny_policy, examples, RECIPE)
+    assert names(checks, ok=False) == ["generation uses its cache"]
+
+
+def fits_when(condition):
+    """A pass on a pretended card."""
+    seen = []
+
+    def run_pass(policy, example, recipe):
+        seen.append(recipe)
+        if not condition(recipe):
+            raise torch.OutOfMemoryError("pretended")
+
+    run_pass.seen = seen
+    return run_pass
+
+
+def test_the_ladder_lowers_completions_per_pass_first(tiny_policy, examples):
+    run_pass = fits_when(lambda recipe: recipe.grpo.completions_per_pass <= 2)
+    check, recipe = fit_largest(tiny_policy, examples, RECIPE, run_pass)
+    assert check.ok and recipe.grpo.completions_per_pass == 2
+    assert recipe.grpo.num_generations == 4 and recipe.data.max_pixels is None
+    assert (
+        "grpo.completions_per_pass 8 did not fit, now 4; grpo.completions_per_pass 4 did not fit, now 2" in check.found
+    )
+
+
+def test_then_images_shrink_and_then_groups(tiny_policy, examples):
+    run_pass = fits_when(lambda recipe: recipe.grpo.num_generations == 2)
+    check, recipe = fit_largest(tiny_policy, examples, RECIPE, run_pass)
+    assert check.ok and recipe.grpo.num_generations == 2 and recipe.grpo.completions_per_pass == 1
+    assert recipe.data.max_pixels == 64 * 28 * 28
+    assert tiny_policy.processor.image_processor.size["longest_edge"] == 64 * 28 * 28
+
+
+def test_what_never_fits_is_said_with_what_helps(tiny_policy, examples):
+    check, recipe = fit_largest(tiny_policy, examples, RECIPE, fits_when(lambda recipe: False))
+    assert not check.ok and recipe == RECIPE
+    assert "max_completion_length" in check.line()
+
+
+def test_every_rung_is_a_valid_recipe():
+    recipe, rungs = RECIPE, 0
+    while (lower := next_rung(recipe)) is not None:
+        Recipe.model_validate(lower.model_dump())
+        assert lower.completions_per_step % lower.grpo.completions_per_pass == 0
+        recipe, rungs = lower, rungs + 1
+    assert rungs >= 5
+
+
+def test_the_pass_that_is_measured_is_at_full_length(tiny_policy, examples, monkeypatch):
+    from apo_lora import preflight as module
+
+    shapes = []
+    original = module.token_logps
+    monkeypatch.setattr(
+        module,
+        "token_logps",
+        lambda model, batch, **o: shapes.append(batch["completion_ids"].shape) or original(model, batch),
+    )
+    assert fit_largest(tiny_policy, examples, RECIPE)[0].ok
+    assert shapes == [(8, 32)]
