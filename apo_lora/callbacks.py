@@ -28,17 +28,24 @@ class MetricsWriter(TrainerCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Skips an optimizer step whose gradient is NaN or infinite, counts it, and stops after several in a row."""
+    """Skips an optimizer step whose loss or gradient is not finite, counts it, and stops after several in a row."""
 
     def __init__(self, model: torch.nn.Module, max_in_a_row: int):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
         self.in_a_row = 0
+        self.loss_is_finite = True
+
+    def see_loss(self, loss: torch.Tensor) -> None:
+        """The loss of one micro-batch of the step under way."""
+        self.loss_is_finite = self.loss_is_finite and bool(torch.isfinite(loss))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs: Any):
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        if all(torch.isfinite(norm) for norm in norms):
+        is_finite = self.loss_is_finite and all(torch.isfinite(norm) for norm in norms)
+        self.loss_is_finite = True
+        if is_finite:
             self.in_a_row = 0
             return
         for parameter in self.parameters:

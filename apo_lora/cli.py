@@ -109,10 +109,10 @@ def _check_data(options: argparse.Namespace) -> int:
     from apo_lora.check_data import report
     from apo_lora.data import drop_long_prompts, load_examples
     from apo_lora.model import load_processor
-    from apo_lora.quiet import quiet_libraries
+    from apo_lora.process import prepare_process
 
     _, recipe = _recipe_of(options)
-    quiet_libraries()
+    prepare_process()
     data = recipe.data
     processor = load_processor(recipe.model, data)
     loaded = load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)

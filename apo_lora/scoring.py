@@ -38,7 +38,7 @@ def token_logps(
     """
     parts = [
         _score_rows(model, rows, temperature, logits_bytes)
-        for rows in _row_slices(batch, rows_per_pass or len(batch["prompt_ids"]))
+        for rows in row_slices(batch, rows_per_pass or len(batch["prompt_ids"]))
     ]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
@@ -97,28 +97,29 @@ def _chunk_logps(hidden_KH: Tensor, lm_head: nn.Module, targets_K: Tensor, tempe
     return logps_K, -(log_softmax_KV.exp() * log_softmax_KV).sum(dim=-1)
 
 
-def _row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:
-    """The batch, `rows` sequences at a time, each with the pixels of its own images."""
+def row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:
+    """The batch, `rows` sequences at a time, each with the pixels of its own images. Scalars go along unchanged."""
     total = len(batch["prompt_ids"])
     if rows >= total:
         yield dict(batch)
         return
-    num_images = batch.get("num_images")
-    if batch.get("pixel_values") is not None:
-        patches_per_image = batch["image_grid_thw"].prod(dim=-1).tolist()
+    has_images = batch.get("pixel_values") is not None
+    patches_per_image = batch["image_grid_thw"].prod(dim=-1).tolist() if has_images else []
     image = patch = 0
     for start in range(0, total, rows):
-        part = {
-            key: batch[key][start : start + rows]
-            for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        }
-        if batch.get("pixel_values") is not None:
-            images = sum(num_images[start : start + rows])
+        part = {key: _rows_of(value, start, start + rows) for key, value in batch.items() if key not in _BY_IMAGE}
+        if has_images:
+            images = sum(part["num_images"])
             patches = sum(patches_per_image[image : image + images])
-            part |= {
-                "pixel_values": batch["pixel_values"][patch : patch + patches] if images else None,
-                "image_grid_thw": batch["image_grid_thw"][image : image + images] if images else None,
-                "mm_token_type_ids": batch["mm_token_type_ids"][start : start + rows],
-            }
+            part["pixel_values"] = batch["pixel_values"][patch : patch + patches] if images else None
+            part["image_grid_thw"] = batch["image_grid_thw"][image : image + images] if images else None
             image, patch = image + images, patch + patches
         yield part
+
+
+_BY_IMAGE = ("pixel_values", "image_grid_thw")  # their first dimension counts patches and images, not sequences
+
+
+def _rows_of(value: Any, start: int, stop: int) -> Any:
+    is_scalar = value is None or (isinstance(value, Tensor) and value.ndim == 0)
+    return value if is_scalar else value[start:stop]

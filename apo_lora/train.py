@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from apo_lora.environment import environment, installed
 from apo_lora.errors import DataError, ModelError, RunDirError, UserError
 from apo_lora.model_card import model_card
-from apo_lora.quiet import quiet_libraries
+from apo_lora.process import prepare_process
 from apo_lora.recipe import Recipe, load_recipe
 from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_json
 from apo_lora.summary import closing_words
@@ -39,7 +39,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     checkpoint = _checkpoint(run_dir, recipe, resume)
     _check_trackers(recipe)
 
-    quiet_libraries()
+    prepare_process()
     say("Loading libraries ...")
     import torch
 
@@ -196,7 +196,7 @@ def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None) -> None:
 
 def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
-    quiet_libraries()
+    prepare_process()
     import torch
 
     from apo_lora.model import choose_engine, load_policy, load_processor, needs_gpu

@@ -6,34 +6,36 @@ shuffles, splits and steps. Overridden are:
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       the old policy's log-probs, where TRL asks for them
-    compute_loss                             apo.apo_loss
+    compute_loss                             apo.apo_loss, with its backward
+    training_step                            tells the NaN guard the loss
     log, _save_checkpoint                    one record per step; checkpoints that are sealed when whole
 
 Imported after the engine is chosen, since the base class is fixed at import.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from apo_lora.apo import Credit, apo_loss, assign_credit
 from apo_lora.callbacks import NonFiniteGuard
-from apo_lora.errors import ModelError
+from apo_lora.errors import ModelError, TrainingStopped
+from apo_lora.memory import peak_memory
 from apo_lora.metrics import TokenMeans, rollout_metrics
 from apo_lora.model import reference_mode
 from apo_lora.recipe import Recipe
 from apo_lora.reward_functions import completion_text
 from apo_lora.run_dir import RunDir, seal_checkpoint
-from apo_lora.scoring import token_logps
+from apo_lora.scoring import row_slices, token_logps
 
 
 @dataclass
@@ -47,6 +49,30 @@ class Rollout:
     lengths_B: Tensor
     truncated_B: Tensor
     seconds_for_rewards: float
+
+
+@dataclass
+class Pass:
+    """One forward pass over some rows of a micro-batch. Shapes (B, T); the figures are shares of the step's."""
+
+    rows: dict[str, Any]
+    loss: Tensor
+    figures: dict[str, Tensor]
+    logps: Tensor
+    entropies: Tensor
+
+    def detached(self) -> "Pass":
+        return Pass(self.rows, self.loss.detach(), self.figures, self.logps.detach(), self.entropies.detach())
+
+
+Result = TypeVar("Result")
+
+
+def out_of_memory(what: str) -> TrainingStopped:
+    return TrainingStopped(
+        f"out of memory with {what}: lower data.max_pixels, grpo.max_completion_length, grpo.prompts_per_step or "
+        "grpo.num_generations, and start again; checkpoints of this run are kept"
+    )
 
 
 class APOTrainer(GRPOTrainer):
@@ -74,6 +100,8 @@ class APOTrainer(GRPOTrainer):
         self.record_rollout = record_rollout
         self.more_figures = more_figures
         self.correct_column = recipe.rewards.functions.index(recipe.rewards.correct_by)
+        self.rows_per_pass = recipe.grpo.completions_per_pass
+        self.trained_parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.nonfinite_guard = NonFiniteGuard(self.model, recipe.train.max_nonfinite_steps)
         self.add_callback(self.nonfinite_guard)
         self.rollout_figures: dict[str, float | None] = {}
@@ -102,7 +130,10 @@ class APOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         started = time.perf_counter()
-        batch = super()._generate_and_score_completions(inputs)
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        except torch.OutOfMemoryError:
+            raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
         seconds = time.perf_counter() - started
         rollout = self.rollout
 
@@ -128,7 +159,7 @@ class APOTrainer(GRPOTrainer):
         batch["correct"] = correct_NG.flatten()
         scoring_started = time.perf_counter()
         with reference_mode(self.accelerator.unwrap_model(self.model)):
-            batch["ref_logps"], _ = self._score(batch, rows_per_pass=self.recipe.grpo.completions_per_pass)
+            batch["ref_logps"], _ = self._with_smaller_passes(lambda rows: self._score(batch, rows_per_pass=rows))
 
         self.seconds["generate"] += seconds - rollout.seconds_for_rewards
         self.seconds["reward"] += rollout.seconds_for_rewards
@@ -175,6 +206,44 @@ class APOTrainer(GRPOTrainer):
         return logps, entropies if compute_entropy else None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The micro-batch's share of the step's loss, backward included.
+
+        Backward happens here, pass by pass, so that running out of memory can be answered with smaller passes. The
+        loss that is returned is a leaf: the Trainer's own backward ends at it.
+        """
+        accumulated = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in self.trained_parameters]
+
+        def forward_and_backward(rows_per_pass: int) -> list[Pass]:
+            for parameter, gradient in zip(self.trained_parameters, accumulated, strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            passes = []
+            for rows in row_slices(inputs, rows_per_pass):
+                done = self._forward(rows)
+                if torch.is_grad_enabled():
+                    self.accelerator.backward(done.loss)
+                passes.append(done.detached())
+            return passes
+
+        passes = self._with_smaller_passes(forward_and_backward)
+        for done in passes:
+            for name, share in {"loss": done.loss, **done.figures}.items():
+                self.loss_figures[name] = self.loss_figures.get(name, 0.0) + share.item()
+            self.token_means.add(
+                done.logps,
+                done.rows["ref_logps"],
+                done.entropies,
+                done.rows["completion_mask"],
+                done.rows["advantages"],
+                done.rows["correct"],
+            )
+        return torch.stack([done.loss for done in passes]).sum().requires_grad_(torch.is_grad_enabled())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.nonfinite_guard.see_loss(loss)
+        return loss
+
+    def _forward(self, inputs: dict[str, Any]) -> "Pass":
         logps, entropies = self._score(inputs)
         num_tokens, num_sequences = self._step_totals()
         loss, figures = apo_loss(
@@ -192,12 +261,20 @@ class APOTrainer(GRPOTrainer):
             entropies_BT=entropies,
             entropy_coef=self.recipe.apo.entropy_coef,
         )
-        for name, share in {"loss": loss.detach(), **figures}.items():
-            self.loss_figures[name] = self.loss_figures.get(name, 0.0) + share.item()
-        self.token_means.add(
-            logps, inputs["ref_logps"], entropies, inputs["completion_mask"], inputs["advantages"], inputs["correct"]
-        )
-        return loss
+        return Pass(inputs, loss, figures, logps, entropies)
+
+    def _with_smaller_passes(self, run: Callable[[int], Result]) -> Result:
+        """`run(rows_per_pass)`; out of memory halves the rows, for the rest of the run, and tries again."""
+        while True:
+            try:
+                return run(self.rows_per_pass)
+            except torch.OutOfMemoryError:
+                if self.rows_per_pass == 1:
+                    raise out_of_memory("one completion") from None
+                self.rows_per_pass = max(1, self.rows_per_pass // 2)
+            # Outside the except clause: the exception keeps the failed pass's tensors alive.
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: from here on {self.rows_per_pass} completions per pass; the result is the same")
 
     def _step_totals(self) -> tuple[float, float]:
         """Tokens and sequences that this optimizer step trains on, over all its micro-batches."""
@@ -229,15 +306,11 @@ class APOTrainer(GRPOTrainer):
 
     def _step_cost(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.step_started
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             **{f"seconds_{phase}": spent for phase, spent in self.seconds.items()},
             "seconds_train": seconds - sum(self.seconds.values()),
             "seconds": seconds,
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": peak_memory(),
         }
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

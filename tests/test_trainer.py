@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from apo_lora.apo import apo_loss
 from apo_lora.data import load_examples, prompt_dataset
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir
@@ -176,10 +177,25 @@ def test_a_nonfinite_step_is_skipped_and_counted(make_trainer):
     assert [figures["skipped_nonfinite_steps"] for figures in logged(trainer)] == [0, 1, 1]
 
 
-def test_nonfinite_steps_in_a_row_stop_the_run(make_trainer):
+def test_a_nonfinite_gradient_of_a_finite_loss_is_skipped_too(make_trainer):
+    trainer = make_trainer(recipe_of(train={"max_steps": 1}))
+    before = adapter(trainer)
+    next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient / 0.0)
+    trainer.train()
+    assert logged(trainer)[0]["skipped_nonfinite_steps"] == 1
+    assert largest_difference(before, adapter(trainer)) == 0
+
+
+def test_nonfinite_steps_in_a_row_stop_the_run(make_trainer, monkeypatch):
+    from apo_lora import trainer as module
+
+    def infinite_loss(*arguments, **options):
+        loss, figures = apo_loss(*arguments, **options)
+        return loss * float("inf"), figures
+
+    monkeypatch.setattr(module, "apo_loss", infinite_loss)
     trainer = make_trainer(recipe_of(train={"max_steps": 9, "max_nonfinite_steps": 2}))
-    original, before = trainer.compute_loss, adapter(trainer)
-    trainer.compute_loss = lambda model, inputs, **options: original(model, inputs, **options) * float("inf")
+    before = adapter(trainer)
     trainer.train()
     assert trainer.state.global_step == 2 and trainer.nonfinite_guard.gave_up
     assert largest_difference(before, adapter(trainer)) == 0
@@ -230,3 +246,46 @@ def test_config_values_survive_construction(load_tiny, tmp_path):
     for key, value in config_values(recipe, policy, tmp_path).items():
         if key not in ("report_to", "optim", "lr_scheduler_type", "save_strategy"):
             assert getattr(config, key) == value, key
+
+
+def test_out_of_memory_halves_the_pass_and_changes_nothing(make_trainer):
+    """A pretended card that holds 2 completions at a time, and runs out in the middle of backward as well."""
+    roomy = make_trainer(recipe_of())
+    roomy.train()
+
+    tight = make_trainer(recipe_of())
+    original, backward, failures = tight._forward, tight.accelerator.backward, []
+
+    def forward(inputs):
+        if len(inputs["prompt_ids"]) > 4:
+            failures.append("forward")
+            raise torch.OutOfMemoryError("pretended")
+        return original(inputs)
+
+    def backward_runs_out_once(loss, **options):
+        backward(loss, **options)  # the gradients of this pass are there already
+        if "backward" not in failures:
+            failures.append("backward")
+            raise torch.OutOfMemoryError("pretended")
+
+    tight._forward, tight.accelerator.backward = forward, backward_runs_out_once
+    tight.train()
+    assert failures == ["forward", "backward"] and tight.rows_per_pass == 2
+    for one, other in zip(logged(roomy), logged(tight), strict=True):
+        for name in ("loss", "policy_loss", "grad_norm", "entropy"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+    moved = sum((adapter(roomy)[n] - adapter(tight)[n]).norm() for n in adapter(roomy))
+    assert moved < 1e-2 * sum(p.norm() for p in adapter(roomy).values())
+
+
+def test_out_of_memory_with_one_completion_names_what_helps(make_trainer):
+    from apo_lora.errors import TrainingStopped
+
+    trainer = make_trainer(recipe_of(grpo={"completions_per_pass": 1}))
+
+    def forward(inputs):
+        raise torch.OutOfMemoryError("pretended")
+
+    trainer._forward = forward
+    with pytest.raises(TrainingStopped, match="data.max_pixels"):
+        trainer.train()
