@@ -14,7 +14,7 @@ CARD = """---
 
 # {title}
 
-A LoRA adapter for `{base}`, trained with [apo-lora](https://pypi.org/project/apo-lora/) {version} by {method}
+A LoRA adapter for `{base}`, trained with apo-lora {version} by {method}
 (Asymmetric Policy Optimization, [arXiv 2506.21655](https://arxiv.org/abs/2506.21655)) for {steps} optimizer steps of
 {prompts} prompts x {generations} completions on `{data}`.
 

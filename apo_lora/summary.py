@@ -5,14 +5,15 @@ from typing import Any
 
 from apo_lora.run_dir import RunDir
 
-ROWS = (
-    ("accuracy", "accuracy", "{:.3f}"),
-    ("accuracy_95_low", "  95 % interval from", "{:.3f}"),
-    ("accuracy_95_high", "  to", "{:.3f}"),
-    ("length_correct", "tokens when right", "{:.0f}"),
-    ("length_wrong", "tokens when wrong", "{:.0f}"),
-    ("truncated", "truncated", "{:.3f}"),
-    ("well_formatted", "well formatted", "{:.3f}"),
+FIGURES = (
+    (
+        "accuracy (95 % interval)",
+        lambda e: f"{e['accuracy']:.3f} ({e['accuracy_95_low']:.2f}-{e['accuracy_95_high']:.2f})",
+    ),
+    ("tokens when right", lambda e: _number(e["length_correct"], ".0f")),
+    ("tokens when wrong", lambda e: _number(e["length_wrong"], ".0f")),
+    ("truncated", lambda e: f"{e['truncated']:.3f}"),
+    ("well formatted", lambda e: f"{e['well_formatted']:.3f}"),
 )
 
 
@@ -20,14 +21,14 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[tuple[str, str, str, st
     """(task, figure, before, after) rows; a dash where nothing was measured."""
     before, after = evaluation.get("before", {}), evaluation.get("after", {})
     return [
-        (task, label, _cell(before.get(task, {}).get(key), form), _cell(after.get(task, {}).get(key), form))
+        (task, label, *(show(measured[task]) if task in measured else "-" for measured in (before, after)))
         for task in before or after
-        for key, label, form in ROWS
+        for label, show in FIGURES
     ]
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def closing_words(
@@ -44,8 +45,8 @@ def closing_words(
     width = max((len(label) for _, label, _, _ in table), default=0)
     for position, (task, label, before, after) in enumerate(table):
         if position == 0 or task != table[position - 1][0]:
-            lines += ["", f"{task + ' (held out)':<{width}}  {'before':>8}  {'after':>8}"]
-        lines.append(f"{label:<{width}}  {before:>8}  {after:>8}")
+            lines += ["", f"{task + ' (held out)':<{width}}  {'before':>17}  {'after':>17}"]
+        lines.append(f"{label:<{width}}  {before:>17}  {after:>17}")
     if any(troubles.values()):
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in troubles.items() if count)
         lines += ["", f"On the way: {counts}."]

@@ -46,9 +46,9 @@ def test_token_means_add_over_micro_batches():
     assert figures["entropy"] == pytest.approx(25 / 5)
     assert figures["entropy_correct"] == 2 and figures["entropy_wrong"] == 7
     k3 = [math.exp(-0.5) + 0.5 - 1, math.exp(0.2) - 0.2 - 1]
-    assert figures["kl_positives"] == pytest.approx(k3[0] / 2)
-    assert figures["kl_negatives"] == pytest.approx(k3[1])
-    assert figures["kl"] == pytest.approx((k3[0] + 3 * k3[1]) / 5)
+    assert figures["kl_positives"] == pytest.approx(k3[0] / 2, rel=1e-4)
+    assert figures["kl_negatives"] == pytest.approx(k3[1], rel=1e-4)
+    assert figures["kl"] == pytest.approx((k3[0] + 3 * k3[1]) / 5, rel=1e-4)
 
 
 @pytest.mark.parametrize(
