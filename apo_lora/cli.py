@@ -142,6 +142,12 @@ def _preflight(options: argparse.Namespace) -> int:
     return 0 if run_preflight(recipe) else 1
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from apo_lora.doctor import doctor
+
+    return doctor()
+
+
 class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -160,6 +166,7 @@ VERBS = {
     "preflight": Verb(
         "check image, reference and sampling, and whether the largest example fits", (_with_recipe,), _preflight
     ),
+    "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }
 
 

@@ -5,19 +5,18 @@ Each of these has cost somebody a night: a scoring pass that silently lost the i
 generation without its cache, an out-of-memory at step 120.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apo_lora.data import Example, prompt_lengths
 from apo_lora.memory import peak_memory, reset_peak_memory
 from apo_lora.model import Policy, limit_image_size, reference_mode
 from apo_lora.recipe import Recipe
-from apo_lora.sampling import generating, generation_options, prompt_inputs
+from apo_lora.sampling import Forward, generating, generation_fault, generation_options, prompt_inputs, watched_forwards
 from apo_lora.scoring import token_logps
 
 MIN_PIXELS = 64 * 28 * 28
@@ -49,9 +48,9 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
     """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
-        batch, sampled_logps, input_lengths = _sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
+        batch, sampled_logps, forwards = _sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
         checks = [
-            check_cache(input_lengths),
+            check_generation(forwards),
             check_agreement(policy, batch, sampled_logps, recipe),
             check_reference(policy, batch),
             *([check_image(policy, batch)] if batch.get("pixel_values") is not None else []),
@@ -63,10 +62,10 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
 # --- sampling against scoring ----------------------------------------------------------------------------------------
 
 
-def _sample_probe(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[dict, Tensor, list[int]]:
-    """A batch of short sampled completions, their log-probs while sampling (B, T), and the length of every forward."""
+def _sample_probe(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[dict, Tensor, list[Forward]]:
+    """A batch of short sampled completions, their log-probs while sampling (B, T), and the forward passes."""
     inputs = prompt_inputs(policy, examples, recipe)
-    with _watched_lengths(policy.model) as lengths, generating(policy.model), torch.no_grad():
+    with watched_forwards(policy.model) as forwards, generating(policy.model), torch.no_grad():
         output = policy.model.generate(
             **inputs,
             **generation_options(policy, recipe) | {"max_new_tokens": PROBE_TOKENS, "min_new_tokens": PROBE_TOKENS},
@@ -76,7 +75,7 @@ def _sample_probe(policy: Policy, examples: Sequence[Example], recipe: Recipe) -
     completion_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
     logits_BTV = torch.stack(output.logits, dim=1).float() / recipe.grpo.temperature
     logps = torch.log_softmax(logits_BTV, dim=-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
-    return as_batch(inputs, completion_ids, examples), logps, lengths
+    return as_batch(inputs, completion_ids, examples), logps, forwards
 
 
 def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequence[Example]) -> dict[str, Any]:
@@ -93,14 +92,13 @@ def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequen
     }
 
 
-def check_cache(input_lengths: Sequence[int]) -> Check:
-    """After the prompt, every forward pass of generation must see one token."""
-    after_prompt = list(input_lengths[1:])
+def check_generation(forwards: Sequence[Forward]) -> Check:
+    fault = generation_fault(forwards)
     return Check(
         "generation uses its cache",
-        bool(after_prompt) and all(length == 1 for length in after_prompt),
-        f"{len(input_lengths)} forward passes, the longest after the prompt {max(after_prompt, default=0)} tokens",
-        "generation would be minutes in place of seconds; set use_cache in the model's generation_config.json",
+        fault is None,
+        fault or f"{len(forwards)} forward passes, one token each after the prompt",
+        "generation would take minutes in place of seconds; set use_cache in the model's generation_config.json",
     )
 
 
@@ -142,20 +140,6 @@ def check_image(policy: Policy, batch: dict) -> Check:
         f"a blank image changes log-probs by up to {found:.2g} nats",
         "the image does not reach the model; look at the data with `apo-lora check-data`",
     )
-
-
-@contextmanager
-def _watched_lengths(model: nn.Module) -> Iterator[list[int]]:
-    """The sequence length of every forward pass of the language model."""
-    lengths: list[int] = []
-    language_model = model.get_base_model().model.language_model
-    handle = language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    try:
-        yield lengths
-    finally:
-        handle.remove()
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

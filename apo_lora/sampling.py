@@ -69,3 +69,57 @@ def generating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+class Forward(NamedTuple):
+    """One forward pass of the language model."""
+
+    length: int
+    """Tokens that went in."""
+    cached: bool
+    checkpointing: bool
+
+
+@contextmanager
+def watched_forwards(model: nn.Module) -> Iterator[list[Forward]]:
+    """Every forward pass of the language model inside, in order."""
+    forwards: list[Forward] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        forwards.append(
+            Forward(
+                length=kwargs["inputs_embeds"].shape[1],
+                cached=kwargs.get("past_key_values") is not None,
+                checkpointing=module.training and getattr(module, "gradient_checkpointing", False),
+            )
+        )
+
+    language_model = model.get_base_model().model.language_model
+    handle = language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield forwards
+    finally:
+        handle.remove()
+
+
+def generation_fault(forwards: Sequence[Forward]) -> str | None:
+    """What makes generation needlessly slow, or None: after the prompt, every pass must see one token and a cache."""
+    generation = [forward for forward in forwards if forward.cached]
+    if len(generation) < 2 or any(forward.length != 1 for forward in generation[1:]):
+        return "the key-value cache is off"
+    if any(forward.checkpointing for forward in generation):
+        return "gradient checkpointing is on"
+    return None
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters sample and score as they will be used, also while the model is in training mode."""
+    active = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()

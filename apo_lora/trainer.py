@@ -35,6 +35,7 @@ from apo_lora.model import reference_mode
 from apo_lora.recipe import Recipe
 from apo_lora.reward_functions import completion_text
 from apo_lora.run_dir import RunDir, seal_checkpoint
+from apo_lora.sampling import generation_fault, watched_forwards, without_dropout
 from apo_lora.scoring import row_slices, token_logps
 
 
@@ -130,10 +131,14 @@ class APOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         started = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
         try:
-            batch = super()._generate_and_score_completions(inputs)
+            with watched_forwards(model) as forwards, without_dropout(model):
+                batch = super()._generate_and_score_completions(inputs)
         except torch.OutOfMemoryError:
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
+        fault = generation_fault(forwards)
+        assert fault is None, f"{fault} while sampling"
         seconds = time.perf_counter() - started
         rollout = self.rollout
 
@@ -158,7 +163,7 @@ class APOTrainer(GRPOTrainer):
         batch["kl_weights"] = credit.kl_weights_NG.flatten()
         batch["correct"] = correct_NG.flatten()
         scoring_started = time.perf_counter()
-        with reference_mode(self.accelerator.unwrap_model(self.model)):
+        with reference_mode(model), without_dropout(model):
             batch["ref_logps"], _ = self._with_smaller_passes(lambda rows: self._score(batch, rows_per_pass=rows))
 
         self.seconds["generate"] += seconds - rollout.seconds_for_rewards

@@ -6,7 +6,7 @@ import torch
 from apo_lora.data import load_examples
 from apo_lora.preflight import (
     check_agreement,
-    check_cache,
+    check_generation,
     check_image,
     check_reference,
     fit_largest,
@@ -14,6 +14,7 @@ from apo_lora.preflight import (
     preflight,
 )
 from apo_lora.recipe import Recipe
+from apo_lora.sampling import Forward
 
 RECIPE = Recipe.model_validate(
     {
@@ -75,9 +76,18 @@ def test_scoring_unlike_sampling_is_found(tiny_policy, make_batch):
     assert not check_agreement(tiny_policy, batch, sampled + 0.01, RECIPE).ok
 
 
-@pytest.mark.parametrize(("lengths", "ok"), [([50, 1, 1, 1], True), ([50, 51, 52], False), ([50], False)])
-def test_generation_without_its_cache_is_found(lengths, ok):
-    assert check_cache(lengths).ok is ok
+@pytest.mark.parametrize(
+    ("forwards", "ok"),
+    [
+        ([Forward(50, True, False), Forward(1, True, False), Forward(1, True, False)], True),
+        ([Forward(50, True, False), Forward(51, True, False)], False),  # a cache that is not used
+        ([Forward(50, False, False), Forward(51, False, False)], False),
+        ([Forward(50, True, True), Forward(1, True, True)], False),
+        ([Forward(50, True, False), Forward(1, True, False), Forward(60, False, True)], True),  # scoring, afterwards
+    ],
+)
+def test_slow_generation_is_found(forwards, ok):
+    assert check_generation(forwards).ok is ok
 
 
 def test_generation_without_its_cache_is_seen_in_the_model(tiny_policy, examples):

@@ -33,8 +33,8 @@ def make_trainer(tmp_path, load_tiny):
     from apo_lora.trainer_config import grpo_config
 
     def reward(completions, answer, **columns):
-        # Any deterministic function of the text that varies within a group; 1 counts as correct.
-        return [float(sum(map(ord, c[-1]["content"])) % 3 == 0) for c in completions]
+        # By place and not by text: every group has variance, whatever the model says. Groups of 4 get 1 and 2 right.
+        return [float(place % 8 in (0, 4, 5)) for place in range(len(completions))]
 
     reward.__name__ = "accuracy"
 
@@ -111,8 +111,10 @@ def test_step_gradient_is_the_sum_over_micro_batches(make_trainer):
 
 def test_plain_grpo_differs_from_apo(make_trainer):
     apo = make_trainer(recipe_of())
+    apo.train()
     grpo = make_trainer(recipe_of(apo={"dads": None, "stcr": None}))
-    apo.train(), grpo.train()
+    grpo.train()
+    assert logged(grpo)[0]["length"] == logged(apo)[0]["length"]  # the same first rollout
     assert largest_difference(adapter(apo), adapter(grpo)) > 1e-5
     assert logged(grpo)[0]["dads_weight_positives"] in (1.0, None)
     assert logged(grpo)[0]["stcr_amplified"] == 0
@@ -138,6 +140,33 @@ def test_every_figure_of_a_step_is_there(make_trainer):
     for figures in logged(trainer):
         assert expected <= figures.keys()
         assert figures["seconds"] == pytest.approx(sum(v for k, v in figures.items() if k.startswith("seconds_")), 1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing_and_is_off_while_sampling(make_trainer):
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            recipe_of(model={"gradient_checkpointing": checkpointing}, train={"max_steps": 1}),
+            gradient_checkpointing=checkpointing,
+        )
+        keep = KeepGradients()
+        trainer.add_callback(keep)
+        trainer.train()  # asserts that the cache is on and checkpointing off while sampling
+        gradients.append(keep.gradient)
+        assert trainer.model.is_gradient_checkpointing is checkpointing
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_dropout_is_for_the_gradient_alone(make_trainer):
+    """Sampling and the reference are without it: the same rollout as with none, and other gradients."""
+    figures = []
+    for dropout in (0.0, 0.3):
+        trainer = make_trainer(recipe_of(train={"max_steps": 1}), lora={"dropout": dropout})
+        trainer.train()
+        figures.append(logged(trainer))
+    without, with_dropout = figures
+    assert with_dropout[0]["reward"] == without[0]["reward"] and with_dropout[0]["length"] == without[0]["length"]
+    assert with_dropout[0]["grad_norm"] != without[0]["grad_norm"]
 
 
 def test_a_rollout_may_feed_several_steps(make_trainer):

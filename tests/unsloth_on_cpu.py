@@ -2,20 +2,22 @@
 
 Unsloth patches torch, transformers and TRL for the whole process, so a test runs a script in a fresh interpreter:
 
-    from unsloth_on_cpu import start
-    start()                        # first of all: before torch, trl and apo_lora.trainer
-    from apo_lora.trainer import APOTrainer
+    from unsloth_on_cpu import load_tiny, start
+    start()                                      # before transformers, trl and apo_lora.trainer are imported
+    policy = load_tiny(model={"load_in_4bit": True})
 
-What a CPU cannot do stays untouched by this: Triton kernels, offloaded checkpointing (pinned memory), 8-bit Adam.
+What stays untried on a CPU: the Triton kernels, xformers, torch.compile, checkpointing offloaded to pinned memory,
+8-bit Adam, float16, autocast.
 """
 
 import os
 import sys
 import types
+from typing import Any
 
 ENVIRONMENT = {
     "UNSLOTH_ALLOW_CPU": "1",  # import without a GPU; it also leaves TRL alone, which start() makes up for
-    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",  # no call home
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -24,14 +26,13 @@ ENVIRONMENT = {
 
 def start() -> None:
     """Imports Unsloth, lets it rewrite TRL's trainers, and makes our engine "unsloth" acceptable without a GPU."""
-    already = {"torch", "trl", "unsloth"} & sys.modules.keys()
-    if already:
-        raise RuntimeError(f"start() comes first, and {', '.join(sorted(already))} is imported already")
-    os.environ.update(ENVIRONMENT)
     import torch
 
     if torch.cuda.is_available():
-        raise RuntimeError("unsloth_on_cpu is for hosts without a GPU: here it would leave TRL's trainer as it is")
+        raise RuntimeError("unsloth_on_cpu is for hosts without a GPU: on one, it would leave TRL's trainer as it is")
+    if too_early := {"transformers", "trl", "unsloth"} & sys.modules.keys():
+        raise RuntimeError(f"start() comes first, and {', '.join(sorted(too_early))} is imported already")
+    os.environ.update(ENVIRONMENT)
     torch.cuda.get_device_properties = lambda *device: types.SimpleNamespace(
         name="CPU", total_memory=8 << 30, major=8, minor=0, multi_processor_count=1
     )
@@ -42,3 +43,35 @@ def start() -> None:
     patch_trl_disable_gradient_checkpointing()
     patch_trl_rl_trainers()
     unsloth.models.loader.ALLOW_BITSANDBYTES = True  # else it loads 16-bit weights, with only a printed line
+    for name in ("from_pretrained", "get_peft_model"):
+        _without_offload(unsloth.FastVisionModel, name)
+
+    import apo_lora.model
+
+    apo_lora.model.choose_engine = lambda requested, has_gpu: "unsloth"
+
+
+def _without_offload(cls: type, name: str) -> None:
+    """Checkpointing "unsloth" keeps activations in pinned memory, which needs a GPU; True is the same without that."""
+    original = getattr(cls, name)
+
+    def call(*arguments: Any, use_gradient_checkpointing: bool | str, **options: Any) -> Any:
+        return original(*arguments, use_gradient_checkpointing=bool(use_gradient_checkpointing), **options)
+
+    setattr(cls, name, staticmethod(call))
+
+
+def load_tiny(model: dict | None = None, lora: dict | None = None) -> Any:
+    """The embedded tiny policy, through our load_policy and Unsloth."""
+    from apo_lora.compat import mend_4bit_on_cpu
+    from apo_lora.model import load_policy
+    from apo_lora.recipe import DataSection, LoraSection, ModelSection
+
+    policy = load_policy(
+        ModelSection(name="tiny", engine="unsloth", **(model or {})),
+        LoraSection(**(lora or {})),
+        DataSection(train="boards"),
+        seed=0,
+    )
+    mend_4bit_on_cpu(policy.model)
+    return policy

@@ -1,0 +1,292 @@
+"""Runs in a fresh interpreter for test_unsloth.py: what APOTrainer does on Unsloth's rewritten trainer, as facts.
+
+    python unsloth_facts.py facts.json [4bit]
+
+Shape suffixes: B sequences of a micro-batch, T completion tokens, V vocabulary.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unsloth_on_cpu import load_tiny, start
+
+start()
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from apo_lora.data import load_examples, prompt_dataset  # noqa: E402
+from apo_lora.model import Policy, reference_mode  # noqa: E402
+from apo_lora.recipe import Recipe  # noqa: E402
+from apo_lora.run_dir import RunDir  # noqa: E402
+from apo_lora.scoring import token_logps  # noqa: E402
+from apo_lora.trainer import APOTrainer  # noqa: E402
+from apo_lora.trainer_config import config_values, grpo_config  # noqa: E402
+
+IMAGE_SIZES = ((84, 84), (112, 56), (56, 140), (140, 84))
+BETA, EPSILON, TEMPERATURE, GROUP = 0.1, 0.2, 0.9, 4
+
+Batch = dict[str, Any]
+
+
+def recipe_of(load_in_4bit: bool) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "tiny", "engine": "unsloth", "load_in_4bit": load_in_4bit, "gradient_checkpointing": True},
+            "data": {"train": "problems.jsonl"},
+            "rewards": {"functions": ("accuracy",)},
+            "grpo": {
+                "num_generations": GROUP, "prompts_per_step": 2, "completions_per_pass": GROUP,
+                "max_completion_length": 48, "beta": BETA, "epsilon": EPSILON, "temperature": TEMPERATURE,
+            },
+            "apo": {"dads": "complement_exp", "stcr": 1.05},
+            "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
+        }
+    )  # fmt: skip
+
+
+def write_problems() -> None:
+    """Problems with an image of another size each."""
+    with Path("problems.jsonl").open("w") as file:
+        for number, size in enumerate(IMAGE_SIZES):
+            pixels = random.Random(number).randbytes(size[0] * size[1] * 3)
+            Image.frombytes("RGB", size, pixels).save(f"{number}.png")
+            row = {"problem": "How many circles are there?" * (number + 1), "answer": "3", "image": f"{number}.png"}
+            file.write(json.dumps(row) + "\n")
+
+
+def accuracy(completions: list[str], **columns: Any) -> list[float]:
+    """The shorter half of each group is right: so every group is mixed, and what is wrong rambles."""
+    assert all(isinstance(completion, str) for completion in completions)  # Unsloth hands over strings
+    lengths = torch.tensor([len(completion) for completion in completions]).view(-1, GROUP)
+    return (lengths.argsort(stable=True).argsort() < 1).float().flatten().tolist()
+
+
+def build_trainer(recipe: Recipe, policy: Policy) -> APOTrainer:
+    run_dir = RunDir(Path("run").absolute())
+    run_dir.create()
+    examples = load_examples(recipe.data.train, recipe.data, split="train").examples
+    return APOTrainer(
+        recipe=recipe,
+        run_dir=run_dir,
+        model=policy.model,
+        processing_class=policy.processor,
+        args=grpo_config(recipe, policy, run_dir.checkpoints),
+        train_dataset=prompt_dataset(examples, recipe.data),
+        reward_funcs=[accuracy],
+    )
+
+
+# --- what is loaded and trained --------------------------------------------------------------------------------------
+
+
+def loaded(policy: Policy) -> dict[str, Any]:
+    adapted = {name: m.base_layer for name, m in policy.model.named_modules() if hasattr(m, "base_layer")}
+    tower = [m for name, m in policy.model.named_modules() if "visual" in name and hasattr(m, "weight")]
+    return {
+        "engine": policy.engine,
+        "adapted": {name: type(layer).__name__ for name, layer in adapted.items()},
+        "tower_types": sorted({type(m).__name__ for m in tower}),
+        "tower_dtypes": sorted({str(m.weight.dtype) for m in tower}),
+        "head": [type(policy.model.get_output_embeddings()).__name__, str(policy.model.get_output_embeddings().weight.dtype)],
+        "trainable": [name for name, p in policy.model.named_parameters() if p.requires_grad],
+    }
+
+
+def adapter(policy: Policy) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in policy.model.parameters() if p.requires_grad])
+
+
+def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
+    """Trains two steps and watches."""
+    layers, generating, training, batches = policy.model.get_base_model().model.language_model, set(), set(), []
+
+    def watch_layers(module: Any, arguments: tuple, options: dict) -> None:
+        seen = training if torch.is_grad_enabled() else generating
+        cached = options.get("past_key_values") is not None
+        seen.add(f"checkpointing {module.gradient_checkpointing and module.training}, cache {cached}")
+
+    def watch_loss(model: Any, inputs: Batch, **options: Any) -> Tensor:
+        batches.append(inputs)
+        return compute_loss(model, inputs, **options)
+
+    hook = layers.register_forward_pre_hook(watch_layers, with_kwargs=True)
+    compute_loss, trainer.compute_loss = trainer.compute_loss, watch_loss
+    fresh = adapter(policy)
+    trainer.train()
+    hook.remove()
+    trainer.compute_loss = compute_loss
+    with torch.no_grad():
+        trained, _ = token_logps(policy.model, batches[0], temperature=TEMPERATURE)
+    with reference_mode(policy.model):
+        reference, _ = token_logps(policy.model, batches[0], temperature=TEMPERATURE)
+    return {
+        "logs": [log for log in trainer.state.log_history if "reward" in log],
+        "moved": (adapter(policy) - fresh).abs().max().item(),
+        "reference_minus_base": (reference - batches[0]["ref_logps"]).abs().max().item(),
+        "policy_minus_base": (trained - batches[0]["ref_logps"]).abs().max().item(),
+        "generating": sorted(generating),
+        "training": sorted(training),
+        "image_grids": [batch["image_grid_thw"].tolist() for batch in batches],
+    }
+
+
+# --- the same loss, three ways ---------------------------------------------------------------------------------------
+
+
+def stir(policy: Policy) -> None:
+    """Values for a fresh adapter (whose B is zero): the KL is no longer 0."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def rollout(trainer: APOTrainer) -> list[Batch]:
+    """The micro-batches of one step, as Unsloth samples, shuffles and splits them."""
+    trainer.model.train()
+    trainer._step, trainer._buffered_inputs = 0, None
+    trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    return trainer._buffered_inputs
+
+
+def full_logps(model: Any, batch: Batch) -> Tensor:
+    """From the full [B, L, V] logits, in float64. Image tokens are found by their id."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    width = batch["completion_ids"].shape[1]
+    logits_BTV = model(
+        input_ids=ids,
+        attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+        mm_token_type_ids=(ids == model.config.image_token_id).long(),
+        pixel_values=batch["pixel_values"],
+        image_grid_thw=batch["image_grid_thw"],
+    ).logits[:, -width - 1 : -1]
+    log_softmax_BTV = torch.log_softmax(logits_BTV.double() / TEMPERATURE, dim=-1)
+    return log_softmax_BTV.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+
+
+def naive_backward(trainer: APOTrainer, batches: list[Batch]) -> float:
+    """shared/apo.md's loss, written down once more."""
+    num_tokens = sum(batch["completion_mask"].sum() for batch in batches)
+    num_sequences = sum(len(batch["completion_mask"]) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        with reference_mode(trainer.model):
+            ref_BT = full_logps(trainer.model, batch)
+        logps_BT, mask_BT = full_logps(trainer.model, batch), batch["completion_mask"].double()
+        ratio_BT = (logps_BT - batch.get("old_per_token_logps", logps_BT.detach())).exp()
+        a_B1 = batch["advantages"].double().unsqueeze(1)
+        surrogate_BT = torch.min(ratio_BT * a_B1, ratio_BT.clamp(1 - EPSILON, 1 + EPSILON) * a_B1)
+        kl_BT = (ref_BT - logps_BT).exp() - (ref_BT - logps_BT) - 1
+        kl_B = (kl_BT * mask_BT).sum(1) / mask_BT.sum(1)
+        loss = -(surrogate_BT * mask_BT).sum() / num_tokens
+        loss = loss + BETA * (batch["kl_weights"] * kl_B).sum() / num_sequences
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def our_backward(trainer: APOTrainer, batches: list[Batch]) -> float:
+    """compute_loss does its own backward."""
+    return sum(trainer.compute_loss(trainer.model, batch).item() for batch in batches)
+
+
+def unsloth_backward(trainer: APOTrainer, batches: list[Batch], *, weighted: bool = True) -> float:
+    """Unsloth's kernel computes  sum_i s_i sum_t (-min(rho A'_i, clip(rho) A'_i) + beta k3).
+
+    The surrogate is positively homogeneous in A', so s_i = w_i / (N T_i) with A'_i = A_i / (s_i Z) is the DADS loss:
+    Z tokens and N sequences in the step, T_i tokens in the sequence.
+    """
+    base = type(trainer).__mro__[1]
+    num_tokens = sum(batch["completion_mask"].sum() for batch in batches)
+    num_sequences = sum(len(batch["completion_mask"]) for batch in batches)
+    ours = trainer.beta, trainer.args.use_bias_correction_kl, trainer._get_per_token_logps_and_entropies
+    trainer.beta, trainer.args.use_bias_correction_kl = BETA, False
+    trainer._get_per_token_logps_and_entropies = base._get_per_token_logps_and_entropies.__get__(trainer)
+    total = 0.0
+    for batch in batches:
+        weights_B = batch["kl_weights"] if weighted else torch.ones_like(batch["kl_weights"])
+        samples_B = weights_B / (num_sequences * batch["completion_mask"].sum(1))
+        fed = {
+            **batch,
+            "advantages": batch["advantages"] / (samples_B * num_tokens),
+            "unsloth_sample_weight": samples_B,
+            "ref_per_token_logps": batch["ref_logps"],
+        }
+        loss = base.compute_loss(trainer, trainer.model, fed)
+        loss.backward()
+        total += loss.item()
+    trainer.beta, trainer.args.use_bias_correction_kl, trainer._get_per_token_logps_and_entropies = ours
+    return total
+
+
+def compare(trainer: APOTrainer, batches: list[Batch]) -> dict[str, list[float]]:
+    """(loss, LoRA gradient) of each way, as relative differences from ours."""
+    ways: dict[str, Callable[..., float]] = {
+        "ours": our_backward,
+        "naive": naive_backward,
+        "unsloth": unsloth_backward,
+        "unsloth without w": lambda *given: unsloth_backward(*given, weighted=False),
+    }
+    results = {}
+    for name, backward in ways.items():
+        trainer.model.zero_grad()
+        loss = backward(trainer, batches)
+        gradients = [p.grad.double().flatten().clone() for p in trainer.model.parameters() if p.requires_grad]
+        results[name] = loss, torch.cat(gradients)
+    our_loss, our_gradient = results.pop("ours")
+    return {
+        name: [abs(loss - our_loss) / abs(our_loss), ((gradient - our_gradient).norm() / our_gradient.norm()).item()]
+        for name, (loss, gradient) in results.items()
+    }
+
+
+def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
+    stir(policy)
+    batches = rollout(trainer)
+    figures = {
+        "dads_weight": trainer.rollout_figures["dads_weight_positives"],
+        "stcr_multiplier": trainer.rollout_figures["stcr_multiplier"],
+        "completion_lengths": torch.cat([batch["completion_mask"].sum(1) for batch in batches]).tolist(),
+        "on_policy": compare(trainer, batches),
+    }
+    generator = torch.Generator().manual_seed(1)
+    for batch in batches:  # as if an older policy had sampled: ratios on both sides of the clip
+        with torch.no_grad():
+            logps, _ = token_logps(policy.model, batch, temperature=TEMPERATURE)
+        batch["old_per_token_logps"] = logps + 0.3 * torch.randn(logps.shape, generator=generator)
+    trainer._start_step()
+    figures["off_policy"] = compare(trainer, batches)
+    figures["clip_fraction"] = trainer.loss_figures["clip_fraction"]
+    return figures
+
+
+def main(target: str, *options: str) -> None:
+    load_in_4bit = "4bit" in options
+    write_problems()
+    recipe = recipe_of(load_in_4bit)
+    policy = load_tiny(recipe.model.model_dump(include={"load_in_4bit", "gradient_checkpointing"}))
+    facts: dict[str, Any] = {"loaded": loaded(policy)}
+    trainer = build_trainer(recipe, policy)
+    facts["bases"] = [f"{cls.__module__}.{cls.__name__}" for cls in type(trainer).__mro__]
+    facts["config_is_unsloth"] = hasattr(trainer.args, "unsloth_num_chunks")
+    facts["changed"] = [
+        key for key, value in config_values(recipe, policy, trainer.run_dir.checkpoints).items()
+        if getattr(trainer.args, key) != value and key != "report_to"
+    ]  # fmt: skip
+    facts["trained"] = train(trainer, policy)
+    facts["agreement"] = agreement(trainer, policy)
+    if not load_in_4bit:
+        facts["vision"] = loaded(load_tiny(lora={"vision": True}))
+        facts["bfloat16"] = loaded(load_tiny({"dtype": "bfloat16"}))
+    Path(target).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
