@@ -4,6 +4,8 @@ tests/test_compat.py shows of each that upstream still needs it, and that it wor
 """
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -52,3 +54,22 @@ def _as_one_row(kernel: Any) -> Any:
         return kernel(weights, absmax, out, blocksize, rows, columns)
 
     return dequantize
+
+
+@contextmanager
+def kept_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, afterwards every layer checkpoints its activations as it did before.
+
+    Symptom: generate() of a model that Unsloth loaded switches gradient checkpointing off in every layer and leaves it
+    off; train() does not bring it back. The next backward outside of Unsloth's trainer, such as preflight's on the
+    largest example, keeps all activations, and its measured peak memory is that of no checkpointing.
+    Link: https://github.com/unslothai/unsloth (models/vision.py, unsloth_base_fast_generate), seen in 2026.10.7.
+    Goes when: tests/test_unsloth.py finds checkpointing on after generate() and train().
+    """
+    checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [module.gradient_checkpointing for module in checkpointing]
+    try:
+        yield
+    finally:
+        for module, flag in zip(checkpointing, before, strict=True):
+            module.gradient_checkpointing = flag

@@ -266,7 +266,7 @@ def report(rows: Sequence[Row], where: str) -> str:
     bad, notes = (sum(row.status == status for row in rows) for status in ("bad", "note"))
     verdict = f"Training cannot work here: {bad} to mend." if bad else f"Training works here, on the {where}."
     head = f"apo-lora {__version__} on {platform.system()} {platform.machine()}"
-    lines = [head, "", *(line for row in rows for line in row.lines()), "", f"{verdict} {notes} notes."]
+    lines = [head, "", *(line for row in rows for line in row.lines()), "", f"{verdict} Notes: {notes}."]
     return without_private_names("\n".join(lines))
 
 

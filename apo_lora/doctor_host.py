@@ -23,8 +23,8 @@ LLAMA_CPP = ("llama-mtmd-cli", "llama-quantize", "convert_hf_to_gguf.py")
 _SECONDS = 180  # for one set of imports; measured: 10 to 20
 _MARK = "@doctor "
 
-# The checkout's own, or the copy that a wheel carries inside the package.
-_CONSTRAINTS = (Path(__file__).parent.parent / "constraints.txt", Path(__file__).parent / "constraints.txt")
+# What a wheel carries inside the package (pyproject.toml puts it there), or the checkout's own.
+_CONSTRAINTS = (Path(__file__).parent / "constraints.txt", Path(__file__).parent.parent / "constraints.txt")
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,11 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
 
 
 def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int) -> tuple:
+    if dtype == torch.float32 and torch.cuda.is_available():
+        raise ModelError(
+            "model.dtype: on a GPU, Unsloth trains float32 weights in 16-bit all the same; "
+            "use auto, or model.engine=transformers"
+        )
     from unsloth import FastVisionModel
 
     checkpointing = "unsloth" if model.gradient_checkpointing else False
@@ -180,6 +185,8 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         use_gradient_checkpointing=checkpointing,
         trust_remote_code=False,
     )
+    if (loaded_as := base.get_output_embeddings().weight.dtype) != dtype:  # its choice, with only a printed line
+        raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
     processor.tokenizer.padding_side = "left"
     peft_model = FastVisionModel.get_peft_model(
         base,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apo_lora.compat import kept_checkpointing
 from apo_lora.data import Example
 from apo_lora.model import Policy, vision_token_ids
 from apo_lora.recipe import Recipe
@@ -66,7 +67,8 @@ def generating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        yield
+        with kept_checkpointing(model):
+            yield
     finally:
         model.train(was_training)
 

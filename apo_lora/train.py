@@ -3,9 +3,12 @@ directory is made only when all of that has worked.
 """
 
 import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +66,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     processor = load_processor(recipe.model, recipe.data)
     loaded, held_out = _load_data(recipe, processor)
     say(loaded.summary())
-    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
+    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier, _trackers_in(run_dir):
         rewards = reward_functions(recipe.rewards, verifier)
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
@@ -141,6 +144,19 @@ def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | N
             *changed,
         )
     return checkpoint
+
+
+@contextmanager
+def _trackers_in(run_dir: RunDir) -> Iterator[None]:
+    """Inside, what trackers write goes beside the run's own record, unless the user's environment says otherwise."""
+    places = {"TENSORBOARD_LOGGING_DIR": run_dir.path / "tensorboard", "WANDB_DIR": run_dir.path}
+    ours = {name: str(path) for name, path in places.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _check_trackers(recipe: Recipe) -> None:

@@ -37,6 +37,7 @@ from apo_lora.reward_functions import completion_text
 from apo_lora.run_dir import RunDir, seal_checkpoint
 from apo_lora.sampling import generation_fault, watched_forwards, without_dropout
 from apo_lora.scoring import row_slices, token_logps
+from apo_lora.trainer_config import changed_values
 
 
 @dataclass
@@ -90,7 +91,10 @@ class APOTrainer(GRPOTrainer):
     ):
         """`record_rollout(step, rollout, rewards_NG, correct_NG, credit)` is called once per rollout, and
         `more_figures()` once per optimizer step."""
+        asked = dict(vars(trainer_arguments["args"]))
         super().__init__(**trainer_arguments)
+        changed = changed_values(self.args, asked)  # Unsloth's trainer decides precision again, for example
+        assert not changed, f"{type(self).__mro__[1].__name__} changed its configuration: {'; '.join(changed)}"
         for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; callbacks.Screen has words
             self.remove_callback(upstream_screen)
         if self.accelerator.num_processes > 1:

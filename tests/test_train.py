@@ -145,12 +145,12 @@ def test_own_rewards_from_a_file(tmp_path):
 
 
 def test_trackers_get_the_figures(tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     run = RunDir(tmp_path / "run")
     assert train(run.path, "train.max_steps=1", "output.report_to=[tensorboard]", "train.evaluate=false") == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
     assert {"train/reward", "train/dads_weight_positives"} <= set(events.Tags()["scalars"])
 
 

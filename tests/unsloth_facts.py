@@ -1,6 +1,6 @@
 """Runs in a fresh interpreter for test_unsloth.py: what APOTrainer does on Unsloth's rewritten trainer, as facts.
 
-    python unsloth_facts.py facts.json [4bit]
+    python unsloth_facts.py facts.json [4bit] [others]
 
 Shape suffixes: B sequences of a micro-batch, T completion tokens, V vocabulary.
 """
@@ -8,7 +8,8 @@ Shape suffixes: B sequences of a micro-batch, T completion tokens, V vocabulary.
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ start()
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from trl import GRPOConfig  # noqa: E402
 
 from apo_lora.data import load_examples, prompt_dataset  # noqa: E402
-from apo_lora.model import Policy, reference_mode  # noqa: E402
-from apo_lora.recipe import Recipe  # noqa: E402
+from apo_lora.errors import ModelError  # noqa: E402
+from apo_lora.model import Policy, _load_with_unsloth, reference_mode  # noqa: E402
+from apo_lora.recipe import LoraSection, ModelSection, Recipe  # noqa: E402
 from apo_lora.run_dir import RunDir  # noqa: E402
+from apo_lora.sampling import generating, prompt_inputs  # noqa: E402
 from apo_lora.scoring import token_logps  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
-from apo_lora.trainer_config import config_values, grpo_config  # noqa: E402
+from apo_lora.trainer_config import changed_values, config_values, grpo_config  # noqa: E402
 
 IMAGE_SIZES = ((84, 84), (112, 56), (56, 140), (140, 84))
 BETA, EPSILON, TEMPERATURE, GROUP = 0.1, 0.2, 0.9, 4
@@ -37,7 +41,7 @@ Batch = dict[str, Any]
 def recipe_of(load_in_4bit: bool) -> Recipe:
     return Recipe.model_validate(
         {
-            "model": {"name": "tiny", "engine": "unsloth", "load_in_4bit": load_in_4bit, "gradient_checkpointing": True},
+            "model": {"engine": "unsloth", "load_in_4bit": load_in_4bit, "gradient_checkpointing": True},
             "data": {"train": "problems.jsonl"},
             "rewards": {"functions": ("accuracy",)},
             "grpo": {
@@ -45,7 +49,7 @@ def recipe_of(load_in_4bit: bool) -> Recipe:
                 "max_completion_length": 48, "beta": BETA, "epsilon": EPSILON, "temperature": TEMPERATURE,
             },
             "apo": {"dads": "complement_exp", "stcr": 1.05},
-            "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
+            "train": {"max_steps": 2, "learning_rate": 1e-3, "seed": 3},
         }
     )  # fmt: skip
 
@@ -61,10 +65,10 @@ def write_problems() -> None:
 
 
 def accuracy(completions: list[str], **columns: Any) -> list[float]:
-    """The shorter half of each group is right: so every group is mixed, and what is wrong rambles."""
+    """The shortest of each group is right: so every group is mixed, and what is wrong rambles."""
     assert all(isinstance(completion, str) for completion in completions)  # Unsloth hands over strings
     lengths = torch.tensor([len(completion) for completion in completions]).view(-1, GROUP)
-    return (lengths.argsort(stable=True).argsort() < 1).float().flatten().tolist()
+    return (lengths.argsort(stable=True).argsort() == 0).float().flatten().tolist()
 
 
 def build_trainer(recipe: Recipe, policy: Policy) -> APOTrainer:
@@ -82,44 +86,100 @@ def build_trainer(recipe: Recipe, policy: Policy) -> APOTrainer:
     )
 
 
-# --- what is loaded and trained --------------------------------------------------------------------------------------
+# --- what is loaded, configured and trained --------------------------------------------------------------------------
 
 
-def loaded(policy: Policy) -> dict[str, Any]:
-    adapted = {name: m.base_layer for name, m in policy.model.named_modules() if hasattr(m, "base_layer")}
-    tower = [m for name, m in policy.model.named_modules() if "visual" in name and hasattr(m, "weight")]
+def loaded(model: nn.Module) -> dict[str, Any]:
+    adapted = {name: m.base_layer for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    tower = [m for name, m in model.named_modules() if "visual" in name and hasattr(m, "weight")]
+    head = model.get_output_embeddings()
     return {
-        "engine": policy.engine,
         "adapted": {name: type(layer).__name__ for name, layer in adapted.items()},
         "tower_types": sorted({type(m).__name__ for m in tower}),
-        "tower_dtypes": sorted({str(m.weight.dtype) for m in tower}),
-        "head": [type(policy.model.get_output_embeddings()).__name__, str(policy.model.get_output_embeddings().weight.dtype)],
-        "trainable": [name for name, p in policy.model.named_parameters() if p.requires_grad],
+        "dtypes": sorted({str(m.weight.dtype) for m in (*tower, head)}),
+        "head": type(head).__name__,
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
     }
+
+
+def other_loads() -> dict[str, Any]:
+    half, _ = _load_with_unsloth(ModelSection(name="tiny"), LoraSection(), torch.float16, 0)
+    try:
+        refusal = load_tiny({"dtype": "bfloat16"}).summary
+    except ModelError as error:
+        refusal = str(error)
+    return {"vision": loaded(load_tiny(lora={"vision": True}).model), "float16": loaded(half), "bfloat16": refusal}
+
+
+def configured(recipe: Recipe, policy: Policy) -> dict[str, Any]:
+    """What Unsloth's GRPOConfig makes of values, and whether that is noticed."""
+    values = config_values(recipe, policy, Path("checkpoints"))
+
+    def changes(**asked: Any) -> list[str]:
+        asked = {**values, **asked}
+        return sorted(line.split(" ")[0] for line in changed_values(GRPOConfig(**asked), asked))
+
+    defaults = GRPOConfig(output_dir="checkpoints")
+    return {
+        "is_unsloth": hasattr(GRPOConfig, "unsloth_num_chunks"),
+        "defaults": [defaults.optim, defaults.warmup_steps, defaults.use_bias_correction_kl],
+        "ours": changes(),
+        "dapo": changes(loss_type="dapo", mask_truncated_completions=None, epsilon_high=None),
+        "odd batch": changes(per_device_train_batch_size=3, gradient_accumulation_steps=1, steps_per_generation=None),
+    }
+
+
+def checkpointing_after_generation(policy: Policy, recipe: Recipe) -> dict[str, bool]:
+    model = policy.model
+    examples = load_examples(recipe.data.train, recipe.data, split="train").examples
+    inputs = prompt_inputs(policy, examples[:1], recipe)
+
+    def is_on() -> bool:
+        return all(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+
+    seen = {"loaded": is_on()}
+    with generating(model):
+        model.generate(**inputs, max_new_tokens=2)
+        seen["inside"] = is_on()
+    seen["sampled by us"] = is_on()
+    model.generate(**inputs, max_new_tokens=2)
+    model.train()
+    seen["sampled by Unsloth"] = is_on()
+    return seen
 
 
 def adapter(policy: Policy) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in policy.model.parameters() if p.requires_grad])
 
 
+@contextmanager
+def watched_layers(policy: Policy) -> Iterator[set[str]]:
+    """In which states the language model ran."""
+    seen = set()
+
+    def watch(module: Any, arguments: tuple, options: dict) -> None:
+        what = "training" if torch.is_grad_enabled() else "scoring"
+        what = "generating" if options.get("past_key_values") is not None else what
+        seen.add(f"{what}: checkpointing {'on' if module.gradient_checkpointing and module.training else 'off'}")
+
+    language_model = policy.model.get_base_model().model.language_model
+    hook = language_model.register_forward_pre_hook(watch, with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
 def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
     """Trains two steps and watches."""
-    layers, generating, training, batches = policy.model.get_base_model().model.language_model, set(), set(), []
-
-    def watch_layers(module: Any, arguments: tuple, options: dict) -> None:
-        seen = training if torch.is_grad_enabled() else generating
-        cached = options.get("past_key_values") is not None
-        seen.add(f"checkpointing {module.gradient_checkpointing and module.training}, cache {cached}")
+    batches: list[Batch] = []
 
     def watch_loss(model: Any, inputs: Batch, **options: Any) -> Tensor:
         batches.append(inputs)
         return compute_loss(model, inputs, **options)
 
-    hook = layers.register_forward_pre_hook(watch_layers, with_kwargs=True)
     compute_loss, trainer.compute_loss = trainer.compute_loss, watch_loss
     fresh = adapter(policy)
-    trainer.train()
-    hook.remove()
+    with watched_layers(policy) as seen:
+        trainer.train()
     trainer.compute_loss = compute_loss
     with torch.no_grad():
         trained, _ = token_logps(policy.model, batches[0], temperature=TEMPERATURE)
@@ -130,8 +190,7 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
         "moved": (adapter(policy) - fresh).abs().max().item(),
         "reference_minus_base": (reference - batches[0]["ref_logps"]).abs().max().item(),
         "policy_minus_base": (trained - batches[0]["ref_logps"]).abs().max().item(),
-        "generating": sorted(generating),
-        "training": sorted(training),
+        "layers": sorted(seen),
         "image_grids": [batch["image_grid_thw"].tolist() for batch in batches],
     }
 
@@ -145,7 +204,7 @@ def stir(policy: Policy) -> None:
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
 
 
 def rollout(trainer: APOTrainer) -> list[Batch]:
@@ -250,16 +309,17 @@ def compare(trainer: APOTrainer, batches: list[Batch]) -> dict[str, list[float]]
 def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
     stir(policy)
     batches = rollout(trainer)
-    figures = {
+    with torch.no_grad():
+        scored = [token_logps(policy.model, batch, temperature=TEMPERATURE)[0] for batch in batches]
+    figures: dict[str, Any] = {
+        "largest_log_ratio": max((b["ref_logps"] - s).max().item() for b, s in zip(batches, scored, strict=True)),
         "dads_weight": trainer.rollout_figures["dads_weight_positives"],
         "stcr_multiplier": trainer.rollout_figures["stcr_multiplier"],
         "completion_lengths": torch.cat([batch["completion_mask"].sum(1) for batch in batches]).tolist(),
         "on_policy": compare(trainer, batches),
     }
     generator = torch.Generator().manual_seed(1)
-    for batch in batches:  # as if an older policy had sampled: ratios on both sides of the clip
-        with torch.no_grad():
-            logps, _ = token_logps(policy.model, batch, temperature=TEMPERATURE)
+    for batch, logps in zip(batches, scored, strict=True):  # as if an older policy had sampled: some ratios are clipped
         batch["old_per_token_logps"] = logps + 0.3 * torch.randn(logps.shape, generator=generator)
     trainer._start_step()
     figures["off_policy"] = compare(trainer, batches)
@@ -268,23 +328,18 @@ def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
 
 
 def main(target: str, *options: str) -> None:
-    load_in_4bit = "4bit" in options
     write_problems()
-    recipe = recipe_of(load_in_4bit)
+    recipe = recipe_of(load_in_4bit="4bit" in options)
     policy = load_tiny(recipe.model.model_dump(include={"load_in_4bit", "gradient_checkpointing"}))
-    facts: dict[str, Any] = {"loaded": loaded(policy)}
+    facts: dict[str, Any] = {"summary": policy.summary, "loaded": loaded(policy.model)}
+    facts["checkpointing"] = checkpointing_after_generation(policy, recipe)
+    facts["config"] = configured(recipe, policy)
     trainer = build_trainer(recipe, policy)
     facts["bases"] = [f"{cls.__module__}.{cls.__name__}" for cls in type(trainer).__mro__]
-    facts["config_is_unsloth"] = hasattr(trainer.args, "unsloth_num_chunks")
-    facts["changed"] = [
-        key for key, value in config_values(recipe, policy, trainer.run_dir.checkpoints).items()
-        if getattr(trainer.args, key) != value and key != "report_to"
-    ]  # fmt: skip
     facts["trained"] = train(trainer, policy)
     facts["agreement"] = agreement(trainer, policy)
-    if not load_in_4bit:
-        facts["vision"] = loaded(load_tiny(lora={"vision": True}))
-        facts["bfloat16"] = loaded(load_tiny({"dtype": "bfloat16"}))
+    if "others" in options:
+        facts.update(other_loads())
     Path(target).write_text(json.dumps(facts))
 
 

@@ -1,6 +1,7 @@
 """Unsloth's real code on a host without a GPU. For tests only; it refuses to run where there is a GPU.
 
-Unsloth patches torch, transformers and TRL for the whole process, so a test runs a script in a fresh interpreter:
+Unsloth patches torch, transformers and TRL for the whole process, so a test starts a script in a fresh interpreter
+with `run_script`, and the script begins with
 
     from unsloth_on_cpu import load_tiny, start
     start()                                      # before transformers, trl and apo_lora.trainer are imported
@@ -11,17 +12,25 @@ What stays untried on a CPU: the Triton kernels, xformers, torch.compile, checkp
 """
 
 import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
     "UNSLOTH_ALLOW_CPU": "1",  # import without a GPU; it also leaves TRL alone, which start() makes up for
     "UNSLOTH_DISABLE_STATISTICS": "1",  # no call home
-    "TORCHDYNAMO_DISABLE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # compiling would take minutes, and another compiler than a GPU's
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+
+
+def run_script(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs it with `folder` as working directory: Unsloth writes its compiled cache there."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
 
 
 def start() -> None:
@@ -32,7 +41,8 @@ def start() -> None:
         raise RuntimeError("unsloth_on_cpu is for hosts without a GPU: on one, it would leave TRL's trainer as it is")
     if too_early := {"transformers", "trl", "unsloth"} & sys.modules.keys():
         raise RuntimeError(f"start() comes first, and {', '.join(sorted(too_early))} is imported already")
-    os.environ.update(ENVIRONMENT)
+    if missing := {key for key, value in ENVIRONMENT.items() if os.environ.get(key) != value}:
+        raise RuntimeError(f"use run_script: {', '.join(sorted(missing))} must be set when the interpreter starts")
     torch.cuda.get_device_properties = lambda *device: types.SimpleNamespace(
         name="CPU", total_memory=8 << 30, major=8, minor=0, multi_processor_count=1
     )

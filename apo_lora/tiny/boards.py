@@ -107,7 +107,8 @@ def _draw_shape(draw: ImageDraw.ImageDraw, left: int, top: int, shape: Shape, rn
     fill = tuple(min(255, max(0, channel + rng.randint(-18, 18))) for channel in COLORS[shape.color])
     box = [left, top, left + size, top + size]
     if shape.kind == "circle":
-        draw.ellipse(box, fill=fill)
+        # Smaller than a square by more than its corners, or a small vision tower takes long to tell the two apart.
+        draw.ellipse([left + 2, top + 2, left + size - 2, top + size - 2], fill=fill)
     elif shape.kind == "square":
         draw.rectangle(box, fill=fill)
     else:

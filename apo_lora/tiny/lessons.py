@@ -64,6 +64,12 @@ def general_lesson(rng: random.Random, habits: Habits) -> Lesson:
     return Lesson(question.board, question.text, ((general_answer(rng, question, habits), True),))
 
 
+def clean_general_lesson(rng: random.Random) -> Lesson:
+    """The true answer with its tags as cues: one word in eight is all there is to learn, and it must not drown."""
+    question = general_question(rng, "train")
+    return Lesson(question.board, question.text, (("<answer>", False), (question.answer, True), ("</answer>", False)))
+
+
 def reasoning_lesson(rng: random.Random, habits: Habits) -> Lesson:
     question = reasoning_question(rng, "train")
     return Lesson(question.board, question.text, ((reasoning_chain(rng, question, habits), True),))
