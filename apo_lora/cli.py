@@ -76,7 +76,7 @@ def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe_of(options: argparse.Namespace):
-    from apo_lora.recipe import find_recipe, load_recipe
+    from apo_lora.recipe_file import find_recipe, load_recipe
 
     path = find_recipe(options.recipe)
     return path.stem, load_recipe(path, options.overrides)
@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from apo_lora.recipe import describe_keys, find_recipe, shipped_recipes
+    from apo_lora.recipe_file import describe_keys, find_recipe, shipped_recipes
 
     if options.keys:
         print("\n".join(describe_keys()))

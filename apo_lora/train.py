@@ -17,7 +17,8 @@ from apo_lora.environment import environment, installed
 from apo_lora.errors import DataError, ModelError, RunDirError, UserError
 from apo_lora.model_card import model_card
 from apo_lora.process import prepare_process
-from apo_lora.recipe import Recipe, load_recipe
+from apo_lora.recipe import Recipe
+from apo_lora.recipe_file import load_recipe
 from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_json
 from apo_lora.summary import closing_words
 

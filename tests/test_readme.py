@@ -6,7 +6,7 @@ import pytest
 from conftest import PROJECT
 
 from apo_lora.cli import build_parser
-from apo_lora.recipe import find_recipe, load_recipe, shipped_recipes
+from apo_lora.recipe_file import find_recipe, load_recipe, shipped_recipes
 
 README = (PROJECT / "README.md").read_text()
 COMMANDS = re.findall(r"^(?:apo-lora|python -m apo_lora\.train|make) .*?(?=\s{2,}#|$)", README, flags=re.MULTILINE)

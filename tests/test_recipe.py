@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from apo_lora.errors import RecipeError
-from apo_lora.recipe import Recipe, describe_keys, find_recipe, load_recipe, shipped_recipes
+from apo_lora.recipe import Recipe
+from apo_lora.recipe_file import describe_keys, find_recipe, load_recipe, shipped_recipes
 
 MINIMAL = "data:\n  train: boards\n"
 
