@@ -67,6 +67,20 @@ def _with_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
 
 
+def _with_card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vram", metavar="GB", type=_gigabytes, help="memory of the card; else that of a visible GPU")
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no card; write its gigabytes, for instance 8")
+    return size
+
+
 def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="recipe to print")
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
@@ -142,6 +156,25 @@ def _preflight(options: argparse.Namespace) -> int:
     return 0 if run_preflight(recipe) else 1
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from apo_lora.memory_plan import plan
+    from apo_lora.memory_table import fits, plan_lines
+    from apo_lora.model_shape import find_shape
+
+    name, recipe = _recipe_of(options)
+    shape = find_shape(recipe.model.name, recipe.model.revision)
+    planned, card = plan(shape, recipe), options.vram or _visible_gpu()
+    print("\n".join(plan_lines(name, recipe, shape, planned, card)))
+    return 0 if card is None or fits(planned, card) else 1
+
+
+def _visible_gpu() -> float | None:
+    """GiB of the GPU, where there is one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from apo_lora.doctor import doctor
 
@@ -165,6 +198,9 @@ VERBS = {
     ),
     "preflight": Verb(
         "check image, reference and sampling, and whether the largest example fits", (_with_recipe,), _preflight
+    ),
+    "plan": Verb(
+        "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (_with_recipe, _with_card), _plan
     ),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }

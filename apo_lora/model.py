@@ -45,8 +45,7 @@ class Policy:
 
     @property
     def summary(self) -> str:
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
+        trainable, total = self.model.get_nb_trainable_parameters()  # counts two weights per byte where packed
         bits = ", 4-bit" if is_4bit(self.model) else ""
         return (
             f"{self.base_name} through {self.engine} on {self.model.device}, {str(self.dtype)[6:]}{bits}; "
@@ -180,6 +179,7 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
     base, processor = FastVisionModel.from_pretrained(
         base_path(model.name),
         revision=model.revision,
+        use_exact_model_name=True,  # else it may take another repository, and drop the revision
         load_in_4bit=model.load_in_4bit,
         dtype=dtype,
         use_gradient_checkpointing=checkpointing,

@@ -1,9 +1,10 @@
-"""The sizes of a Qwen2.5-VL, and what follows from them alone: parameters by module, bytes in NF4. No torch, no weights.
+"""The sizes of a Qwen2.5-VL, and what follows from them alone: parameters by module, bytes in NF4. No torch.
 
 Sizes come out of a config.json. Those of the published models are in the code, for a plan without network.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -136,7 +137,7 @@ PUBLISHED = {
 
 
 def find_shape(name: str, revision: str | None = None) -> ModelShape:
-    """Sizes of `tiny`, of a local folder, of a published Qwen2.5-VL, or of another Hugging Face id. Raises ModelError."""
+    """Sizes of `tiny`, a local folder, a published Qwen2.5-VL, or another Hugging Face id. Raises ModelError."""
     folder = BASE_DIR if name == "tiny" else Path(name)
     if folder.is_dir():
         return shape_from_config(_read_config(folder, name), name)
@@ -158,6 +159,7 @@ def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
 def _config_from_hub(name: str, revision: str | None) -> Mapping[str, Any]:
     from transformers import AutoConfig
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without network it tells of every retry
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
@@ -174,7 +176,7 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         raise ModelError(f"model.name: {name} is a {config.get('model_type')}; the plan knows qwen2_5_vl only")
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     size, tower = _reader(text, f"{name}: its config"), _reader(vision, f"{name}: its vision_config")
-    shape = ModelShape(
+    return ModelShape(
         hidden=size("hidden_size"),
         intermediate=size("intermediate_size"),
         layers=size("num_hidden_layers"),
@@ -190,7 +192,6 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         frames=tower("temporal_patch_size", 2),
         channels=tower("in_channels", vision.get("in_chans", 3)),
     )
-    return shape
 
 
 def _reader(sizes: Mapping[str, Any], where: str) -> Callable[..., int]:

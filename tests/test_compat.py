@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apo_lora.compat import dequantize_blocks_across_rows_on_cpu, keep_4bit_layout_on_cpu
+from apo_lora.compat import dequantize_blocks_across_rows_on_cpu, keep_4bit_layout_on_cpu, kept_checkpointing
 
 
 def nf4_layer():
@@ -58,3 +58,14 @@ def test_rows_that_are_no_whole_blocks_are_read_rightly():
     dequantize_blocks_across_rows_on_cpu()
     assert nf4_error(96, 96) < 0.12
     assert nf4_error(144, 64) < 0.12
+
+
+def test_checkpointing_is_as_before_in_every_layer():
+    """That Unsloth's generate() still needs this is shown in test_unsloth.py."""
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    model[0].gradient_checkpointing, model[1].gradient_checkpointing = True, False
+    with pytest.raises(RuntimeError), kept_checkpointing(model):
+        for layer in model:
+            layer.gradient_checkpointing = layer is model[1]
+        raise RuntimeError
+    assert model[0].gradient_checkpointing is True and model[1].gradient_checkpointing is False

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ LANGUAGE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 def test_adapters_sit_on_the_language_layers_alone(facts):
     assert "through unsloth on cpu, float32" in facts["summary"]
+    assert "108,544 of 878,720 parameters train" in facts["summary"]  # in 4-bit as well
     names = facts["loaded"]["adapted"]
     assert all("language_model" in name for name in names)
     assert {name.split(".")[-1] for name in names} == LANGUAGE_LAYERS
@@ -83,6 +85,26 @@ def test_another_dtype_than_asked_for_is_refused(plain):
     assert "loads tiny as torch.float16 here, not as torch.bfloat16" in plain["bfloat16"]
 
 
+def test_unsloth_is_asked_for_the_named_model_with_offloaded_checkpointing(monkeypatch):
+    """Offloading needs a GPU, so no other test here gets to see it."""
+    asked = {}
+
+    class FastVisionModel:
+        @staticmethod
+        def from_pretrained(name, **options):
+            asked.update(name=name, **options)
+            raise OSError("enough")
+
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=FastVisionModel))
+    model = ModelSection(name="some/model", revision="abc", load_in_4bit=True, gradient_checkpointing=True)
+    with pytest.raises(EnvironmentError, match="enough"):
+        _load_with_unsloth(model, LoraSection(), torch.float16, 0)
+    assert asked == {
+        "name": "some/model", "revision": "abc", "use_exact_model_name": True, "load_in_4bit": True,
+        "dtype": torch.float16, "use_gradient_checkpointing": "unsloth", "trust_remote_code": False,
+    }  # fmt: skip
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -96,8 +118,6 @@ def test_values_of_ours_survive_and_changed_ones_are_caught(facts):
 
 
 def test_a_trainer_that_changes_its_configuration_is_caught(monkeypatch):
-    from types import SimpleNamespace
-
     from apo_lora.trainer import APOTrainer
 
     def decide_again(self, args):
