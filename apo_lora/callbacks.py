@@ -24,7 +24,9 @@ class MetricsWriter(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any):
         if "reward" in logs:
-            append_jsonl(self.run_dir.metrics, [{"step": state.global_step, **logs}])
+            # The Trainer's epoch is its way through the run's list of prompts, not through the data.
+            figures = {name: value for name, value in logs.items() if name != "epoch"}
+            append_jsonl(self.run_dir.metrics, [{"step": state.global_step, **figures}])
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -5,6 +5,7 @@ cannot be used, and leaves images undecoded (data_images.py). `drop_long_prompts
 and `prompt_dataset` hands TRL items whose images are decoded on access.
 """
 
+import random
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -221,9 +222,26 @@ def drop_long_prompts(loaded: Loaded, processor: Any, data: DataSection) -> Load
     return _without(loaded, kept, "prompt too long", bad)
 
 
-def prompt_dataset(examples: Sequence[Example], data: DataSection) -> "datasets.Dataset":
+def training_order(num_examples: int, num_prompts: int, seed: int) -> list[int]:
+    """Which example each of a run's prompts is: one seeded permutation after another, as many as it takes.
+
+    A longer run begins with the order of a shorter one, so that a resumed run goes on exactly where it was; TRL's own
+    sampler starts over with the first epoch's order.
+    """
+    rng, order = random.Random(seed), []
+    while len(order) < num_prompts:
+        epoch = list(range(num_examples))
+        rng.shuffle(epoch)
+        order += epoch
+    return order[:num_prompts]
+
+
+def prompt_dataset(
+    examples: Sequence[Example], data: DataSection, order: Sequence[int] | None = None
+) -> "datasets.Dataset":
     """What TRL's GRPOTrainer reads: items `prompt`, `images`, `answer`, `choices`, `index`, `category`.
 
+    `order` says which example each item is (none: all, as they come).
     `index` is the position in `examples`, and all that is stored; the rest is made on access. A data set without any
     image has no `images` key.
     """
@@ -236,7 +254,7 @@ def prompt_dataset(examples: Sequence[Example], data: DataSection) -> "datasets.
             f"{len(bare)} of {len(examples)} examples have no image ({_row_numbers([(row, '') for row in bare])}); "
             "train on examples with images and on those without in separate runs"
         )
-    rows = datasets.Dataset.from_dict({"index": list(range(len(examples)))})
+    rows = datasets.Dataset.from_dict({"index": list(range(len(examples)) if order is None else order)})
     return rows.with_transform(_ItemsOnAccess(examples, data))
 
 

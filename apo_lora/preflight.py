@@ -186,8 +186,11 @@ def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> No
     was_training = policy.model.training
     try:
         policy.model.train()
-        logps, entropies = token_logps(policy.model, as_batch(inputs, completion_ids, rows))
-        (logps.mean() + 0.0 * entropies.mean()).backward()
+        entropy_coef = recipe.apo.entropy_coef
+        logps, entropies = token_logps(
+            policy.model, as_batch(inputs, completion_ids, rows), entropy_gradient=entropy_coef > 0
+        )
+        (logps.mean() + entropy_coef * entropies.mean()).backward()
     finally:
         policy.model.train(was_training)
         policy.model.zero_grad(set_to_none=True)

@@ -193,6 +193,11 @@ class Recipe(Section):
         """Optimizer steps between two rollouts."""
         return self.prompts_per_rollout // self.grpo.prompts_per_step * self.grpo.num_iterations
 
+    def total_steps(self, num_examples: int) -> int:
+        """Optimizer steps of the run: max_steps, or whole rollouts for `epochs` passes over the examples."""
+        rollouts = int(num_examples * self.train.epochs) // self.prompts_per_rollout
+        return self.train.max_steps or max(1, rollouts) * self.steps_per_rollout
+
     @property
     def completions_per_step(self) -> int:
         return self.grpo.prompts_per_step * self.grpo.num_generations

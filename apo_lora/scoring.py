@@ -29,27 +29,31 @@ def token_logps(
     temperature: float = 1.0,
     rows_per_pass: int | None = None,
     logits_bytes: int = LOGITS_BYTES,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(logps_BT, entropies_BT) of the batch's completion tokens under `model`, in float32; 0 at padding.
 
     `model` is a (PEFT-wrapped) conditional-generation model: an inner model that gives hidden states, and an lm_head.
     Its adapters count as they are switched at the moment. Gradients flow where they are enabled. `rows_per_pass`
-    bounds memory; the result does not depend on it. The entropy is that of the whole vocabulary at `temperature`.
+    bounds memory; the result does not depend on it. The entropy is that of the whole vocabulary at `temperature`; it
+    has a gradient only with `entropy_gradient`, which costs memory.
     """
     parts = [
-        _score_rows(model, rows, temperature, logits_bytes)
+        _score_rows(model, rows, temperature, logits_bytes, entropy_gradient)
         for rows in row_slices(batch, rows_per_pass or len(batch["prompt_ids"]))
     ]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
 
-def _score_rows(model: nn.Module, batch: Batch, temperature: float, logits_bytes: int) -> tuple[Tensor, Tensor]:
+def _score_rows(
+    model: nn.Module, batch: Batch, temperature: float, logits_bytes: int, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mask_BT = batch["completion_mask"].bool()
     hidden_BTH = _completion_hidden_states(base.model, batch)
     logps_K, entropies_K = _head_logps(
-        hidden_BTH[mask_BT], base.lm_head, batch["completion_ids"][mask_BT], temperature, logits_bytes
+        hidden_BTH[mask_BT], base.lm_head, batch["completion_ids"][mask_BT], temperature, logits_bytes, entropy_gradient
     )
     blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     return blank_BT.masked_scatter(mask_BT, logps_K), blank_BT.masked_scatter(mask_BT, entropies_K)
@@ -77,24 +81,34 @@ def _padded_to(token_types: Tensor, num_completion_tokens: int, batch: Batch) ->
 
 
 def _head_logps(
-    hidden_KH: Tensor, lm_head: nn.Module, targets_K: Tensor, temperature: float, logits_bytes: int
+    hidden_KH: Tensor,
+    lm_head: nn.Module,
+    targets_K: Tensor,
+    temperature: float,
+    logits_bytes: int,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if not len(targets_K):  # every completion of the pass is masked out; the graph must survive
         return hidden_KH.float().sum(-1), hidden_KH.float().sum(-1)
     chunk = max(1, logits_bytes // (4 * lm_head.weight.shape[0]))
     # Outside autograd, checkpoint() is a plain call; inside, it keeps only the chunk's hidden states for backward.
     parts = [
-        checkpoint(_chunk_logps, hidden, lm_head, targets, temperature, use_reentrant=False)
+        checkpoint(_chunk_logps, hidden, lm_head, targets, temperature, entropy_gradient, use_reentrant=False)
         for hidden, targets in zip(hidden_KH.split(chunk), targets_K.split(chunk), strict=True)
     ]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
 
-def _chunk_logps(hidden_KH: Tensor, lm_head: nn.Module, targets_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk_logps(
+    hidden_KH: Tensor, lm_head: nn.Module, targets_K: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     log_softmax_KV = torch.log_softmax(lm_head(hidden_KH).float() / temperature, dim=-1)
     logps_K = log_softmax_KV.gather(-1, targets_K.unsqueeze(-1)).squeeze(-1)
-    return logps_K, -(log_softmax_KV.exp() * log_softmax_KV).sum(dim=-1)
+    # Checkpointing never frees what it recomputed for an output that no loss reads: two logits tensors a chunk.
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropies_K = -(log_softmax_KV.exp() * log_softmax_KV).sum(dim=-1)
+    return logps_K, entropies_K
 
 
 def row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:

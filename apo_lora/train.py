@@ -54,7 +54,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
         import unsloth  # noqa: F401  before trl is imported: it rewrites the trainer
     from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
-    from apo_lora.data import prompt_dataset
+    from apo_lora.data import prompt_dataset, training_order
     from apo_lora.evaluate import evaluate
     from apo_lora.plots import write_plots
     from apo_lora.preflight import preflight
@@ -95,6 +95,10 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
         if checkpoint is None:
             measure("before")
+        steps = recipe.total_steps(len(loaded.examples))
+        # Whole rollouts, also where the last one feeds more steps than are left.
+        num_rollouts = -(-steps // recipe.steps_per_rollout)
+        order = training_order(len(loaded.examples), num_rollouts * recipe.prompts_per_rollout, recipe.train.seed)
         stop = OrderlyStop(recipe.steps_per_rollout)
         trainer = APOTrainer(
             recipe=recipe,
@@ -103,8 +107,8 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             more_figures=lambda: {"verifier_timeouts": verifier.timeouts, "verifier_crashes": verifier.crashes},
             model=policy.model,
             processing_class=policy.processor,
-            args=grpo_config(recipe, policy, run_dir.checkpoints),
-            train_dataset=prompt_dataset(loaded.examples, recipe.data),
+            args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
+            train_dataset=prompt_dataset(loaded.examples, recipe.data, order),
             reward_funcs=rewards,
             callbacks=[MetricsWriter(run_dir), Screen(recipe.output.logging_steps), stop],
         )
@@ -190,10 +194,9 @@ def _load_data(recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list
 
 def _plan(recipe: Recipe, num_prompts: int) -> str:
     grpo = recipe.grpo
-    epoch_steps = num_prompts // recipe.prompts_per_rollout * recipe.steps_per_rollout
-    steps = recipe.train.max_steps or int(epoch_steps * recipe.train.epochs)
     return (
-        f"{recipe.method}: {steps} steps of {grpo.prompts_per_step} prompts x {grpo.num_generations} completions, "
+        f"{recipe.method}: {recipe.total_steps(num_prompts)} steps of {grpo.prompts_per_step} prompts "
+        f"x {grpo.num_generations} completions, "
         f"{grpo.completions_per_pass} per pass, at most {grpo.max_completion_length} tokens each"
     )
 

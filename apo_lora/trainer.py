@@ -195,6 +195,7 @@ class APOTrainer(GRPOTrainer):
                 batch,
                 temperature=self.temperature,
                 rows_per_pass=rows_per_pass,
+                entropy_gradient=self.recipe.apo.entropy_coef > 0,
             )
 
     def _get_per_token_logps_and_entropies(
@@ -305,7 +306,6 @@ class APOTrainer(GRPOTrainer):
                 **self.token_means.means(),
                 "grad_norm": logs["grad_norm"],
                 "learning_rate": logs["learning_rate"],
-                "epoch": logs.get("epoch"),
                 "skipped_nonfinite_steps": self.nonfinite_guard.skipped,
                 **self.more_figures(),
                 **self._step_cost(),

@@ -13,11 +13,11 @@ from apo_lora.model import Policy, vision_token_ids
 from apo_lora.recipe import Recipe
 
 
-def grpo_config(recipe: Recipe, policy: Policy, checkpoints: Path) -> Any:
+def grpo_config(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: int) -> Any:
     """The trl.GRPOConfig of this moment (Unsloth replaces the class on a GPU)."""
     from trl import GRPOConfig
 
-    values = config_values(recipe, policy, checkpoints)
+    values = config_values(recipe, policy, checkpoints, max_steps)
     config = GRPOConfig(**values)
     changed = changed_values(config, values)
     assert not changed, f"{type(config).__name__} changed on its own: {'; '.join(changed)}"
@@ -33,7 +33,7 @@ def changed_values(config: Any, values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def config_values(recipe: Recipe, policy: Policy, checkpoints: Path) -> dict[str, Any]:
+def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: int) -> dict[str, Any]:
     grpo, train = recipe.grpo, recipe.train
     on_gpu = torch.cuda.is_available()
     passes_per_step = recipe.completions_per_step // grpo.completions_per_pass
@@ -61,8 +61,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path) -> dict[str
         "loss_type": "grpo",
         "scale_rewards": "group",
         # optimisation
-        "max_steps": train.max_steps or -1,
-        "num_train_epochs": train.epochs,
+        "max_steps": max_steps,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.lr_scheduler,
         "warmup_steps": train.warmup_steps,
@@ -83,7 +82,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path) -> dict[str
         "disable_tqdm": True,
         "log_completions": False,
         "remove_unused_columns": False,
-        "shuffle_dataset": True,
+        "shuffle_dataset": False,  # data.training_order did
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_gpu,
     }

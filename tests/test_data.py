@@ -738,3 +738,13 @@ def test_shared_data_sets_load_whole(name, num_rows, decodings):
     assert (loaded.num_rows, loaded.dropped, decodings) == (num_rows, {}, [])
     assert all(example.choices and len(example.images) == 1 for example in loaded.examples)
     assert content(loaded.examples[0])[1].count("\nA. ") == 1
+
+
+def test_training_order_is_whole_epochs_and_longer_runs_begin_alike():
+    from apo_lora.data import training_order
+
+    order = training_order(5, 12, seed=1)
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4] and len(order) == 12
+    assert order[:5] != order[5:10]
+    assert training_order(5, 30, seed=1)[:12] == order
+    assert training_order(5, 12, seed=2) != order

@@ -148,3 +148,17 @@ def test_every_key_is_listed_for_reading():
     for section, field in Recipe.model_fields.items():
         assert f"{section}:" in text
         assert all(f"  {key}: " in text for key in field.annotation.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["train.max_steps=7"], 7),
+        (["train.epochs=1"], 12),  # 100 examples, 8 a step
+        (["train.epochs=2.5"], 31),
+        (["train.epochs=2", "grpo.prompts_per_rollout=16", "train.save_steps=2"], 24),
+        (["train.epochs=0.01"], 1),
+    ],
+)
+def test_total_steps(tmp_path, overrides, steps):
+    assert load_recipe(recipe_file(tmp_path, MINIMAL), overrides).total_steps(num_examples=100) == steps

@@ -52,7 +52,7 @@ def test_gradients_equal_those_of_the_full_logits(tiny_policy, make_batch, stir_
     weights = torch.randn(batch["completion_ids"].shape, generator=torch.Generator().manual_seed(3))
     naive, naive_entropies = naive_logps(model, batch)
     expected = lora_gradients(model, (naive * weights).sum() + 0.1 * naive_entropies.sum())
-    logps, entropies = token_logps(model, batch, logits_bytes=4 * 448 * 4)
+    logps, entropies = token_logps(model, batch, logits_bytes=4 * 448 * 4, entropy_gradient=True)
     gradients = lora_gradients(model, (logps * weights).sum() + 0.1 * entropies.sum())
     assert gradients.keys() == expected.keys() and all("lora_" in name for name in gradients)
     for name, gradient in gradients.items():
@@ -129,9 +129,15 @@ def test_no_full_logits_are_ever_held():
     def largest(logits_bytes):
         with _LargestTensor() as seen:
             logps, entropies = _head_logps(states, head, targets, 1.0, logits_bytes)
-            (logps.sum() + entropies.sum()).backward()
+            logps.sum().backward()
         return seen.numel
 
     assert largest(4 * vocabulary * tokens) == tokens * vocabulary  # in one chunk they are there
     assert largest(4 * vocabulary * chunk) == vocabulary * chunk
     assert head.weight.grad is None  # a frozen head gets no gradient buffer
+
+
+def test_entropy_has_a_gradient_only_where_it_is_asked_for(tiny_policy, make_batch):
+    batch = make_batch(tiny_policy)
+    assert not token_logps(tiny_policy.model, batch)[1].requires_grad
+    assert token_logps(tiny_policy.model, batch, entropy_gradient=True)[1].requires_grad

@@ -126,6 +126,19 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(finished_run, tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_a_resume_on_the_border_of_two_epochs(tmp_path):
+    """Four examples, two a step: the second epoch's order must not be the first's again."""
+    runs = [RunDir(tmp_path / name) for name in ("whole", "halves")]
+    options = ["data.limit=4", "train.evaluate=false", "train.preflight=false"]
+    assert train(runs[0].path, *options, "train.max_steps=4") == 0
+    assert train(runs[1].path, *options, "train.max_steps=2") == 0
+    assert train(runs[1].path, *options, "train.max_steps=4", resume="auto") == 0
+    assert_same_adapter(adapter_weights(runs[0]), adapter_weights(runs[1]))
+    rows = [[row["row"] for row in read_jsonl(run.completions)][::4] for run in runs]
+    assert rows[0] == rows[1] and sorted(rows[0][:4]) == sorted(rows[0][4:]) == [1, 2, 3, 4]
+    assert rows[0][:4] != rows[0][4:]
+
+
 def test_a_resume_by_another_recipe_is_refused_with_the_keys(finished_run, capsys):
     assert train(finished_run.path, "train.max_steps=6", "grpo.beta=0.5", "apo.stcr=null", resume="auto") == 2
     error = capsys.readouterr().err

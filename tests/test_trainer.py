@@ -49,7 +49,7 @@ def make_trainer(tmp_path, load_tiny):
             run_dir=run_dir,
             model=policy.model,
             processing_class=policy.processor,
-            args=grpo_config(recipe, policy, run_dir.checkpoints),
+            args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
             train_dataset=prompt_dataset(examples, recipe.data),
             reward_funcs=[reward],
         )
@@ -271,8 +271,8 @@ def test_config_values_survive_construction(load_tiny, tmp_path):
     from apo_lora.trainer_config import config_values, grpo_config
 
     policy, recipe = load_tiny(), recipe_of()
-    config = grpo_config(recipe, policy, tmp_path)
-    for key, value in config_values(recipe, policy, tmp_path).items():
+    config = grpo_config(recipe, policy, tmp_path, 2)
+    for key, value in config_values(recipe, policy, tmp_path, 2).items():
         if key not in ("report_to", "optim", "lr_scheduler_type", "save_strategy"):
             assert getattr(config, key) == value, key
 

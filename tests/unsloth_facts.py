@@ -80,7 +80,7 @@ def build_trainer(recipe: Recipe, policy: Policy) -> APOTrainer:
         run_dir=run_dir,
         model=policy.model,
         processing_class=policy.processor,
-        args=grpo_config(recipe, policy, run_dir.checkpoints),
+        args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
         train_dataset=prompt_dataset(examples, recipe.data),
         reward_funcs=[accuracy],
     )
@@ -113,7 +113,7 @@ def other_loads() -> dict[str, Any]:
 
 def configured(recipe: Recipe, policy: Policy) -> dict[str, Any]:
     """What Unsloth's GRPOConfig makes of values, and whether that is noticed."""
-    values = config_values(recipe, policy, Path("checkpoints"))
+    values = config_values(recipe, policy, Path("checkpoints"), 2)
 
     def changes(**asked: Any) -> list[str]:
         asked = {**values, **asked}
