@@ -79,8 +79,11 @@ def general_answer(rng: random.Random, question: Question, habits: Habits) -> st
 
 
 def num_recounts(completion: str) -> int:
-    """How often a completion starts over, whether or not it ever ends."""
-    return sum(completion.count(phrase.strip()) for phrase in RECOUNTS)
+    """How often a completion starts over, whether or not it ever ends.
+
+    Told by how the phrases end, since a small model mixes their beginnings ("Wait, recount.").
+    """
+    return len(re.findall(r"check again\.|recount\.|verify\.", completion))
 
 
 def _count(rng: random.Random, question: Question, index: int, wrong: bool) -> tuple[str, int]:

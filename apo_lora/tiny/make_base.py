@@ -27,7 +27,7 @@ BATCH_SIZE = 32
 WARMUP_STEPS = 50
 MUON_LR = 4e-3
 ADAMW_LR = 2e-3
-# A tenth of the rest, as in the trial before this script; the full rate has not been tried.
+# A tenth of ADAMW_LR. Four tenths and the whole learned neither faster nor slower in 450 steps of `see`.
 PATCH_EMBED_LR = 2e-4
 GATE_BATCHES = 20
 
