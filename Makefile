@@ -1,4 +1,4 @@
-# make train   environment (first time: a few minutes, 6 GB) and the embedded run on the CPU
+# make train   environment (first time: a few minutes, 8 GB) and the embedded run on the CPU
 # make test    environment if absent, and every test that needs no GPU
 # make fast    the tests that take seconds
 
