@@ -11,7 +11,7 @@ _CHATTY_LOGGERS = ("torchao", "bitsandbytes.backends.cpu.ops")
 def prepare_process() -> None:
     """Call before torch is imported. Upstream notices that nobody can act on go; errors still show."""
     # Threads that wait by spinning make a small model seven times slower on a machine that does something else as
-    # well (measured on 2 cores: 95 s against 13 s), and nothing faster on one that does not.
+    # well (measured on 2 busy cores: 95 s against 13 s for three steps).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
