@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from apo_lora import ranks
 from apo_lora.errors import TrainingStopped
 from apo_lora.run_dir import RunDir, append_jsonl
 
@@ -47,7 +48,7 @@ class NonFiniteGuard(TrainerCallback):
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
         is_finite = self.loss_is_finite and all(torch.isfinite(norm) for norm in norms)
         self.loss_is_finite = True
-        if is_finite:
+        if not ranks.any_rank(not is_finite):
             self.in_a_row = 0
             return
         for parameter in self.parameters:
@@ -73,7 +74,7 @@ class NonFiniteGuard(TrainerCallback):
 class OrderlyStop(TrainerCallback):
     """Ctrl-C or SIGTERM finishes the step (and the rollout it belongs to), saves a checkpoint and ends the run.
 
-    A second signal stops at once, with the last checkpoint kept.
+    A second signal stops at once, with the last checkpoint kept. A signal to one process stops them all.
     """
 
     def __init__(self, steps_per_rollout: int):
@@ -95,7 +96,8 @@ class OrderlyStop(TrainerCallback):
         tqdm.write("Stopping after this step, with a checkpoint; once more to stop at once.")
 
     def on_step_end(self, args, state, control, **kwargs: Any):
-        if self.requested and state.global_step % self.steps_per_rollout == 0:
+        if state.global_step % self.steps_per_rollout == 0 and ranks.any_rank(self.requested):
+            self.requested = True
             control.should_save = control.should_training_stop = True
 
 

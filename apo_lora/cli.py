@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from apo_lora import __version__
+from apo_lora import __version__, ranks
 from apo_lora.errors import UserError
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return VERBS[options.verb].run(options)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print("\n".join(_by_rank(problem) for problem in error.problems), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped. What was saved is kept; continue with --resume auto.", file=sys.stderr)
@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `apo-lora recipes --keys | head`
         sys.stderr.close()
         return 0
+
+
+def _by_rank(problem: str) -> str:
+    """All processes of a run have the same to say of a bad recipe, and one of them of its own GPU."""
+    return problem if ranks.is_main() else f"process {ranks.rank()}: {problem}"
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

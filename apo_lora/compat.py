@@ -4,10 +4,12 @@ tests/test_compat.py shows of each that upstream still needs it, and that it wor
 """
 
 import ctypes
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -54,6 +56,31 @@ def _as_one_row(kernel: Any) -> Any:
         return kernel(weights, absmax, out, blocksize, rows, columns)
 
     return dequantize
+
+
+def let_gloo_finish() -> None:
+    """Call between the last collective operation and the end of a gloo process group.
+
+    Symptom: a process sometimes hangs at its end. Taking the group down waits for gloo's worker thread with Python's
+    lock held, and that thread wants the lock to drop the last tensor that was sent.
+    Link: https://github.com/pytorch/pytorch/issues/190489, seen in 2.10.0.
+    Goes when: tests/test_compat.py takes groups down at once and none of the processes hangs.
+    """
+    time.sleep(0.5)  # lends the lock
+
+
+def load_onto_numbered_cpus() -> None:
+    """Lets torch.load put tensors onto "cpu:0", which is the same as "cpu".
+
+    Symptom: a run of several CPU processes cannot be continued: "don't know how to restore data location of
+    torch.storage.UntypedStorage (tagged with cpu:0)". accelerate numbers such devices, and Trainer loads the
+    optimizer's state onto its own.
+    Link: https://github.com/huggingface/accelerate (state.py, set_device), seen in 1.15.0 with torch 2.10.0.
+    Goes when: torch.load accepts map_location=torch.device("cpu", 0).
+    """
+    torch.serialization.register_package(
+        100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
 
 
 @contextmanager

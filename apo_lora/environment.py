@@ -4,6 +4,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from apo_lora import ranks
+
 PACKAGES = (
     "apo-lora", "torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes", "xformers",
     "datasets", "accelerate", "triton", "math-verify",
@@ -34,5 +36,6 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: installed(name) for name in PACKAGES},
         "gpu": gpu,
+        "processes": ranks.num_processes(),
         "cpu_threads": torch.get_num_threads(),
     }

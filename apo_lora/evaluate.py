@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from apo_lora import ranks
 from apo_lora.data import Example
 from apo_lora.model import Policy
 from apo_lora.recipe import Recipe
@@ -25,12 +26,15 @@ def evaluate(
 
     Returns accuracy with its 95 % Wilson interval, mean lengths (tokens) of right and wrong completions, and the
     fractions that are truncated and well formatted. Draws from its own random state: training is not disturbed.
+    Several processes share the examples out; each of them returns the whole.
     """
     completions, right = [], []
-    with torch.random.fork_rng(), tqdm(total=len(examples), desc=title, unit="item") as bar:
-        torch.manual_seed(recipe.train.seed)
-        for start in range(0, len(examples), PROMPTS_PER_PASS):
-            batch = examples[start : start + PROMPTS_PER_PASS]
+    own = examples[ranks.rank() :: ranks.num_processes()]
+    bar = tqdm(total=len(own), desc=title, unit="item", disable=not ranks.is_main())
+    with torch.random.fork_rng(), bar:
+        torch.manual_seed(recipe.train.seed + ranks.rank())
+        for start in range(0, len(own), PROMPTS_PER_PASS):
+            batch = own[start : start + PROMPTS_PER_PASS]
             sampled = sample(policy, batch, recipe)
             right += score(
                 [completion.text for completion in sampled],
@@ -39,7 +43,7 @@ def evaluate(
             )
             completions += sampled
             bar.update(len(batch))
-    return _summary(completions, [reward == 1 for reward in right])
+    return _summary(ranks.gathered(completions), [reward == 1 for reward in ranks.gathered(right)])
 
 
 def _summary(completions: Sequence[Completion], right: Sequence[bool]) -> dict[str, Any]:

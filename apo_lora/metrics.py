@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from apo_lora import ranks
 from apo_lora.apo import Credit, token_kl
 
 
@@ -76,6 +77,13 @@ class TokenMeans:
             chosen_BT = mask_BT & rows_B.unsqueeze(-1)
             self.sums[name] += values_BT[chosen_BT].sum().item()
             self.counts[name] += chosen_BT.sum().item()
+
+    def over_ranks(self) -> "TokenMeans":
+        """Of all processes."""
+        total = TokenMeans()
+        total.sums.update(ranks.summed(self.sums))
+        total.counts.update(ranks.summed(self.counts))
+        return total
 
     def means(self) -> dict[str, float | None]:
         return {name: self.sums[name] / count if count else None for name, count in self.counts.items()}

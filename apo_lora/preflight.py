@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apo_lora import ranks
 from apo_lora.data import Example, prompt_lengths
 from apo_lora.memory import peak_memory, reset_peak_memory
 from apo_lora.model import Policy, limit_image_size, reference_mode
@@ -151,7 +152,10 @@ def fit_largest(
     recipe: Recipe,
     run_pass: Callable[[Policy, Example, Recipe], None] | None = None,
 ) -> tuple[Check, Recipe]:
-    """Walks down the ladder until a forward and backward pass of the longest prompt fits. Never raises for memory."""
+    """Walks down the ladder until a forward and backward pass of the longest prompt fits, on every process.
+
+    Never raises for memory.
+    """
     run_pass = run_pass or forward_and_backward
     given, steps = recipe, []
     while True:
@@ -161,8 +165,11 @@ def fit_largest(
         reset_peak_memory()
         try:
             run_pass(policy, examples[longest], recipe)
+            fits = True
         except torch.OutOfMemoryError:
-            lower = next_rung(recipe)
+            fits = False
+        if ranks.any_rank(not fits):
+            lower = next_rung(recipe, ranks.num_processes())
             if lower is None:
                 return _does_not_fit(examples[longest]), given
             steps.append(ladder_step(recipe, lower))
@@ -196,20 +203,21 @@ def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> No
         policy.model.zero_grad(set_to_none=True)
 
 
-def next_rung(recipe: Recipe) -> Recipe | None:
+def next_rung(recipe: Recipe, num_processes: int = 1) -> Recipe | None:
     """The next cheaper recipe: completions per pass (same result), then image size, then generations per prompt."""
     grpo, data = recipe.grpo, recipe.data
     if grpo.completions_per_pass > 1:
-        smaller = max(d for d in range(1, grpo.completions_per_pass // 2 + 1) if recipe.completions_per_step % d == 0)
+        share = recipe.completions_per_step // num_processes
+        smaller = max(d for d in range(1, grpo.completions_per_pass // 2 + 1) if share % d == 0)
         return recipe.model_copy(update={"grpo": grpo.model_copy(update={"completions_per_pass": smaller})})
     if (data.max_pixels or 2 * MIN_PIXELS) > MIN_PIXELS:
         # Without a limit of its own the processor allows 16,384 image tokens: start below what anybody has memory for.
         pixels = max(MIN_PIXELS, (data.max_pixels or 4096 * 28 * 28) // 2)
         return recipe.model_copy(update={"data": data.model_copy(update={"max_pixels": pixels})})
-    if grpo.num_generations > 2:
-        return recipe.model_copy(
-            update={"grpo": grpo.model_copy(update={"num_generations": max(2, grpo.num_generations // 2)})}
-        )
+    fewer = range(max(2, grpo.num_generations // 2), 1, -1) if grpo.num_generations > 2 else ()
+    for generations in fewer:
+        if grpo.prompts_per_step * generations % num_processes == 0:
+            return recipe.model_copy(update={"grpo": grpo.model_copy(update={"num_generations": generations})})
     return None
 
 

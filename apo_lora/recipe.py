@@ -216,13 +216,20 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def combination_problems(recipe: Recipe) -> Iterator[str]:
-    """Keys that are valid each but not together. Touches neither disk nor device."""
+def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str]:
+    """Keys that are valid each but not together, or not over so many processes. Touches neither disk nor device."""
     grpo, apo, rewards = recipe.grpo, recipe.apo, recipe.rewards
-    if recipe.completions_per_step % grpo.completions_per_pass:
+    share, rest = divmod(recipe.completions_per_step, num_processes)
+    if rest:
+        yield (
+            f"grpo.prompts_per_step: prompts_per_step x num_generations = {recipe.completions_per_step} completions "
+            f"cannot be shared out evenly among {num_processes} processes; use a multiple of {num_processes}"
+        )
+    elif share % grpo.completions_per_pass:
+        among = f" / {num_processes} processes" if num_processes > 1 else ""
         yield (
             f"grpo.completions_per_pass: {grpo.completions_per_pass} does not divide prompts_per_step x num_generations"
-            f" = {recipe.completions_per_step}; use one of {_divisors(recipe.completions_per_step)}"
+            f"{among} = {share}; use one of {_divisors(share)}"
         )
     if recipe.prompts_per_rollout % grpo.prompts_per_step:
         yield (

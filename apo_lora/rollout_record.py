@@ -3,67 +3,43 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
-from apo_lora.apo import Credit
 from apo_lora.data import Example
 from apo_lora.data_images import ImageRef
+from apo_lora.rollout import ScoredRollout
 from apo_lora.run_dir import RunDir, append_jsonl
-from apo_lora.trainer import Rollout
 
 
-def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, Rollout, Tensor, Tensor, Credit], None]:
+def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, ScoredRollout], None]:
     """The `record_rollout` of APOTrainer: one row per completion, and the picture of each prompt."""
 
-    def write(step: int, rollout: Rollout, rewards_NG: Tensor, correct_NG: Tensor, credit: Credit) -> None:
-        columns = zip(
-            rollout.examples,
-            rollout.texts,
-            rollout.rewards_BF.tolist(),
-            rollout.lengths_B.tolist(),
-            rollout.truncated_B.tolist(),
-            rewards_NG.flatten().tolist(),
-            correct_NG.flatten().tolist(),
-            credit.advantages_NG.flatten().tolist(),
-            credit.kl_weights_NG.flatten().tolist(),
-            credit.stcr_multipliers_NG.flatten().tolist(),
-            strict=True,
-        )
+    def write(step: int, scored: ScoredRollout) -> None:
+        rollout, credit = scored.rollout, scored.credit
+        columns = {
+            "completion": rollout.texts,
+            "gold": rollout.golds,
+            "rewards": rollout.rewards_BF.tolist(),
+            "reward": scored.rewards_NG.flatten().tolist(),
+            "correct": scored.correct_NG.flatten().bool().tolist(),
+            "length": rollout.lengths_B.int().tolist(),
+            "truncated": rollout.truncated_B.bool().tolist(),
+            "advantage": credit.advantages_NG.flatten().tolist(),
+            "kl_weight": credit.kl_weights_NG.flatten().tolist(),
+            "stcr_multiplier": credit.stcr_multipliers_NG.flatten().tolist(),
+        }
         append_jsonl(
             run_dir.completions,
             (
-                {
-                    "step": step,
-                    "row": examples[example["index"]].row,
-                    "prompt": examples[example["index"]].problem,
-                    "images": [_saved(image, run_dir.images) for image in examples[example["index"]].images],
-                    "completion": text,
-                    "gold": example["answer"],
-                    "rewards": rewards,
-                    "reward": reward,
-                    "correct": bool(correct),
-                    "length": int(length),
-                    "truncated": bool(truncated),
-                    "advantage": advantage,
-                    "kl_weight": kl_weight,
-                    "stcr_multiplier": multiplier,
-                }
-                for (
-                    example,
-                    text,
-                    rewards,
-                    length,
-                    truncated,
-                    reward,
-                    correct,
-                    advantage,
-                    kl_weight,
-                    multiplier,
-                ) in columns  # fmt: skip
+                {"step": step, **_prompt(examples[index], run_dir), **dict(zip(columns, values, strict=True))}
+                for index, *values in zip(rollout.indices, *columns.values(), strict=True)
             ),
         )
 
     return write
+
+
+def _prompt(example: Example, run_dir: RunDir) -> dict[str, object]:
+    images = [_saved(image, run_dir.images) for image in example.images]
+    return {"row": example.row, "prompt": example.problem, "images": images}
 
 
 def _saved(image: ImageRef, folder: Path) -> str:

@@ -105,9 +105,12 @@ def watched_forwards(model: nn.Module) -> Iterator[list[Forward]]:
 
 
 def generation_fault(forwards: Sequence[Forward]) -> str | None:
-    """What makes generation needlessly slow, or None: after the prompt, every pass must see one token and a cache."""
+    """What makes generation needlessly slow, or None: after the prompt, every pass must see one token and a cache.
+
+    Completions that all end with their first token are sampled in one pass, with a cache as well.
+    """
     generation = [forward for forward in forwards if forward.cached]
-    if len(generation) < 2 or any(forward.length != 1 for forward in generation[1:]):
+    if not generation or any(forward.length != 1 for forward in generation[1:]):
         return "the key-value cache is off"
     if any(forward.checkpointing for forward in generation):
         return "gradient checkpointing is on"

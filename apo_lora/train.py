@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apo_lora import ranks
 from apo_lora.environment import environment, installed
-from apo_lora.errors import DataError, ModelError, RunDirError, UserError
+from apo_lora.errors import DataError, ModelError, RecipeError, RunDirError, UserError
 from apo_lora.model_card import model_card
 from apo_lora.process import prepare_process
-from apo_lora.recipe import Recipe
+from apo_lora.recipe import Recipe, combination_problems
 from apo_lora.recipe_file import load_recipe
 from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_json
 from apo_lora.summary import closing_words
@@ -42,20 +43,16 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     recipe = recipe.in_run_dir(run_dir.path)
     checkpoint = _checkpoint(run_dir, recipe, resume)
     _check_trackers(recipe)
+    if problems := list(combination_problems(recipe, ranks.num_processes())):
+        raise RecipeError(*(f"{recipe_name}: {problem}" for problem in problems))
 
     prepare_process()
     say("Loading libraries ...")
-    import torch
-
-    from apo_lora.model import choose_engine, load_policy, load_processor, needs_gpu
-
-    if (problem := needs_gpu(recipe.model)) and not dry_run:
-        raise ModelError(problem)
-    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
-        import unsloth  # noqa: F401  before trl is imported: it rewrites the trainer
+    _import_engine(recipe, even_without_gpu=dry_run)
     from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
     from apo_lora.data import prompt_dataset, training_order
     from apo_lora.evaluate import evaluate
+    from apo_lora.model import load_policy, load_processor
     from apo_lora.plots import write_plots
     from apo_lora.preflight import preflight
     from apo_lora.reward_functions import reward_functions
@@ -67,7 +64,8 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     processor = load_processor(recipe.model, recipe.data)
     loaded, held_out = _load_data(recipe, processor)
     say(loaded.summary())
-    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier, _trackers_in(run_dir):
+    seconds_per_item = recipe.rewards.seconds_per_item
+    with ranks.joined(), Verifier(seconds_per_item=seconds_per_item) as verifier, _trackers_in(run_dir):
         rewards = reward_functions(recipe.rewards, verifier)
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
@@ -81,16 +79,19 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             failed = report_checks(checks)
             if failed:
                 raise ModelError(*failed)
-        _open_run(run_dir, given, checkpoint)
-        if recipe.train.preflight:
-            write_json(run_dir.preflight, [asdict(check) for check in checks])
+        if ranks.is_main():
+            _open_run(run_dir, given, checkpoint)
+            if recipe.train.preflight:
+                write_json(run_dir.preflight, [asdict(check) for check in checks])
+        ranks.wait()
 
         def measure(when: str) -> None:
             evaluation[when] = {
                 title: evaluate(policy, examples, recipe, verifier.score, title=f"{when}: {title}")
                 for title, examples in held_out.items()
             }
-            write_json(run_dir.evaluation, evaluation)
+            if ranks.is_main():
+                write_json(run_dir.evaluation, evaluation)
 
         evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
         if checkpoint is None:
@@ -104,26 +105,33 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             recipe=recipe,
             run_dir=run_dir,
             record_rollout=rollout_writer(run_dir, loaded.examples) if recipe.output.log_completions else None,
-            more_figures=lambda: {"verifier_timeouts": verifier.timeouts, "verifier_crashes": verifier.crashes},
+            more_figures=lambda: ranks.summed(
+                {"verifier_timeouts": verifier.timeouts, "verifier_crashes": verifier.crashes}
+            ),
             model=policy.model,
             processing_class=policy.processor,
             args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
             train_dataset=prompt_dataset(loaded.examples, recipe.data, order),
             reward_funcs=rewards,
-            callbacks=[MetricsWriter(run_dir), Screen(recipe.output.logging_steps), stop],
+            callbacks=[
+                *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
+                stop,
+            ],
         )
         started = time.perf_counter()
         with stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, steps = time.perf_counter() - started, trainer.state.global_step
 
-        _save_adapter(policy.model, run_dir)
+        if ranks.is_main():
+            _save_adapter(policy.model, run_dir)
         if not (stop.requested or trainer.nonfinite_guard.gave_up):
             measure("after")
         troubles = trainer.more_figures() | {"steps skipped as not finite": trainer.nonfinite_guard.skipped}
-    plots = write_plots(run_dir)
-    write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, steps))
-    say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
+    if ranks.is_main():
+        plots = write_plots(run_dir)
+        write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, steps))
+        say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
     if trainer.nonfinite_guard.gave_up:
         raise trainer.nonfinite_guard.stopped(steps)
     return run_dir
@@ -194,10 +202,11 @@ def _load_data(recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list
 
 def _plan(recipe: Recipe, num_prompts: int) -> str:
     grpo = recipe.grpo
+    processes = f" of each of {ranks.num_processes()} processes" if ranks.num_processes() > 1 else ""
     return (
         f"{recipe.method}: {recipe.total_steps(num_prompts)} steps of {grpo.prompts_per_step} prompts "
         f"x {grpo.num_generations} completions, "
-        f"{grpo.completions_per_pass} per pass, at most {grpo.max_completion_length} tokens each"
+        f"{grpo.completions_per_pass} per pass{processes}, at most {grpo.max_completion_length} tokens each"
     )
 
 
@@ -217,14 +226,8 @@ def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None) -> None:
 def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
     prepare_process()
-    import torch
-
-    from apo_lora.model import choose_engine, load_policy, load_processor, needs_gpu
-
-    if problem := needs_gpu(recipe.model):
-        raise ModelError(problem)
-    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
-        import unsloth  # noqa: F401
+    _import_engine(recipe)
+    from apo_lora.model import load_policy, load_processor
     from apo_lora.preflight import preflight
 
     loaded, _ = _load_data(recipe, load_processor(recipe.model, recipe.data))
@@ -234,11 +237,23 @@ def run_preflight(recipe: Recipe) -> bool:
     return not report_checks(checks)
 
 
+def _import_engine(recipe: Recipe, *, even_without_gpu: bool = False) -> None:
+    """Unsloth, where it is the engine, comes before trl is imported: it rewrites the trainer. Raises ModelError."""
+    import torch
+
+    from apo_lora.model import choose_engine, needs_gpu
+
+    if (problem := needs_gpu(recipe.model)) and not even_without_gpu:
+        raise ModelError(problem)
+    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
+        import unsloth  # noqa: F401
+
+
 def report_checks(checks: list["Check"]) -> list[str]:
-    """Prints one line per check. Returns the lines of those that failed."""
+    """Prints one line per check. Returns the lines of those that failed, on whichever process."""
     for check in checks:
         say(check.line())
-    return [check.line() for check in checks if not check.ok]
+    return list(dict.fromkeys(ranks.gathered([check.line() for check in checks if not check.ok])))
 
 
 def _save_adapter(model: Any, run_dir: RunDir) -> None:
@@ -252,7 +267,8 @@ def _save_adapter(model: Any, run_dir: RunDir) -> None:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    if ranks.is_main():
+        print(text, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

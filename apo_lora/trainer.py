@@ -13,6 +13,7 @@ shuffles, splits and steps. Overridden are:
 Imported after the engine is chosen, since the base class is fixed at import.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,31 +27,20 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from apo_lora.apo import Credit, apo_loss, assign_credit
+from apo_lora import ranks
+from apo_lora.apo import apo_loss
 from apo_lora.callbacks import NonFiniteGuard
-from apo_lora.errors import ModelError, TrainingStopped
+from apo_lora.errors import TrainingStopped
 from apo_lora.memory import peak_memory
-from apo_lora.metrics import TokenMeans, rollout_metrics
+from apo_lora.metrics import TokenMeans
 from apo_lora.model import reference_mode
 from apo_lora.recipe import Recipe
 from apo_lora.reward_functions import completion_text
+from apo_lora.rollout import Rollout, ScoredRollout, score_rollout
 from apo_lora.run_dir import RunDir, seal_checkpoint
 from apo_lora.sampling import generation_fault, watched_forwards, without_dropout
 from apo_lora.scoring import row_slices, token_logps
 from apo_lora.trainer_config import changed_values
-
-
-@dataclass
-class Rollout:
-    """What sampling and the rewards left behind, in the order of the rollout: prompt by prompt, G completions each."""
-
-    examples: list[dict[str, Any]]
-    texts: list[str]
-    rewards_BF: Tensor
-    """One column per reward function."""
-    lengths_B: Tensor
-    truncated_B: Tensor
-    seconds_for_rewards: float
 
 
 @dataclass
@@ -85,26 +75,22 @@ class APOTrainer(GRPOTrainer):
         *,
         recipe: Recipe,
         run_dir: RunDir,
-        record_rollout: Callable[[int, Rollout, Tensor, Tensor, Credit], None] | None = None,
+        record_rollout: Callable[[int, ScoredRollout], None] | None = None,
         more_figures: Callable[[], dict[str, float]] = dict,
         **trainer_arguments: Any,
     ):
-        """`record_rollout(step, rollout, rewards_NG, correct_NG, credit)` is called once per rollout, and
-        `more_figures()` once per optimizer step."""
+        """`record_rollout(step, scored)` is called once per rollout, on the main process alone, and `more_figures()`
+        once per optimizer step."""
         asked = dict(vars(trainer_arguments["args"]))
         super().__init__(**trainer_arguments)
         changed = changed_values(self.args, asked)  # Unsloth's trainer decides precision again, for example
         assert not changed, f"{type(self).__mro__[1].__name__} changed its configuration: {'; '.join(changed)}"
         for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; callbacks.Screen has words
             self.remove_callback(upstream_screen)
-        if self.accelerator.num_processes > 1:
-            # The scoring pass calls the inner model, around the wrapper that would average gradients.
-            raise ModelError("several processes: this version trains on one; make a single GPU visible, no torchrun")
         self.recipe = recipe
         self.run_dir = run_dir
         self.record_rollout = record_rollout
         self.more_figures = more_figures
-        self.correct_column = recipe.rewards.functions.index(recipe.rewards.correct_by)
         self.rows_per_pass = recipe.grpo.completions_per_pass
         self.trained_parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.nonfinite_guard = NonFiniteGuard(self.model, recipe.train.max_nonfinite_steps)
@@ -124,11 +110,14 @@ class APOTrainer(GRPOTrainer):
         started = time.perf_counter()
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.rollout = Rollout(
-            examples=inputs,
-            texts=[completion_text(completion) for completion in completions],
-            rewards_BF=rewards_BF.nan_to_num(0.0),  # a reward function that returns None gives nothing
-            lengths_B=rewards_BF.new_tensor([len(ids) for ids in completion_ids_list]),
-            truncated_B=rewards_BF.new_tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list]),
+            indices=ranks.gathered([example["index"] for example in inputs]),
+            golds=ranks.gathered([example["answer"] for example in inputs]),
+            texts=ranks.gathered([completion_text(completion) for completion in completions]),
+            rewards_BF=rewards_BF.nan_to_num(0.0),  # gathered already; a reward function's None gives nothing
+            lengths_B=rewards_BF.new_tensor(ranks.gathered([len(ids) for ids in completion_ids_list])),
+            truncated_B=rewards_BF.new_tensor(
+                ranks.gathered([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
+            ),
             seconds_for_rewards=time.perf_counter() - started,
         )
         return rewards_BF
@@ -144,46 +133,24 @@ class APOTrainer(GRPOTrainer):
         fault = generation_fault(forwards)
         assert fault is None, f"{fault} while sampling"
         seconds = time.perf_counter() - started
-        rollout = self.rollout
-
-        groups = (-1, self.recipe.grpo.num_generations)
-        weights_F = rollout.rewards_BF.new_tensor(self.recipe.rewards.weights or [1.0] * rollout.rewards_BF.shape[1])
-        rewards_NG = (rollout.rewards_BF * weights_F).sum(dim=-1).view(groups)
-        correct_NG = (rollout.rewards_BF[:, self.correct_column] == 1).float().view(groups)
-        lengths_NG = rollout.lengths_B.view(groups)
-        apo = self.recipe.apo
-        credit = assign_credit(
-            rewards_NG,
-            correct_NG,
-            lengths_NG,
-            dads=apo.dads is not None,
-            dads_shape=apo.dads or "constant",
-            stcr=apo.stcr is not None,
-            stcr_base=apo.stcr or 1.0,
-            stcr_amplify_positive=apo.stcr_amplify_positive,
-        )
+        scored = score_rollout(self.rollout, self.recipe)
+        own = slice(ranks.rank() * len(inputs), (ranks.rank() + 1) * len(inputs))  # groups may lie across processes
         # Whatever is in the batch is shuffled and split along with it.
-        batch["advantages"] = credit.advantages_NG.flatten()
-        batch["kl_weights"] = credit.kl_weights_NG.flatten()
-        batch["correct"] = correct_NG.flatten()
+        batch["advantages"] = scored.credit.advantages_NG.flatten()[own]
+        batch["kl_weights"] = scored.credit.kl_weights_NG.flatten()[own]
+        batch["correct"] = scored.correct_NG.flatten()[own]
         scoring_started = time.perf_counter()
         with reference_mode(model), without_dropout(model):
             batch["ref_logps"], _ = self._with_smaller_passes(lambda rows: self._score(batch, rows_per_pass=rows))
 
-        self.seconds["generate"] += seconds - rollout.seconds_for_rewards
-        self.seconds["reward"] += rollout.seconds_for_rewards
+        seconds_generating = seconds - self.rollout.seconds_for_rewards
+        self.seconds["generate"] += seconds_generating
+        self.seconds["reward"] += self.rollout.seconds_for_rewards
         self.seconds["score"] += time.perf_counter() - scoring_started
-        self.rollout_figures = {
-            **rollout_metrics(rewards_NG, correct_NG, lengths_NG, rollout.truncated_B.view(groups), credit),
-            **{
-                f"reward_{name}": column.mean().item()
-                for name, column in zip(self.recipe.rewards.functions, rollout.rewards_BF.T, strict=True)
-            },
-            "generated_tokens": rollout.lengths_B.sum().item(),
-            "tokens_per_second": rollout.lengths_B.sum().item() / (seconds - rollout.seconds_for_rewards),
-        }
-        if self.record_rollout:
-            self.record_rollout(self.state.global_step + 1, rollout, rewards_NG, correct_NG, credit)
+        self.rollout_figures = scored.figures(self.recipe)
+        self.rollout_figures["tokens_per_second"] = self.rollout_figures["generated_tokens"] / seconds_generating
+        if self.record_rollout and ranks.is_main():
+            self.record_rollout(self.state.global_step + 1, scored)
         return batch
 
     # --- scoring and loss --------------------------------------------------------------------------------------------
@@ -221,6 +188,8 @@ class APOTrainer(GRPOTrainer):
         Backward happens here, pass by pass, so that running out of memory can be answered with smaller passes. The
         loss that is returned is a leaf: the Trainer's own backward ends at it.
         """
+        # Before the passes: out of memory repeats them on one process alone, and this asks all of them.
+        totals = self._step_totals()
         accumulated = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in self.trained_parameters]
 
         def forward_and_backward(rows_per_pass: int) -> list[Pass]:
@@ -228,7 +197,7 @@ class APOTrainer(GRPOTrainer):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
             passes = []
             for rows in row_slices(inputs, rows_per_pass):
-                done = self._forward(rows)
+                done = self._forward(rows, *totals)
                 if torch.is_grad_enabled():
                     self.accelerator.backward(done.loss)
                 passes.append(done.detached())
@@ -251,11 +220,13 @@ class APOTrainer(GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.see_loss(loss)
+        if self.accelerator.sync_gradients:  # the step's last micro-batch; clipping comes next
+            # The scoring pass calls the inner model, around the wrapper that would average gradients.
+            ranks.sum_gradients(self.trained_parameters)
         return loss
 
-    def _forward(self, inputs: dict[str, Any]) -> "Pass":
+    def _forward(self, inputs: dict[str, Any], num_tokens: float, num_sequences: float) -> Pass:
         logps, entropies = self._score(inputs)
-        num_tokens, num_sequences = self._step_totals()
         loss, figures = apo_loss(
             logps,
             # Fully on-policy, the old policy is the policy: the ratio is 1 and only its gradient matters.
@@ -287,13 +258,16 @@ class APOTrainer(GRPOTrainer):
             tqdm.write(f"out of memory: from here on {self.rows_per_pass} completions per pass; the result is the same")
 
     def _step_totals(self) -> tuple[float, float]:
-        """Tokens and sequences that this optimizer step trains on, over all its micro-batches."""
+        """Tokens and sequences that this optimizer step trains on, over all its micro-batches and processes."""
         passes = self.current_gradient_accumulation_steps
         first = self._step % self.args.steps_per_generation // passes * passes
         masks = [batch["completion_mask"] for batch in self._buffered_inputs[first : first + passes]]
-        num_tokens = sum(mask.sum().item() for mask in masks)
-        num_sequences = sum(mask.any(dim=-1).sum().item() for mask in masks)
-        return max(num_tokens, 1), max(num_sequences, 1)
+        counts = {
+            "tokens": sum(mask.sum().item() for mask in masks),
+            "sequences": sum(mask.any(dim=-1).sum().item() for mask in masks),
+        }
+        tokens, sequences = ranks.summed(counts).values()
+        return max(tokens, 1), max(sequences, 1)
 
     # --- record ------------------------------------------------------------------------------------------------------
 
@@ -302,8 +276,8 @@ class APOTrainer(GRPOTrainer):
         if "grad_norm" in logs:  # an optimizer step; the other call is the summary at the end of training
             logs = {
                 **self.rollout_figures,
-                **self.loss_figures,
-                **self.token_means.means(),
+                **ranks.summed(self.loss_figures),
+                **self.token_means.over_ranks().means(),
                 "grad_norm": logs["grad_norm"],
                 "learning_rate": logs["learning_rate"],
                 "skipped_nonfinite_steps": self.nonfinite_guard.skipped,
@@ -327,5 +301,16 @@ class APOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        seal_checkpoint(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self.run_dir.remove_old_checkpoints(self.recipe.train.keep_checkpoints)
+        if ranks.is_main():
+            seal_checkpoint(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.run_dir.remove_old_checkpoints(self.recipe.train.keep_checkpoints)
+        ranks.wait()  # nobody trains on, or ends, beside a checkpoint that is half there
+
+    def _save_rng_state(self, output_dir):
+        """Each process has a random state of its own; the main one writes them all."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            files = ranks.gathered([(file.name, file.read_bytes()) for file in Path(folder).iterdir()])
+        if ranks.is_main():
+            for name, content in files:
+                (Path(output_dir) / name).write_bytes(content)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from apo_lora import ranks
 from apo_lora.errors import ModelError
 from apo_lora.model import Policy, vision_token_ids
 from apo_lora.recipe import Recipe
@@ -36,7 +37,8 @@ def changed_values(config: Any, values: Mapping[str, Any]) -> list[str]:
 def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: int) -> dict[str, Any]:
     grpo, train = recipe.grpo, recipe.train
     on_gpu = torch.cuda.is_available()
-    passes_per_step = recipe.completions_per_step // grpo.completions_per_pass
+    # Of each process; combination_problems has seen that it is a whole number.
+    passes_per_step = recipe.completions_per_step // ranks.num_processes() // grpo.completions_per_pass
     return {
         "output_dir": str(checkpoints),
         # rollout
