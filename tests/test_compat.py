@@ -101,7 +101,11 @@ from apo_lora.compat import let_gloo_finish
 init_process_group("gloo")
 model = DistributedDataParallel(torch.nn.Linear(2, 2))  # holds the group, as a trainer's model does
 sys.setswitchinterval(1000)  # whoever has Python's lock keeps it: the race is lost nearly always
-all_reduce(torch.ones(3))
+def talk():
+    tensor = torch.ones(3)
+    work = all_reduce(tensor)
+
+talk()
 if sys.argv[1] == "finish":
     let_gloo_finish()
 destroy_process_group()
@@ -109,26 +113,25 @@ del model
 """
 
 
-def hangs(script, how):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    process = subprocess.Popen([*command, str(script), how], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def ends_well(script, how):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen([*command, str(script), how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _, words = process.communicate(timeout=40)
+        return process.wait(timeout=40) == 0
     except subprocess.TimeoutExpired:
         process.terminate()  # takes the processes that it started along
-        process.communicate()
-        return True
-    assert process.returncode == 0, words.decode()
-    return False
+        process.wait()
+        return False
 
 
 @pytest.mark.slow
 def test_gloo_still_hangs_at_its_end(tmp_path):
     (tmp_path / "end.py").write_text(GLOO)
-    assert any(hangs(tmp_path / "end.py", "at once") for _ in range(8))  # when not, let_gloo_finish can go
+    # It hangs or aborts in one of two or three. When it never does any more, let_gloo_finish can go.
+    assert not all(ends_well(tmp_path / "end.py", "at once") for _ in range(8))
 
 
 @pytest.mark.slow
 def test_gloo_ends_after_a_pause(tmp_path):
     (tmp_path / "end.py").write_text(GLOO)
-    assert not any(hangs(tmp_path / "end.py", "finish") for _ in range(3))
+    assert all(ends_well(tmp_path / "end.py", "finish") for _ in range(3))
