@@ -16,6 +16,7 @@ from typing import Literal
 
 from apo_lora import __version__
 from apo_lora.doctor_host import CACHE_PACKAGES, LLAMA_CPP, Gpu, Host, look
+from apo_lora.vllm_rollout import PACKAGE as VLLM
 
 GiB = 2**30
 
@@ -194,7 +195,7 @@ def check_flash_attention(installed: Mapping[str, str], broken: Mapping[str, str
 
 def check_vllm(installed: Mapping[str, str]) -> Row:
     if "vllm" not in installed:
-        remedy = "not needed, and off by default: pip install vllm (it may bring another torch: ask doctor again)"
+        remedy = f"not needed, and off by default: pip install {VLLM} (it brings an older numpy: ask doctor again)"
         return Row("vLLM", "note", "not installed", remedy)
     return Row("vLLM", "ok", f"{installed['vllm']}; off by default, and there LoRA is on language layers only")
 

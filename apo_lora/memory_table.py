@@ -27,6 +27,11 @@ def plan_lines(name: str, recipe: Recipe, shape: ModelShape, plan: Plan, card: f
         f"A rollout samples {load.rollout} completions at once, a pass trains {load.rows}; prompts of at most "
         f"{load.prompt:,} tokens ({load.image:,} image), completions of at most {load.completion:,}."
     )
+    if recipe.rollout.engine == "vllm":
+        yield (
+            f"vLLM samples: its cache is within {recipe.rollout.vllm_gpu_memory_utilization:.0%} of the card, which it "
+            "takes at once (rollout.vllm_gpu_memory_utilization); the columns prefill and decode do not apply."
+        )
     yield ""
     yield from _part_table(plan)
     yield ""

@@ -5,8 +5,8 @@ Two engines: Unsloth's FastVisionModel on a GPU, transformers + PEFT without one
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ class Policy:
             f"{self.base_name} through {self.engine} on {self.model.device}, {str(self.dtype)[6:]}{bits}; "
             f"{trainable:,} of {total:,} parameters train"
         )
+
+    def autocast(self) -> AbstractContextManager:
+        """In which the trainer runs its passes: 16-bit arithmetic on a GPU, whatever the LoRA weights are kept in."""
+        if self.model.device.type == "cuda" and self.dtype != torch.float32:
+            return torch.autocast("cuda", self.dtype)
+        return nullcontext()
 
 
 def base_path(name: str) -> str:
@@ -110,16 +116,28 @@ def limit_image_size(processor: Any, data: DataSection) -> None:
     processor.image_processor.size = size  # its names are historical: both are counts of pixels
 
 
-def load_policy(model: ModelSection, lora: LoraSection, data: DataSection, *, seed: int) -> Policy:
-    """The base, frozen, with a fresh LoRA adapter seeded by `seed`. Raises ModelError."""
+def load_policy(
+    model: ModelSection,
+    lora: LoraSection,
+    data: DataSection,
+    *,
+    seed: int,
+    unsloth_options: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The base, frozen, with a fresh LoRA adapter seeded by `seed`. Raises ModelError.
+
+    `unsloth_options` go to Unsloth's from_pretrained as they are; vllm_rollout.py has some.
+    """
     has_gpu = torch.cuda.is_available()
     engine = choose_engine(model.engine, has_gpu)
     dtype = choose_dtype(model.dtype, has_gpu, has_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
     if problem := needs_gpu(model):
         raise ModelError(problem)
-    load = {"transformers": _load_with_transformers, "unsloth": _load_with_unsloth}[engine]
     with _one_line_load_errors(model.name):
-        peft_model, processor = load(model, lora, dtype, seed)
+        if engine == "unsloth":
+            peft_model, processor = _load_with_unsloth(model, lora, dtype, seed, **(unsloth_options or {}))
+        else:
+            peft_model, processor = _load_with_transformers(model, lora, dtype, seed)
     if model.load_in_4bit and not is_4bit(peft_model):
         raise ModelError(f"model.load_in_4bit: {engine} loaded {model.name} without 4-bit layers; check bitsandbytes")
     limit_image_size(processor, data)
@@ -167,7 +185,7 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
     return get_peft_model(base, config), processor
 
 
-def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int) -> tuple:
+def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int, **options: Any) -> tuple:
     if dtype == torch.float32 and torch.cuda.is_available():
         raise ModelError(
             "model.dtype: on a GPU, Unsloth trains float32 weights in 16-bit all the same; "
@@ -184,6 +202,7 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         dtype=dtype,
         use_gradient_checkpointing=checkpointing,
         trust_remote_code=False,
+        **options,
     )
     if (loaded_as := base.get_output_embeddings().weight.dtype) != dtype:  # its choice, with only a printed line
         raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apo_lora import ranks
+from apo_lora.apo import token_kl
 from apo_lora.data import Example, prompt_lengths
 from apo_lora.memory import peak_memory, reset_peak_memory
 from apo_lora.model import Policy, limit_image_size, reference_mode
@@ -60,6 +61,12 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
     return [*checks, memory], recipe
 
 
+def _score(policy: Policy, batch: dict, **options: Any) -> tuple[Tensor, Tensor]:
+    """As the trainer scores: what is checked and measured here must be what will run."""
+    with policy.autocast():
+        return token_logps(policy.model, batch, **options)
+
+
 # --- sampling against scoring ----------------------------------------------------------------------------------------
 
 
@@ -105,7 +112,7 @@ def check_generation(forwards: Sequence[Forward]) -> Check:
 
 def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: Recipe) -> Check:
     with torch.no_grad():
-        scored, _ = token_logps(policy.model, batch, temperature=recipe.grpo.temperature)
+        scored, _ = _score(policy, batch, temperature=recipe.grpo.temperature)
     difference, limit = (scored - sampled_logps).abs().mean().item(), AGREEMENT[policy.dtype]
     return Check(
         "scoring agrees with sampling",
@@ -117,14 +124,17 @@ def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: 
 
 def check_reference(policy: Policy, batch: dict) -> Check:
     with torch.no_grad():
-        fresh, _ = token_logps(policy.model, batch)
+        fresh, _ = _score(policy, batch)
     with reference_mode(policy.model):
-        reference, _ = token_logps(policy.model, batch)
-    difference = (fresh - reference).abs().max().item()
+        reference, _ = _score(policy, batch)
+    difference = (fresh - reference).abs().mean().item()
+    # An adapter whose B is 0 adds exactly 0. In 16 bits, kernels with and without adapters may still round differently.
+    limit = 0 if policy.dtype == torch.float32 else AGREEMENT[policy.dtype]
     return Check(
         "the fresh adapter is the base",
-        difference == 0,
-        f"KL to the reference starts at {'0' if difference == 0 else f'over 0 ({difference:.1e} nats)'}",
+        difference <= limit,
+        f"KL to the reference starts at {token_kl(fresh, reference).mean().item():.1g}"
+        + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
         "switching the adapters off does not give the base; is lora.dropout 0, and the peft version the tested one?",
     )
 
@@ -133,7 +143,7 @@ def check_image(policy: Policy, batch: dict) -> Check:
     """log p(completion | image) must differ from log p(completion | blank image)."""
     blank = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}
     with torch.no_grad():
-        difference = token_logps(policy.model, batch)[0] - token_logps(policy.model, blank)[0]
+        difference = _score(policy, batch)[0] - _score(policy, blank)[0]
     found = difference.abs().max().item()
     return Check(
         "scoring sees the image",
@@ -194,9 +204,7 @@ def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> No
     try:
         policy.model.train()
         entropy_coef = recipe.apo.entropy_coef
-        logps, entropies = token_logps(
-            policy.model, as_batch(inputs, completion_ids, rows), entropy_gradient=entropy_coef > 0
-        )
+        logps, entropies = _score(policy, as_batch(inputs, completion_ids, rows), entropy_gradient=entropy_coef > 0)
         (logps.mean() + entropy_coef * entropies.mean()).backward()
     finally:
         policy.model.train(was_training)

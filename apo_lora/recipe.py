@@ -127,6 +127,13 @@ class GrpoSection(Section):
     """Clip range of the probability ratio."""
 
 
+class RolloutSection(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who samples: the model's own generate(), or vLLM on the same GPU, through Unsloth and where it is installed."""
+    vllm_gpu_memory_utilization: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """Fraction of the GPU's memory that vLLM may hold, the weights it shares with the trainer included."""
+
+
 class ApoSection(Section):
     dads: Literal["complement_exp", "exp_decay", "constant"] | None = None
     """Shape of the difficulty-adaptive KL weight of positives; `complement_exp` is the paper's, none is off."""
@@ -180,6 +187,7 @@ class Recipe(Section):
     data: DataSection
     rewards: RewardsSection = RewardsSection()
     grpo: GrpoSection = GrpoSection()
+    rollout: RolloutSection = RolloutSection()
     apo: ApoSection = ApoSection()
     train: TrainSection = TrainSection()
     output: OutputSection = OutputSection()
@@ -250,10 +258,21 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             f"rewards.weights: {len(rewards.weights)} given for {len(rewards.functions)} functions; "
             "give one per function"
         )
+    if recipe.rollout.engine == "vllm":
+        yield from _vllm_problems(recipe)
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):
         yield f"lora.target_modules: {name} is tied to the model's other end, a merge would lose it; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):
         yield f"data.min_pixels: {recipe.data.min_pixels} is above data.max_pixels = {recipe.data.max_pixels}"
+
+
+def _vllm_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.lora.vision:
+        yield "lora.vision: vLLM applies adapters to language layers alone; use false, or rollout.engine=transformers"
+    if recipe.model.engine == "transformers":
+        yield "model.engine: rollout.engine=vllm works through Unsloth; use auto, or rollout.engine=transformers"
+    if recipe.model.revision is not None:
+        yield "model.revision: vLLM through Unsloth loads the default branch; leave it out, or give a local folder"
 
 
 def _divisors(number: int) -> list[int]:

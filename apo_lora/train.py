@@ -25,6 +25,7 @@ from apo_lora.summary import closing_words
 
 if TYPE_CHECKING:
     from apo_lora.data import Example, Loaded
+    from apo_lora.model import Policy
     from apo_lora.preflight import Check
 
 # Keys that may differ when a run is continued: they change how long it goes on or what is shown, not what it computes.
@@ -48,11 +49,11 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
 
     prepare_process()
     say("Loading libraries ...")
-    _import_engine(recipe, even_without_gpu=dry_run)
+    _import_engine(recipe, dry_run=dry_run)
     from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
     from apo_lora.data import prompt_dataset, training_order
     from apo_lora.evaluate import evaluate
-    from apo_lora.model import load_policy, load_processor
+    from apo_lora.model import load_processor
     from apo_lora.plots import write_plots
     from apo_lora.preflight import preflight
     from apo_lora.reward_functions import reward_functions
@@ -70,8 +71,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
-        policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
-        say(policy.summary)
+        policy = _load_policy(recipe)
         say(_plan(recipe, len(loaded.examples)))
         given = recipe
         if recipe.train.preflight:
@@ -227,26 +227,41 @@ def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
     prepare_process()
     _import_engine(recipe)
-    from apo_lora.model import load_policy, load_processor
+    from apo_lora.model import load_processor
     from apo_lora.preflight import preflight
 
     loaded, _ = _load_data(recipe, load_processor(recipe.model, recipe.data))
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
-    say(policy.summary)
+    policy = _load_policy(recipe)
     checks, _ = preflight(policy, loaded.examples, recipe)
     return not report_checks(checks)
 
 
-def _import_engine(recipe: Recipe, *, even_without_gpu: bool = False) -> None:
-    """Unsloth, where it is the engine, comes before trl is imported: it rewrites the trainer. Raises ModelError."""
+def _import_engine(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """Unsloth, where it is the engine, comes before trl is imported: it rewrites the trainer.
+
+    Raises ModelError for what this machine lacks; a dry run may be made on another one.
+    """
     import torch
 
     from apo_lora.model import choose_engine, needs_gpu
+    from apo_lora.vllm_rollout import vllm_problem
 
-    if (problem := needs_gpu(recipe.model)) and not even_without_gpu:
-        raise ModelError(problem)
+    problems = needs_gpu(recipe.model), vllm_problem(recipe, has_gpu=torch.cuda.is_available())
+    if any(problems) and not dry_run:
+        raise ModelError(*filter(None, problems))
     if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
         import unsloth  # noqa: F401
+
+
+def _load_policy(recipe: Recipe) -> "Policy":
+    from apo_lora.model import load_policy
+    from apo_lora.vllm_rollout import loading_options
+
+    policy = load_policy(
+        recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed, unsloth_options=loading_options(recipe)
+    )
+    say(policy.summary)
+    return policy
 
 
 def report_checks(checks: list["Check"]) -> list[str]:

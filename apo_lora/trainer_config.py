@@ -12,6 +12,7 @@ from apo_lora import ranks
 from apo_lora.errors import ModelError
 from apo_lora.model import Policy, vision_token_ids
 from apo_lora.recipe import Recipe
+from apo_lora.vllm_rollout import generation_values
 
 
 def grpo_config(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: int) -> Any:
@@ -52,8 +53,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: 
         "temperature": grpo.temperature,
         "top_p": grpo.top_p,
         "top_k": grpo.top_k,
-        "use_vllm": False,
-        "generation_kwargs": {"suppress_tokens": vision_token_ids(policy.processor)},
+        **generation_values(recipe, vision_token_ids(policy.processor)),
         # The loss is apo.apo_loss and the KL is ours. With beta 0 the trainer neither copies the fresh adapter as a
         # reference policy nor runs a reference pass of its own.
         "beta": 0.0,

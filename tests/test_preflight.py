@@ -1,5 +1,7 @@
 """Preflight: each check passes on a sound policy and fails on the fault that it is there for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,6 +65,16 @@ def test_a_reference_that_is_not_the_base_is_found(tiny_policy, make_batch, stir
     assert check_reference(tiny_policy, batch).ok
     stir_adapter(tiny_policy.model)
     assert not check_reference(tiny_policy, batch).ok
+
+
+def test_a_reference_may_round_in_16_bits_alone(tiny_policy, make_batch, stir_adapter):
+    batch = make_batch(tiny_policy)
+    stir_adapter(tiny_policy.model, scale=0.001)
+    assert not check_reference(tiny_policy, batch).ok
+    in_16_bits = replace(tiny_policy, dtype=torch.bfloat16)
+    assert check_reference(in_16_bits, batch).ok
+    stir_adapter(tiny_policy.model)
+    assert not check_reference(in_16_bits, batch).ok
 
 
 def test_scoring_unlike_sampling_is_found(tiny_policy, make_batch):

@@ -9,14 +9,15 @@ from apo_lora.cli import build_parser
 from apo_lora.recipe_file import find_recipe, load_recipe, shipped_recipes
 
 README = (PROJECT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:apo-lora|python -m apo_lora\.train|make) .*?(?=\s{2,}#|$)", README, flags=re.MULTILINE)
+TRAIN = r"(?:python|accelerate launch) -m apo_lora\.train"
+COMMANDS = re.findall(rf"^(?:apo-lora|{TRAIN}|make) .*?(?=\s{{2,}}#|$)", README, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")])
 def test_every_command_parses(command):
     import shlex
 
-    words = shlex.split(command.replace("python -m apo_lora.train", "apo-lora train"))[1:]
+    words = shlex.split(re.sub(TRAIN, "apo-lora train", command))[1:]
     options = build_parser().parse_args(words)
     if getattr(options, "recipe", None):
         load_recipe(find_recipe(options.recipe), options.overrides)
