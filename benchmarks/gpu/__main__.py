@@ -37,12 +37,14 @@ def main(arguments: Sequence[str] | None = None, child: Sequence[str] = CHILD) -
     setting.folder.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.budget
-    results = {} if options.again else results_files.read(setting.folder)
+    # Of other code or another setting, earlier figures mean something else.
+    earlier = {} if options.again else results_files.read(setting.folder)
+    results = {name: found for name, found in earlier.items() if found["setting"] == setting.fingerprint()}
     wanted = selected(options.only)
     if not setting.model.is_dir():
         wanted = [*selected("model"), *(m for m in wanted if m.name != "model")]
     for measurement in wanted:
-        if is_done(results.get(measurement.name), setting) and (measurement.name != "model" or setting.model.is_dir()):
+        if is_done(results.get(measurement.name)) and (measurement.name != "model" or setting.model.is_dir()):
             continue
         seconds = min(measurement.seconds, ends - time.monotonic())
         if seconds < TOO_SHORT:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, child: Sequence[str] = CHILD) -
             results_files.write(folder, results)
     results_files.write(options.out, results)
     print(options.out / results_files.TABLE)
-    return exit_status(results, wanted, setting)
+    return exit_status(results, wanted)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,8 +74,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def is_done(measured: Measured | None, setting: Setting) -> bool:
-    return bool(measured) and measured["status"] == "finished" and measured["setting"] == setting.fingerprint()
+def is_done(measured: Measured | None) -> bool:
+    return bool(measured) and measured["status"] == "finished"
 
 
 def measure(measurement: Measurement, setting: Setting, seconds: float, child: Sequence[str], log: Path) -> Measured:
@@ -128,9 +130,9 @@ def in_words(measured: Measured) -> str:
     return f"{measured['status']} ({measured['seconds_in_all']:.0f} s{checks})"
 
 
-def exit_status(results: Results, wanted: Sequence[Measurement], setting: Setting) -> int:
+def exit_status(results: Results, wanted: Sequence[Measurement]) -> int:
     found = [results.get(measurement.name) for measurement in wanted]
-    return int(not all(is_done(measured, setting) and not failed_checks(measured) for measured in found))
+    return int(not all(is_done(measured) and not failed_checks(measured) for measured in found))
 
 
 if __name__ == "__main__":

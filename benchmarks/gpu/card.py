@@ -20,6 +20,7 @@ def pretend_card(gib: float) -> int | None:
     cap = int(gib * GiB) - OUTSIDE
     if cap >= total:
         return None
+    torch.cuda.empty_cache()  # what loading left behind counts, too
     torch.cuda.set_per_process_memory_fraction(cap / total)
 
     def mem_get_info(device: object = None) -> tuple[int, int]:

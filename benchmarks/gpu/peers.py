@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
@@ -79,7 +80,7 @@ def check_peer(record: Record, trainer: Any, engine: str, recipe: Recipe) -> Non
 
 
 def quantised(trainer: Any) -> Finding:
-    in_4bit = [name for name, module in trainer.model.named_modules() if type(module).__name__ == "Linear4bit"]
+    in_4bit = [name for name, module in trainer.model.named_modules() if isinstance(module, Linear4bit)]
     return bool(in_4bit) and not any("visual" in name for name in in_4bit), f"{len(in_4bit)} layers in 4-bit"
 
 
@@ -169,6 +170,8 @@ def stock_config(recipe: Recipe, processor: Any) -> GRPOConfig:
         beta=grpo.beta,
         max_steps=recipe.train.max_steps,
         learning_rate=recipe.train.learning_rate,
+        lr_scheduler_type=recipe.train.lr_scheduler,
+        warmup_steps=recipe.train.warmup_steps,
         optim="adamw_8bit" if on_gpu else "adamw_torch",
         gradient_checkpointing=True,
         bf16=on_gpu,

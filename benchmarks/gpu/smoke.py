@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -115,20 +116,20 @@ def adapter_of(model: nn.Module) -> Tensor:
 
 def check_loaded(record: Record, trainer: APOTrainer, dtype: torch.dtype) -> None:
     modules = dict(trainer.model.named_modules())
-    adapted = {name: type(m.base_layer).__name__ for name, m in modules.items() if hasattr(m, "base_layer")}
+    adapted = {name: m.base_layer for name, m in modules.items() if hasattr(m, "base_layer")}
     tower = {name: m for name, m in modules.items() if "visual" in name and hasattr(m, "weight")}
-    kinds = sorted(set(adapted.values()))
-    record.check("adapted layers are 4-bit", lambda: (kinds == ["Linear4bit"], f"{len(adapted)} of {kinds}"))
+    in_4bit = [name for name, layer in adapted.items() if isinstance(layer, Linear4bit)]
+    record.check(
+        "every adapted layer is 4-bit",
+        lambda: (bool(adapted) and len(in_4bit) == len(adapted), f"{len(in_4bit)} of {len(adapted)} layers"),
+    )
     record.check(
         "adapters are on the language model only",
         lambda: (bool(adapted) and all("language_model" in name for name in adapted), f"{len(adapted)} layers"),
     )
     record.check(
         "the vision tower is not quantised",
-        lambda: (
-            bool(tower) and "Linear4bit" not in {type(m).__name__ for m in tower.values()},
-            f"{len(tower)} layers",
-        ),
+        lambda: (bool(tower) and not any(isinstance(m, Linear4bit) for m in tower.values()), f"{len(tower)} layers"),
     )
     dtypes = sorted({str(m.weight.dtype) for m in tower.values()})
     record.check(f"the vision tower is {dtype}", lambda: (dtypes == [str(dtype)], dtypes))

@@ -5,19 +5,29 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import apo_lora.model
 from apo_lora.trainer import APOTrainer
 
 
 @contextmanager
-def watched_training(look: Callable[[APOTrainer], None]) -> Iterator[None]:
-    """Inside, `look(trainer)` is called on every APOTrainer as soon as it is built."""
-    original = APOTrainer.__init__
+def watched_training(
+    look: Callable[[APOTrainer], None], after_loading: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Inside, `after_loading()` is called when the policy is loaded, before preflight, and `look(trainer)` when its
+    trainer is built, before it trains."""
+    original_load, original_build = apo_lora.model.load_policy, APOTrainer.__init__
+
+    def load(*arguments: Any, **options: Any) -> apo_lora.model.Policy:
+        policy = original_load(*arguments, **options)
+        after_loading()
+        return policy
 
     def build(trainer: APOTrainer, **arguments: Any) -> None:
-        original(trainer, **arguments)
+        original_build(trainer, **arguments)
         look(trainer)
 
-    with patch.object(APOTrainer, "__init__", build):
+    # train() looks load_policy up when it is called.
+    with patch.object(apo_lora.model, "load_policy", load), patch.object(APOTrainer, "__init__", build):
         yield
 
 
