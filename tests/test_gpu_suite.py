@@ -88,7 +88,8 @@ def test_the_smoke_checks_see_what_a_cpu_lacks_and_find_the_rest_in_order(rehear
         "4 steps, every loss finite",
         "the adapter moved",
         "the policy left the base",
-        "after training the reference is still the base, in nats",
+        "no weight of the base changed",
+        "the reference is still the base",
         "the saved adapter, loaded by PEFT, is the trained one",
         "our loss has the gradient of Unsloth's kernel",
         "checkpointing changes no gradient",
@@ -177,6 +178,14 @@ time.sleep(60)
 """
 
 
+def runs(stat: Path) -> bool:
+    """A killed process may stay as a zombie, where nobody waits for orphans."""
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_child_that_hangs_is_stopped_with_its_workers_and_keeps_what_it_found(tmp_path):
     started = time.monotonic()
     child = (sys.executable, "-c", STUCK)
@@ -185,9 +194,10 @@ def test_a_child_that_hangs_is_stopped_with_its_workers_and_keeps_what_it_found(
     assert found["status"] == "stopped after 5 seconds" and found["checks"] == [
         {"name": "began", "ok": True, "found": 1}
     ]
-    worker = int((tmp_path / "worker").read_text())
-    stat = Path(f"/proc/{worker}/stat")
-    assert not stat.exists() or stat.read_text().split(")")[1].split()[0] == "Z"
+    worker = Path("/proc") / (tmp_path / "worker").read_text() / "stat"
+    while runs(worker) and time.monotonic() - started < 30:
+        time.sleep(0.05)
+    assert not runs(worker)
 
 
 def test_results_of_other_code_are_forgotten(tmp_path):
@@ -230,7 +240,11 @@ def test_the_random_model_has_the_published_shape_and_ids():
     ids = random_model.build_processor(random_model.ORDINARY_TOKENS["3b"]).tokenizer.get_vocab()
     published = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|vision_start|>": 151652, "<|image_pad|>": 151655}
     assert {token: ids[token] for token in published} == published and len(ids) == 151665
-    config = random_model.build_config(PUBLISHED["3b"], ids).to_dict()
+    built = random_model.build_config(PUBLISHED["3b"], ids)
+    with torch.device("meta"):
+        model = random_model.Qwen2_5_VLForConditionalGeneration(built)
+    assert sum(p.numel() for p in model.parameters()) == sum(PUBLISHED["3b"].parameters().values()) == 3_754_622_976
+    config = built.to_dict()
     assert shape_from_config(config, "random") == PUBLISHED["3b"]
     assert config["text_config"]["rope_parameters"]["mrope_section"] == [16, 24, 24]
     assert config["vision_config"]["fullatt_block_indexes"] == [7, 15, 23, 31]

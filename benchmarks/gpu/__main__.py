@@ -24,6 +24,8 @@ from benchmarks.gpu.measurements import PROJECT, Measurement, Setting, selected
 from benchmarks.gpu.results import Measured, Results, failed_checks
 
 CHILD = (sys.executable, "-m", "benchmarks.gpu.child")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # else each load waits for a network
+
 LOG_BYTES = 60_000
 """Of each measurement's output, the end that is kept."""
 TOO_SHORT = 45
@@ -87,7 +89,7 @@ def measure(measurement: Measurement, setting: Setting, seconds: float, child: S
         "--steps", str(setting.steps), "--record", str(record),
     ]  # fmt: skip
     search = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": search, **measurement.environment}
+    environment = {**OFFLINE, **os.environ, "PYTHONPATH": search, **measurement.environment}
     output = setting.folder / "output.txt"
     started = time.monotonic()
     with output.open("wb") as file:

@@ -60,7 +60,7 @@ def _peer(name: str, engine: str, *, whole_group: bool, **environment: str) -> M
 MEASUREMENTS = (
     Measurement("model", "random_model:measure", 240, unsloth=False),
     Measurement("smoke/bfloat16", "smoke:train_and_check", 420, {"dtype": "auto"}),
-    Measurement("smoke/resume", "smoke:resume_and_check", 300),
+    Measurement("smoke/resume", "smoke_resume:resume_and_check", 300),
     Measurement("smoke/float16", "smoke:train_and_check", 420, {"dtype": "float16"}),
     *(
         Measurement(f"recipes/{recipe}", "recipes:measure", 480, {"name": recipe, "card": card})

@@ -168,6 +168,8 @@ def stock_config(recipe: Recipe, processor: Any) -> GRPOConfig:
         temperature=grpo.temperature,
         generation_kwargs={"suppress_tokens": vision_token_ids(processor)},
         beta=grpo.beta,
+        loss_type="grpo",
+        mask_truncated_completions=False,  # all of them are: masked, there would be nothing to train on
         max_steps=recipe.train.max_steps,
         learning_rate=recipe.train.learning_rate,
         lr_scheduler_type=recipe.train.lr_scheduler,

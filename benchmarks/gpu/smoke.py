@@ -6,21 +6,20 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apo_lora.data import load_examples
+from apo_lora.errors import ModelError
 from apo_lora.model import Policy, load_policy, reference_mode
 from apo_lora.preflight import as_batch
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir, read_jsonl
-from apo_lora.sampling import prompt_inputs
+from apo_lora.sampling import generating, prompt_inputs
 from apo_lora.scoring import token_logps
 from apo_lora.train import train
 from apo_lora.trainer import APOTrainer
@@ -30,7 +29,7 @@ from benchmarks.gpu.record import Finding, Record
 from benchmarks.gpu.watch import bases, is_rewritten, watched_training
 from benchmarks.gpu.work import recipe_on_random_model
 
-STEPS, HALFWAY = 4, 2
+STEPS, HALFWAY = 4, 2  # a checkpoint each at 2 and 4
 
 
 def smoke_recipe(setting: Setting, dtype: str, run: str, *overrides: str) -> Recipe:
@@ -64,6 +63,7 @@ class Start:
     base_logps: Tensor
     """Of the probe's completions, adapters off, (B, T)."""
     adapter: Tensor
+    base_checksum: int
 
 
 def train_and_check(record: Record, setting: Setting, dtype: str) -> None:
@@ -77,13 +77,24 @@ def train_and_check(record: Record, setting: Setting, dtype: str) -> None:
         check_loaded(record, trainer, torch.float16 if dtype == "float16" else torch.bfloat16)
 
     with watched_training(look):
-        run_dir = train(recipe, recipe_name=run)
+        run_dir = train_in_any_case(record, recipe, run)
     (start,) = starts
-    check_run(record, run_dir)
+    check_run(record, run_dir, most_skipped=2 if dtype == "float16" else 0)
     check_weights(record, start)
     check_optimizer(record, start.trainer, dtype)
     record.check("the saved adapter, loaded by PEFT, is the trained one", lambda: reloads(recipe, run_dir, start))
     smoke_gradients.check(record, start.trainer)  # last: it changes the adapter
+
+
+def train_in_any_case(record: Record, recipe: Recipe, run: str) -> RunDir:
+    """A preflight that refuses is a finding; what would have come of the training is another."""
+    try:
+        return train(recipe, recipe_name=run)
+    except ModelError as error:
+        message = str(error)
+    record.check("preflight lets the training begin", lambda: (False, message))
+    without = recipe.model_copy(update={"train": recipe.train.model_copy(update={"preflight": False})})
+    return train(without, recipe_name=run)
 
 
 def note_start(trainer: APOTrainer, recipe: Recipe) -> Start:
@@ -99,16 +110,28 @@ def note_start(trainer: APOTrainer, recipe: Recipe) -> Start:
     # Ordinary tokens: the first 256 are the bytes.
     ids = torch.arange(2 * 32, device=policy.model.device).view(2, 32)
     probe = as_batch(inputs, ids, examples)
-    return Start(trainer, policy, probe, base_logps(policy.model, probe), adapter_of(policy.model))
+    model = policy.model
+    return Start(trainer, policy, probe, base_logps(model, probe), adapter_of(model), base_checksum(model))
 
 
 def base_logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    with reference_mode(model):
+    with generating(model), reference_mode(model):
+        return token_logps(model, batch)[0]
+
+
+def policy_logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    with generating(model), torch.no_grad():
         return token_logps(model, batch)[0]
 
 
 def adapter_of(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().float().flatten().clone() for p in model.parameters() if p.requires_grad])
+
+
+def base_checksum(model: nn.Module) -> int:
+    """Of the bytes of every frozen weight, as they are stored."""
+    frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
+    return sum((n + 1) * int(p.view(torch.uint8).sum(dtype=torch.int64)) for n, p in enumerate(frozen))
 
 
 # --- before training -------------------------------------------------------------------------------------------------
@@ -139,8 +162,9 @@ def check_loaded(record: Record, trainer: APOTrainer, dtype: torch.dtype) -> Non
 # --- after training --------------------------------------------------------------------------------------------------
 
 
-def check_run(record: Record, run_dir: RunDir) -> None:
-    for found in json.loads(run_dir.preflight.read_text()):
+def check_run(record: Record, run_dir: RunDir, most_skipped: int) -> None:
+    """In float16 a step or two may be skipped until the scaler has found its scale."""
+    for found in json.loads(run_dir.preflight.read_text()) if run_dir.preflight.exists() else ():
         record.check(f"preflight: {found['name']}", lambda found=found: (found["ok"], found["found"]))
     rows = list(read_jsonl(run_dir.metrics))
     record.put(
@@ -151,8 +175,8 @@ def check_run(record: Record, run_dir: RunDir) -> None:
         lambda: (len(rows) == STEPS and all(math.isfinite(row["loss"]) for row in rows), [row["loss"] for row in rows]),
     )
     skipped = rows[-1]["skipped_nonfinite_steps"]
-    record.check("no step was skipped for a gradient that is not finite", lambda: (skipped == 0, skipped))
-    record.check("the KL to the base starts at 0", lambda: (rows[0]["kl"] == 0, rows[0]["kl"]))
+    record.check("gradients are finite; skipped steps", lambda: (skipped <= most_skipped, skipped))
+    record.check("the KL to the base starts at 0", lambda: (rows[0]["kl"] < 1e-4, rows[0]["kl"]))
 
 
 def check_weights(record: Record, start: Start) -> None:
@@ -160,8 +184,8 @@ def check_weights(record: Record, start: Start) -> None:
     moved = (adapter_of(model) - start.adapter).abs().max().item()
     record.check("the adapter moved", lambda: (moved > 0, moved))
     record.check("the policy left the base", lambda: left_base(start))
-    change = (base_logps(model, start.probe) - start.base_logps).abs().max().item()
-    record.check("after training the reference is still the base, in nats", lambda: (change == 0, change))
+    record.check("no weight of the base changed", lambda: same_base(start))
+    record.check("the reference is still the base", lambda: same_reference(start))
 
 
 def left_base(start: Start) -> Finding:
@@ -169,10 +193,16 @@ def left_base(start: Start) -> Finding:
     return found > 1e-3, f"{found:.2g} nats per token on average"
 
 
-def policy_logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return token_logps(model, batch)[0]
+def same_base(start: Start) -> Finding:
+    now = base_checksum(start.policy.model)
+    return now == start.base_checksum, f"checksum {start.base_checksum} before, {now} after"
+
+
+def same_reference(start: Start) -> Finding:
+    """Its log-probs may differ by rounding: Unsloth leaves the model in another mode."""
+    error = (base_logps(start.policy.model, start.probe) - start.base_logps).abs().mean().item()
+    change = (policy_logps(start.policy.model, start.probe) - start.base_logps).abs().mean().item()
+    return error < 0.1 * change, f"{error:.2g} nats per token, where training changed the policy by {change:.2g}"
 
 
 def check_optimizer(record: Record, trainer: APOTrainer, dtype: str) -> None:
@@ -201,47 +231,3 @@ def reloads(recipe: Recipe, run_dir: RunDir, start: Start) -> Finding:
     error = (policy_logps(loaded, start.probe) - trained).abs().mean().item()
     trained_by = (trained - start.base_logps).abs().mean().item()
     return error < 0.1 * trained_by, f"{error:.2g} nats per token, where training changed {trained_by:.2g}"
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
-def resume_and_check(record: Record, setting: Setting) -> None:
-    """In a process of its own, as after a kill: from the checkpoint halfway, in a copy of the finished run."""
-    whole, again = RunDir(setting.folder / "smoke-auto"), RunDir(setting.folder / "smoke-resumed")
-    shutil.rmtree(again.path, ignore_errors=True)
-    shutil.copytree(whole.path, again.path)
-    recipe = smoke_recipe(setting, "auto", "smoke-auto", f"output.dir={again.path}")
-    checkpoint = again.checkpoints / f"checkpoint-{HALFWAY}"
-    halfway = saved_adapter(checkpoint)
-    train(recipe, recipe_name="smoke-auto", resume=str(checkpoint))
-    for step in range(HALFWAY + 1, STEPS + 1):
-        record.check(f"resumed, step {step} samples the same", lambda step=step: same_completions(whole, again, step))
-        record.check(f"resumed, step {step} has the same loss", lambda step=step: same_loss(whole, again, step))
-    record.check("resumed, the adapter ends the same", lambda: same_adapter(whole, again, halfway))
-
-
-def same_completions(whole: RunDir, again: RunDir, step: int) -> Finding:
-    pairs = list(zip(texts_of(whole, step), texts_of(again, step), strict=True))
-    same = sum(one == other for one, other in pairs)
-    return bool(pairs) and same == len(pairs), f"{same} of {len(pairs)} completions"
-
-
-def texts_of(run_dir: RunDir, step: int) -> list[str]:
-    return [row["completion"] for row in read_jsonl(run_dir.completions) if row["step"] == step]
-
-
-def same_loss(whole: RunDir, again: RunDir, step: int) -> Finding:
-    one, other = (next(r["loss"] for r in read_jsonl(run.metrics) if r["step"] == step) for run in (whole, again))
-    return math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-5), f"{one:.6g} and {other:.6g}"
-
-
-def same_adapter(whole: RunDir, again: RunDir, halfway: Tensor) -> Finding:
-    one, other = saved_adapter(whole.adapter), saved_adapter(again.adapter)
-    apart = ((one - other).norm() / (one - halfway).norm()).item()
-    return apart < 0.05, f"apart by {apart:.2g} of what the steps after the checkpoint moved it"
-
-
-def saved_adapter(folder: Path) -> Tensor:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return torch.cat([tensors[name].float().flatten() for name in sorted(tensors)])
