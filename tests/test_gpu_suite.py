@@ -18,7 +18,9 @@ from conftest import PROJECT
 from PIL import Image
 from unsloth_on_cpu import ENVIRONMENT
 
+from apo_lora.errors import ModelError
 from apo_lora.model_shape import PUBLISHED, shape_from_config
+from apo_lora.recipe import Recipe
 from benchmarks.gpu import card, phase_clock, random_model, results, work
 from benchmarks.gpu.__main__ import main, measure
 from benchmarks.gpu.measurements import CARDS, MEASUREMENTS, Measurement, Setting, selected
@@ -231,6 +233,22 @@ def test_a_check_that_raises_is_a_failed_one_and_the_next_is_made(tmp_path):
     first, second = json.loads(record.path.read_text())["checks"]
     assert first == {"name": "breaks", "ok": False, "found": "ZeroDivisionError: division by zero"}
     assert second == {"name": "holds", "ok": True, "found": 3}
+
+
+def test_a_preflight_that_refuses_does_not_end_the_smoke(tmp_path, monkeypatch):
+    from benchmarks.gpu import smoke
+
+    def train(recipe, recipe_name):
+        if recipe.train.preflight:
+            raise ModelError("scoring sees the image: it does not")
+        return recipe_name
+
+    monkeypatch.setattr(smoke, "train", train)
+    record = Record(tmp_path / "record.json")
+    recipe = Recipe.model_validate({"data": {"train": "boards"}})
+    assert smoke.train_in_any_case(record, recipe, "run") == "run"
+    (check,) = record.values["checks"]
+    assert not check["ok"] and "it does not" in check["found"]
 
 
 # --- the work --------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def adapter_of(model: nn.Module) -> Tensor:
 def base_checksum(model: nn.Module) -> int:
     """Of the bytes of every frozen weight, as they are stored."""
     frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
-    return sum((n + 1) * int(p.view(torch.uint8).sum(dtype=torch.int64)) for n, p in enumerate(frozen))
+    return sum((n + 1) * int(p.flatten().view(torch.uint8).sum(dtype=torch.int64)) for n, p in enumerate(frozen))
 
 
 # --- before training -------------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ def unsloth_backward(trainer: APOTrainer, batches: list[Batch], *, weighted: boo
             "unsloth_sample_weight": samples_B,
             "ref_per_token_logps": batch["ref_logps"],
         }
-        loss = base.compute_loss(trainer, trainer.model, fed)
+        with trainer.compute_loss_context_manager():  # autocast, as around every training step
+            loss = base.compute_loss(trainer, trainer.model, fed)
         trainer.accelerator.backward(loss)  # as ours does: in float16 both gradients carry the scaler's factor
         total += loss.item()
     trainer.beta, trainer.args.use_bias_correction_kl, trainer._get_per_token_logps_and_entropies = ours
