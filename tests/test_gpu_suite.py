@@ -202,6 +202,14 @@ def test_a_child_that_hangs_is_stopped_with_its_workers_and_keeps_what_it_found(
     assert not runs(worker)
 
 
+def test_without_a_model_nothing_else_is_tried(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch"), "--size", "tiny"]
+    assert main(arguments, child=(sys.executable, "-c", "raise SystemExit(3)")) == 1
+    found = results.read(tmp_path / "out")
+    assert {name: m["status"] for name, m in found.items()} == {"model": "failed with exit status 3"}
+    assert "nothing else can be measured" in capsys.readouterr().out
+
+
 def test_results_of_other_code_are_forgotten(tmp_path):
     setting = Setting("tiny", tmp_path / "scratch")
     setting.model.mkdir(parents=True)
@@ -236,17 +244,17 @@ def test_a_check_that_raises_is_a_failed_one_and_the_next_is_made(tmp_path):
 
 
 def test_a_preflight_that_refuses_does_not_end_the_smoke(tmp_path, monkeypatch):
-    from benchmarks.gpu import smoke
+    from benchmarks.gpu import watch
 
     def train(recipe, recipe_name):
         if recipe.train.preflight:
             raise ModelError("scoring sees the image: it does not")
         return recipe_name
 
-    monkeypatch.setattr(smoke, "train", train)
+    monkeypatch.setattr(watch, "train", train)
     record = Record(tmp_path / "record.json")
     recipe = Recipe.model_validate({"data": {"train": "boards"}})
-    assert smoke.train_in_any_case(record, recipe, "run") == "run"
+    assert watch.train_in_any_case(record, recipe, "run") == "run"
     (check,) = record.values["checks"]
     assert not check["ok"] and "it does not" in check["found"]
 

@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None, child: Sequence[str] = CHILD) -
         print(in_words(results[measurement.name]), flush=True)
         for folder in (setting.folder, options.out):
             results_files.write(folder, results)
+        if not setting.model.is_dir():
+            print("nothing else can be measured without the model", flush=True)
+            break
     results_files.write(options.out, results)
     print(options.out / results_files.TABLE)
     return exit_status(results, wanted)
@@ -71,7 +74,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=3600, help="seconds for the whole command")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after one that warms up")
     parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the random model")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "apo-lora-gpu")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "apo-lora-gpu",
+        help="folder for the model, runs and earlier results",
+    )
     parser.add_argument("--again", action="store_true", help="measure also what the scratch folder has a result of")
     return parser.parse_args(arguments)
 

@@ -7,13 +7,12 @@ from typing import Any
 from apo_lora.memory_plan import Plan, plan
 from apo_lora.model_shape import find_shape
 from apo_lora.recipe import Recipe
-from apo_lora.train import train
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.card import pretend_card
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.phase_clock import PhaseClock
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.watch import bases, is_rewritten, watched_training
+from benchmarks.gpu.watch import bases, is_rewritten, train_in_any_case, watched_training
 from benchmarks.gpu.work import full_length_only, recipe_on_random_model
 
 TOLERANCE = 0.15
@@ -35,7 +34,7 @@ def measure(record: Record, setting: Setting, name: str, card: float) -> None:
 
     # Not before: the random model's 16-bit weights are quantised while they are read, published 4-bit ones are not.
     with watched_training(look, after_loading=lambda: record.put(cap_bytes=pretend_card(card))):
-        train(recipe, recipe_name=run)
+        train_in_any_case(record, recipe, run)
     ((trainer, clock),) = watched
     summary = clock.summary()
     record.put(**summary)
@@ -59,7 +58,11 @@ def check(record: Record, recipe: Recipe, trainer: APOTrainer, summary: dict[str
     found = summary["tokens"]["completion"]
     record.check("every completion had its full length", lambda: (found == wanted, f"{found:,} tokens in a step"))
     rows = trainer.rows_per_pass
-    fits = trainer.recipe == recipe and rows == recipe.grpo.completions_per_pass
+    fits = (
+        trainer.recipe.grpo == recipe.grpo
+        and trainer.recipe.data == recipe.data
+        and rows == recipe.grpo.completions_per_pass
+    )
     record.check("the card holds the recipe as it stands", lambda: (fits, f"{rows} completions per pass"))
 
 

@@ -14,19 +14,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from apo_lora.data import load_examples
-from apo_lora.errors import ModelError
 from apo_lora.model import Policy, load_policy, reference_mode
 from apo_lora.preflight import as_batch
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir, read_jsonl
 from apo_lora.sampling import generating, prompt_inputs
 from apo_lora.scoring import token_logps
-from apo_lora.train import train
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu import smoke_gradients
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.record import Finding, Record
-from benchmarks.gpu.watch import bases, is_rewritten, watched_training
+from benchmarks.gpu.watch import bases, is_rewritten, train_in_any_case, watched_training
 from benchmarks.gpu.work import recipe_on_random_model
 
 STEPS, HALFWAY = 4, 2  # a checkpoint each at 2 and 4
@@ -84,17 +82,6 @@ def train_and_check(record: Record, setting: Setting, dtype: str) -> None:
     check_optimizer(record, start.trainer, dtype)
     record.check("the saved adapter, loaded by PEFT, is the trained one", lambda: reloads(recipe, run_dir, start))
     smoke_gradients.check(record, start.trainer)  # last: it changes the adapter
-
-
-def train_in_any_case(record: Record, recipe: Recipe, run: str) -> RunDir:
-    """A preflight that refuses is a finding; what would have come of the training is another."""
-    try:
-        return train(recipe, recipe_name=run)
-    except ModelError as error:
-        message = str(error)
-    record.check("preflight lets the training begin", lambda: (False, message))
-    without = recipe.model_copy(update={"train": recipe.train.model_copy(update={"preflight": False})})
-    return train(without, recipe_name=run)
 
 
 def note_start(trainer: APOTrainer, recipe: Recipe) -> Start:

@@ -20,7 +20,7 @@ def resume_and_check(record: Record, setting: Setting) -> None:
     whole, again = RunDir(setting.folder / "smoke-auto"), RunDir(setting.folder / "smoke-resumed")
     shutil.rmtree(again.path, ignore_errors=True)
     shutil.copytree(whole.path, again.path)
-    recipe = smoke_recipe(setting, "auto", "smoke-auto", f"output.dir={again.path}")
+    recipe = smoke_recipe(setting, "auto", "smoke-auto", f"output.dir={again.path}", "train.preflight=false")
     checkpoint = again.checkpoints / f"checkpoint-{HALFWAY}"
     halfway = saved_adapter(checkpoint)
     train(recipe, recipe_name="smoke-auto", resume=str(checkpoint))
