@@ -8,8 +8,9 @@ Shape suffixes: B sequences of a micro-batch, T completion tokens, V vocabulary.
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,18 @@ from apo_lora.sampling import generating, prompt_inputs  # noqa: E402
 from apo_lora.scoring import token_logps  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from apo_lora.trainer_config import changed_values, config_values, grpo_config  # noqa: E402
+from benchmarks.gpu.witness import (  # noqa: E402
+    Backward,
+    Batch,
+    differences,
+    loss_and_gradient,
+    our_backward,
+    stir,
+    unsloth_backward,
+)
 
 IMAGE_SIZES = ((84, 84), (112, 56), (56, 140), (140, 84))
 BETA, EPSILON, TEMPERATURE, GROUP = 0.1, 0.2, 0.9, 4
-
-Batch = dict[str, Any]
 
 
 def recipe_of(load_in_4bit: bool) -> Recipe:
@@ -198,15 +206,6 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
 # --- the same loss, three ways ---------------------------------------------------------------------------------------
 
 
-def stir(policy: Policy) -> None:
-    """Values for a fresh adapter (whose B is zero): the KL is no longer 0."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
-
-
 def rollout(trainer: APOTrainer) -> list[Batch]:
     """The micro-batches of one step, as Unsloth samples, shuffles and splits them."""
     trainer.model.train()
@@ -251,63 +250,21 @@ def naive_backward(trainer: APOTrainer, batches: list[Batch]) -> float:
     return total
 
 
-def our_backward(trainer: APOTrainer, batches: list[Batch]) -> float:
-    """compute_loss does its own backward."""
-    return sum(trainer.compute_loss(trainer.model, batch).item() for batch in batches)
-
-
-def unsloth_backward(trainer: APOTrainer, batches: list[Batch], *, weighted: bool = True) -> float:
-    """Unsloth's kernel computes  sum_i s_i sum_t (-min(rho A'_i, clip(rho) A'_i) + beta k3).
-
-    The surrogate is positively homogeneous in A', so s_i = w_i / (N T_i) with A'_i = A_i / (s_i Z) is the DADS loss:
-    Z tokens and N sequences in the step, T_i tokens in the sequence.
-    """
-    base = type(trainer).__mro__[1]
-    num_tokens = sum(batch["completion_mask"].sum() for batch in batches)
-    num_sequences = sum(len(batch["completion_mask"]) for batch in batches)
-    ours = trainer.beta, trainer.args.use_bias_correction_kl, trainer._get_per_token_logps_and_entropies
-    trainer.beta, trainer.args.use_bias_correction_kl = BETA, False
-    trainer._get_per_token_logps_and_entropies = base._get_per_token_logps_and_entropies.__get__(trainer)
-    total = 0.0
-    for batch in batches:
-        weights_B = batch["kl_weights"] if weighted else torch.ones_like(batch["kl_weights"])
-        samples_B = weights_B / (num_sequences * batch["completion_mask"].sum(1))
-        fed = {
-            **batch,
-            "advantages": batch["advantages"] / (samples_B * num_tokens),
-            "unsloth_sample_weight": samples_B,
-            "ref_per_token_logps": batch["ref_logps"],
-        }
-        loss = base.compute_loss(trainer, trainer.model, fed)
-        loss.backward()
-        total += loss.item()
-    trainer.beta, trainer.args.use_bias_correction_kl, trainer._get_per_token_logps_and_entropies = ours
-    return total
-
-
 def compare(trainer: APOTrainer, batches: list[Batch]) -> dict[str, list[float]]:
     """(loss, LoRA gradient) of each way, as relative differences from ours."""
-    ways: dict[str, Callable[..., float]] = {
-        "ours": our_backward,
+    ours = loss_and_gradient(trainer, batches, our_backward)
+    witnesses: dict[str, Backward] = {
         "naive": naive_backward,
         "unsloth": unsloth_backward,
-        "unsloth without w": lambda *given: unsloth_backward(*given, weighted=False),
+        "unsloth without w": partial(unsloth_backward, weighted=False),
     }
-    results = {}
-    for name, backward in ways.items():
-        trainer.model.zero_grad()
-        loss = backward(trainer, batches)
-        gradients = [p.grad.double().flatten().clone() for p in trainer.model.parameters() if p.requires_grad]
-        results[name] = loss, torch.cat(gradients)
-    our_loss, our_gradient = results.pop("ours")
     return {
-        name: [abs(loss - our_loss) / abs(our_loss), ((gradient - our_gradient).norm() / our_gradient.norm()).item()]
-        for name, (loss, gradient) in results.items()
+        name: differences(ours, loss_and_gradient(trainer, batches, backward)) for name, backward in witnesses.items()
     }
 
 
 def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
-    stir(policy)
+    stir(policy.model, scale=0.03)
     batches = rollout(trainer)
     with torch.no_grad():
         scored = [token_logps(policy.model, batch, temperature=TEMPERATURE)[0] for batch in batches]

@@ -18,6 +18,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+PROJECT = Path(__file__).parent.parent
+
 ENVIRONMENT = {
     "UNSLOTH_ALLOW_CPU": "1",  # import without a GPU; it also leaves TRL alone, which start() makes up for
     "UNSLOTH_DISABLE_STATISTICS": "1",  # no call home
@@ -30,7 +32,10 @@ ENVIRONMENT = {
 def run_script(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     """Runs it with `folder` as working directory: Unsloth writes its compiled cache there."""
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    # benchmarks/ is not installed.
+    search = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": search}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def start() -> None:

@@ -1,0 +1,1 @@
+"""What the product does and costs on a GPU, and what its peers cost; see README.md."""

@@ -1,0 +1,163 @@
+"""A Qwen2.5-VL of a given shape with random weights, made where there is no network. Saved as transformers saves it.
+
+Memory and time do not depend on the values of weights, so the 3B shape stands for the published model. Its tokenizer
+is byte-level without merges: a byte is a token, and the special tokens have their published ids.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from apo_lora.model import VISION_TOKENS
+from apo_lora.model_shape import PUBLISHED, ModelShape, find_shape
+from apo_lora.tiny.architecture import CHAT_TEMPLATE
+from benchmarks.gpu.measurements import Setting
+from benchmarks.gpu.record import Record
+
+SHAPES = {
+    "3b": PUBLISHED["3b"],
+    # Widths are multiples of 64, the block of NF4.
+    "tiny": ModelShape(64, 128, 2, 4, 2, 1088, tied=True, vision_hidden=64, vision_intermediate=128, vision_layers=2),
+}
+
+# In the order of their published ids, which begin at 151,643: after every ordinary token.
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+ORDINARY_TOKENS = {"3b": 151_643, "tiny": 1_000}
+
+
+def measure(record: Record, setting: Setting) -> None:
+    """Makes the model, and says how long that took."""
+    started = time.perf_counter()
+    make(setting.size, setting.model)
+    seconds = time.perf_counter() - started
+    record.check("it is made in under a minute", lambda: (seconds < 60, f"{seconds:.1f} seconds"))
+    shape = find_shape(str(setting.model))
+    record.put(parameters=sum(shape.parameters().values()))
+    record.check("the shape is the wanted one", lambda: (shape == SHAPES[setting.size], str(shape)))
+
+
+def make(size: str, folder: Path) -> None:
+    """Model, tokenizer and processor into `folder`, in place of what is there."""
+    shape, processor = SHAPES[size], build_processor(ORDINARY_TOKENS[size])
+    ids = processor.tokenizer.get_vocab()
+    config = build_config(shape, ids)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(fastest_device(2 * sum(shape.parameters().values()))):
+            model = Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+        do_sample=True,
+        temperature=1.0,
+        # Random weights would sample them sooner or later, and no forward pass can take one back in.
+        suppress_tokens=[ids[token] for token in VISION_TOKENS],
+    )
+    unfinished = folder.with_name(f".{folder.name}")
+    for old in (unfinished, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(unfinished, max_shard_size="4GB")
+    processor.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def fastest_device(num_bytes: int) -> str:
+    """The GPU, which draws random numbers much faster, where it has room for the 16-bit model."""
+    has_room = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * num_bytes
+    return "cuda" if has_room else "cpu"
+
+
+def build_config(shape: ModelShape, ids: dict[str, int]) -> Qwen2_5_VLConfig:
+    """Beside the shape, the published models' constants."""
+    head = shape.hidden // shape.heads
+    temporal = head // 8  # M-RoPE's shares of half a head, as 16, 24, 24 are of 64
+    spatial = (head // 2 - temporal) // 2
+    text = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 128_000,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "tie_word_embeddings": shape.tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [temporal, spatial, spatial],
+        },
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision: dict[str, Any] = {
+        "depth": shape.vision_layers,
+        "hidden_size": shape.vision_hidden,
+        "intermediate_size": shape.vision_intermediate,
+        "num_heads": 16 if shape.vision_hidden == 1280 else 4,
+        "out_hidden_size": shape.hidden,
+        "patch_size": shape.patch,
+        "spatial_merge_size": shape.merge,
+        "temporal_patch_size": shape.frames,
+        "in_channels": shape.channels,
+        "window_size": 112,
+        # Every eighth block sees the whole picture, the others windows of it.
+        "fullatt_block_indexes": list(range(7, shape.vision_layers, 8)) or [shape.vision_layers - 1],
+        "tokens_per_second": 2,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def build_processor(ordinary_tokens: int) -> Qwen2_5_VLProcessor:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # No text becomes one of the tokens after the bytes; sampling may draw them, and decodes them to something.
+    unused = [f"Ġu{number}" for number in range(len(letters), ordinary_tokens)]
+    words = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*letters, *unused])}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer = Qwen2TokenizerFast(
+        tokenizer_object=words,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:14]),
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=12_845_056),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
