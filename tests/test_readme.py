@@ -11,6 +11,7 @@ from apo_lora.recipe_file import find_recipe, load_recipe, shipped_recipes
 README = (PROJECT / "README.md").read_text()
 TRAIN = r"(?:python|accelerate launch) -m apo_lora\.train"
 COMMANDS = re.findall(rf"^(?:apo-lora|{TRAIN}|make) .*?(?=\s{{2,}}#|$)", README, flags=re.MULTILINE)
+BENCHMARKS = re.findall(r"`python -m (benchmarks\.\w+) ([^`]*)`", README)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")])
@@ -21,6 +22,13 @@ def test_every_command_parses(command):
     options = build_parser().parse_args(words)
     if getattr(options, "recipe", None):
         load_recipe(find_recipe(options.recipe), options.overrides)
+
+
+@pytest.mark.parametrize(("module", "arguments"), BENCHMARKS)
+def test_every_benchmark_parses(module, arguments):
+    import importlib
+
+    importlib.import_module(f"{module}.__main__").parse(arguments.split())
 
 
 def test_the_make_targets_exist():

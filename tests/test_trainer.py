@@ -285,11 +285,11 @@ def test_out_of_memory_halves_the_pass_and_changes_nothing(make_trainer):
     tight = make_trainer(recipe_of())
     original, backward, failures = tight._forward, tight.accelerator.backward, []
 
-    def forward(inputs):
+    def forward(inputs, *totals):
         if len(inputs["prompt_ids"]) > 4:
             failures.append("forward")
             raise torch.OutOfMemoryError("pretended")
-        return original(inputs)
+        return original(inputs, *totals)
 
     def backward_runs_out_once(loss, **options):
         backward(loss, **options)  # the gradients of this pass are there already
@@ -312,7 +312,7 @@ def test_out_of_memory_with_one_completion_names_what_helps(make_trainer):
 
     trainer = make_trainer(recipe_of(grpo={"completions_per_pass": 1}))
 
-    def forward(inputs):
+    def forward(inputs, *totals):
         raise torch.OutOfMemoryError("pretended")
 
     trainer._forward = forward

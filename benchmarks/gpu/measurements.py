@@ -56,7 +56,7 @@ def _peer(name: str, engine: str, *, whole_group: bool, **environment: str) -> M
     return Measurement(f"peers/{name}", "peers:measure", 300, arguments, engine != "trl", environment)
 
 
-# In the order of what is worth knowing first, for a machine that is lent by the minute.
+# In the order of what is worth knowing first, for a machine that is paid by the minute.
 MEASUREMENTS = (
     Measurement("model", "random_model:measure", 240, unsloth=False),
     Measurement("smoke/bfloat16", "smoke:train_and_check", 420, {"dtype": "auto"}),
