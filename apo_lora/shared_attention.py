@@ -1,0 +1,100 @@
+"""Attention of a row in which completions share their prompt, without any mask of the whole row.
+
+A mask of L x L pairs would hide most of them and still be computed: completions do not see each other. Instead, every
+stretch of the row is one call of PyTorch's own attention: a prompt causally on itself, a completion on its prompt and
+itself. Those calls take the fast kernels wherever plain causal attention does, and their cost is linear in the number
+of completions.
+
+The model's layers get here through transformers' registry of attention functions: `Families` travels in the place of
+the attention mask, and whatever function the model uses is wrapped to recognise it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class Family(NamedTuple):
+    """Lengths, in tokens and in the order of the row, of a prompt and of its completions (none of them empty)."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+
+class Families(tuple[Family, ...]):
+    """A whole row. Stands where a layer expects its attention mask."""
+
+    __slots__ = ()
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, families: Families, scaling: float | None) -> Tensor:
+    """query (1, heads, L, D); key and value (1, key heads, L, D). Returns (1, L, heads, D)."""
+    repeats = query.shape[1] // key.shape[1]
+    lengths = [length for family in families for length in (family.prompt, *family.completions)]
+    # Splitting once keeps backward linear: the gradient of every single slice would be as long as the row.
+    queries, keys, values = (
+        iter(tensor.split(lengths, dim=2))
+        for tensor in (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
+    )
+    parts = []
+    for family in families:
+        prompt_key, prompt_value = next(keys), next(values)
+        parts.append(
+            scaled_dot_product_attention(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling)
+        )
+        for length in family.completions:
+            parts.append(
+                scaled_dot_product_attention(
+                    next(queries),
+                    torch.cat([prompt_key, next(keys)], dim=2),
+                    torch.cat([prompt_value, next(values)], dim=2),
+                    attn_mask=causal_lower_right(length, family.prompt + length),
+                    scale=scaling,
+                )
+            )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why this model cannot compute completions behind one shared prompt, or None."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.config.model_type != "qwen2_5_vl":
+        return f"{base.config.model_type} is not a model that it is written for"
+    text = base.model.language_model.config
+    if set(text.layer_types) != {"full_attention"}:
+        return "not every layer sees the whole sequence (sliding_attention)"
+    if text._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
+        return f"attention {text._attn_implementation!r} is not in transformers' registry"
+    return None
+
+
+def recognise_families(language_model: nn.Module) -> None:
+    """From now on the model's attention function takes Families for a mask; everything else goes to it unchanged."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = language_model.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS[name]
+    if not getattr(attention, "_recognises_families", False):
+        ALL_ATTENTION_FUNCTIONS[name] = _recognising(attention)
+
+
+def _recognising(attention: Attention) -> Attention:
+    @functools.wraps(attention)  # Unsloth marks functions by attributes, and looks for them
+    def call(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(attention_mask, Families):
+            return attend(query, key, value, attention_mask, options.get("scaling")), None
+        return attention(module, query, key, value, attention_mask, **options)
+
+    call._recognises_families = True
+    return call
