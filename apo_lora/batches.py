@@ -1,7 +1,7 @@
 """A batch as TRL's trainers hand it around, and how it is cut into rows.
 
 Its keys: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .), prompts padded on the left; for images
-pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids. What we add, where prompts are shared:
+pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids. Added where prompts are shared:
 
     group            (B,) integers: rows with the same one have the same prompt, images included
     image_features   a list of B tensors (image tokens, H), or None for a row without images; see vision_features.py

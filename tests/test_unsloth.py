@@ -192,6 +192,20 @@ def test_gradients_equal_the_naive_loss_and_unsloths_kernel(facts, kind):
         assert loss < 1e-5 and gradient < 1e-5, witness
 
 
+# --- a shared prompt -------------------------------------------------------------------------------------------------
+
+
+def test_shared_prompts_equal_prompts_alone_under_unsloth(facts):
+    """On the rollout that its trainer made, through its patched layers, with checkpointing on."""
+    found = facts["agreement"]["shared_prompt"]
+    assert found["obstacle"] is None and found["shared"] == [1, 1]  # one group in each pass
+    assert found["layers"] == ["training: checkpointing on"]
+    assert found["logps"] < 1e-5 and found["gradient"] < 1e-5
+    assert min(found["completions see each other"]) > 1e-3
+    same, figures = found["check"]
+    assert same, figures
+
+
 # --- the fixture itself ----------------------------------------------------------------------------------------------
 
 
