@@ -48,7 +48,7 @@ def recipe_of(load_in_4bit: bool) -> Recipe:
             "data": {"train": "problems.jsonl"},
             "rewards": {"functions": ("accuracy",)},
             "grpo": {
-                "num_generations": GROUP, "prompts_per_step": 2, "completions_per_pass": GROUP,
+                "num_generations": GROUP, "prompts_per_step": 4, "completions_per_pass": 2 * GROUP,
                 "max_completion_length": 48, "beta": BETA, "epsilon": EPSILON, "temperature": TEMPERATURE,
             },
             "apo": {"dads": "complement_exp", "stcr": 1.05},
@@ -207,7 +207,7 @@ def stir(policy: Policy) -> None:
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
 def rollout(trainer: APOTrainer) -> list[Batch]:
@@ -316,7 +316,7 @@ def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
     with torch.no_grad():
         scored = [token_logps(policy.model, batch, temperature=TEMPERATURE)[0] for batch in batches]
     figures: dict[str, Any] = {
-        "largest_log_ratio": max((b["ref_logps"] - s).max().item() for b, s in zip(batches, scored, strict=True)),
+        "largest_log_ratio": max((b["ref_logps"] - s).abs().max().item() for b, s in zip(batches, scored, strict=True)),
         "dads_weight": trainer.rollout_figures["dads_weight_positives"],
         "stcr_multiplier": trainer.rollout_figures["stcr_multiplier"],
         "completion_lengths": torch.cat([batch["completion_mask"].sum(1) for batch in batches]).tolist(),
