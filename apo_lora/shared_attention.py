@@ -2,8 +2,8 @@
 
 A mask of L x L pairs would hide most of them and still be computed: completions do not see each other. Instead, every
 stretch of the row is one call of PyTorch's own attention: a prompt causally on itself, a completion on its prompt and
-itself. Those calls take the fast kernels wherever plain causal attention does, and their cost is linear in the number
-of completions.
+itself. Their cost is linear in the number of completions. The only mask is that of a family's longest completion, as
+wide as its prompt and itself; shorter ones use its corner, and every layer the same tensor.
 
 The model's layers get here through transformers' registry of attention functions: `Families` travels in the place of
 the attention mask, and whatever function the model uses is wrapped to recognise it.
@@ -15,17 +15,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Family(NamedTuple):
-    """Lengths, in tokens and in the order of the row, of a prompt and of its completions (none of them empty)."""
-
     prompt: int
+    """Tokens."""
     completions: tuple[int, ...]
+    """Tokens of each in the order of the row; none is empty."""
+    visible: Tensor
+    """(longest completion, prompt + longest completion), bool: all of the prompt, and itself up to here."""
+
+
+def family(prompt: int, completions: tuple[int, ...], device: torch.device | str = "cpu") -> Family:
+    longest = max(completions, default=0)
+    visible = torch.ones(longest, prompt + longest, dtype=torch.bool, device=device).tril(prompt)
+    return Family(prompt, completions, visible)
 
 
 class Families(tuple[Family, ...]):
@@ -37,25 +44,25 @@ class Families(tuple[Family, ...]):
 def attend(query: Tensor, key: Tensor, value: Tensor, families: Families, scaling: float | None) -> Tensor:
     """query (1, heads, L, D); key and value (1, key heads, L, D). Returns (1, L, heads, D)."""
     repeats = query.shape[1] // key.shape[1]
-    lengths = [length for family in families for length in (family.prompt, *family.completions)]
+    lengths = [length for prompt, completions, _ in families for length in (prompt, *completions)]
     # Splitting once keeps backward linear: the gradient of every single slice would be as long as the row.
     queries, keys, values = (
         iter(tensor.split(lengths, dim=2))
         for tensor in (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
     )
     parts = []
-    for family in families:
+    for prompt, completions, visible in families:
         prompt_key, prompt_value = next(keys), next(values)
         parts.append(
             scaled_dot_product_attention(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling)
         )
-        for length in family.completions:
+        for length in completions:
             parts.append(
                 scaled_dot_product_attention(
                     next(queries),
                     torch.cat([prompt_key, next(keys)], dim=2),
                     torch.cat([prompt_value, next(values)], dim=2),
-                    attn_mask=causal_lower_right(length, family.prompt + length),
+                    attn_mask=visible[:length, : prompt + length],
                     scale=scaling,
                 )
             )

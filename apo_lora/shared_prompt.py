@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apo_lora.batches import Batch, row_slices
-from apo_lora.shared_attention import Families, Family
+from apo_lora.shared_attention import Families, family
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
         prompt_ids_P, prompt_positions_3P = _prompt(inner_model, rows[in_family[0]])
         input_ids.append(prompt_ids_P)
         position_ids.append(prompt_positions_3P)
-        families.append(Family(len(prompt_ids_P), tuple(lengths_B[row] for row in in_family if lengths_B[row])))
+        lengths = tuple(lengths_B[row] for row in in_family if lengths_B[row])
+        families.append(family(len(prompt_ids_P), lengths, device))
         end += len(prompt_ids_P)
         last_of_prompt, next_position = end - 1, prompt_positions_3P.max() + 1
         for row in in_family:

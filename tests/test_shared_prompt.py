@@ -8,7 +8,7 @@ from apo_lora import scoring, shared_attention
 from apo_lora.batches import row_slices
 from apo_lora.model import reference_mode
 from apo_lora.scoring import token_logps
-from apo_lora.shared_attention import Families, Family, attend, obstacle
+from apo_lora.shared_attention import Families, attend, family, obstacle
 from apo_lora.shared_prompt import pack
 from apo_lora.vision_features import image_features, tower_is_frozen
 
@@ -220,7 +220,7 @@ def test_a_fault_would_show(tiny_policy, make_groups, monkeypatch, fault):
 
 
 def test_attention_equals_the_dense_mask():
-    families = Families([Family(7, (3, 5, 1)), Family(4, (6,))])
+    families = Families([family(7, (3, 5, 1)), family(4, (6,)), family(2, ())])
     lengths = [(f.prompt, *f.completions) for f in families]
     length = sum(map(sum, lengths))
     visible, start = torch.zeros(length, length, dtype=torch.bool), 0

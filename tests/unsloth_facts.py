@@ -30,7 +30,7 @@ from apo_lora.recipe import LoraSection, ModelSection, Recipe  # noqa: E402
 from apo_lora.run_dir import RunDir  # noqa: E402
 from apo_lora.sampling import generating, prompt_inputs  # noqa: E402
 from apo_lora.scoring import token_logps  # noqa: E402
-from apo_lora.shared_attention import Families, Family  # noqa: E402
+from apo_lora.shared_attention import Families, family  # noqa: E402
 from apo_lora.shared_prompt_check import compare_shared_prompt  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from apo_lora.trainer_config import changed_values, config_values, grpo_config  # noqa: E402
@@ -358,7 +358,7 @@ def shared_prompt(policy: Policy, batches: list[Batch]) -> dict[str, Any]:
         (logps, gradient), (expected_logps, expected_gradient) = score(alone=False), score(alone=True)
     attend = shared_attention.attend
     shared_attention.attend = lambda query, key, value, families, scaling: attend(
-        query, key, value, Families([Family(query.shape[2], ())]), scaling
+        query, key, value, Families([family(query.shape[2], ())]), scaling
     )
     try:
         faulty_logps, faulty_gradient = score(alone=False)
