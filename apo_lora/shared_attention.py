@@ -35,23 +35,32 @@ def family(prompt: int, completions: tuple[int, ...], device: torch.device | str
     return Family(prompt, completions, visible)
 
 
-class Families(tuple[Family, ...]):
-    """A whole row. Stands where a layer expects its attention mask."""
+class Families:
+    """A whole row. Stands where a layer expects its attention mask.
 
-    __slots__ = ()
+    No tuple and no dataclass: torch.compile looks into those, takes the lengths for constants of a layer, and compiles
+    it again for every pass.
+    """
+
+    def __init__(self, *members: Family):
+        self.members = members
 
 
+@torch.compiler.disable
 def attend(query: Tensor, key: Tensor, value: Tensor, families: Families, scaling: float | None) -> Tensor:
-    """query (1, heads, L, D); key and value (1, key heads, L, D). Returns (1, L, heads, D)."""
+    """query (1, heads, L, D); key and value (1, key heads, L, D). Returns (1, L, heads, D).
+
+    Unsloth compiles whole layers on a GPU. This stays out of their graphs: its shapes are other ones in every pass.
+    """
     repeats = query.shape[1] // key.shape[1]
-    lengths = [length for prompt, completions, _ in families for length in (prompt, *completions)]
+    lengths = [length for prompt, completions, _ in families.members for length in (prompt, *completions)]
     # Splitting once keeps backward linear: the gradient of every single slice would be as long as the row.
     queries, keys, values = (
         iter(tensor.split(lengths, dim=2))
         for tensor in (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
     )
     parts = []
-    for prompt, completions, visible in families:
+    for prompt, completions, visible in families.members:
         prompt_key, prompt_value = next(keys), next(values)
         parts.append(
             scaled_dot_product_attention(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling)

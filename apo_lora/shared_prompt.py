@@ -59,7 +59,7 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
     return PackedRow(
         torch.cat(input_ids),
         torch.cat(position_ids, dim=1),
-        Families(families),
+        Families(*families),
         [in_family[0] for in_family in members.values()],
         torch.cat([sources[row] for row in range(len(rows))]),
     )

@@ -220,8 +220,8 @@ def test_a_fault_would_show(tiny_policy, make_groups, monkeypatch, fault):
 
 
 def test_attention_equals_the_dense_mask():
-    families = Families([family(7, (3, 5, 1)), family(4, (6,)), family(2, ())])
-    lengths = [(f.prompt, *f.completions) for f in families]
+    families = Families(family(7, (3, 5, 1)), family(4, (6,)), family(2, ()))
+    lengths = [(f.prompt, *f.completions) for f in families.members]
     length = sum(map(sum, lengths))
     visible, start = torch.zeros(length, length, dtype=torch.bool), 0
     for prompt, *completions in lengths:
@@ -348,3 +348,24 @@ def test_everything_else_keeps_its_attention(tiny_policy, make_batch):
     wrapped = scored(tiny_policy.model, batch)
     ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
     assert torch.equal(scored(tiny_policy.model, batch)[0], wrapped[0])
+
+
+def test_a_compiled_layer_is_not_compiled_again_for_other_lengths(tiny_policy):
+    """As Unsloth compiles decoder layers on a GPU; here without generating code."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    language_model = tiny_policy.model.get_base_model().model.language_model
+    shared_attention.recognise_families(language_model)
+    generator, counter = torch.Generator().manual_seed(0), CompileCounterWithBackend("eager")
+    layer = language_model.layers[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.forward, backend=counter, dynamic=True)
+    graphs = []
+    for lengths in ((7, (3, 5, 1)), (9, (4, 4)), (5, (2, 2, 2, 2)), (11, (6,)), (6, (1, 9))):
+        length = lengths[0] + sum(lengths[1])
+        hidden = torch.randn(1, length, 96, generator=generator)
+        rotation = language_model.rotary_emb(hidden, torch.arange(length).expand(3, 1, -1))
+        options = {"position_embeddings": rotation, "attention_mask": Families(family(*lengths))}
+        torch.testing.assert_close(compiled(hidden, **options), layer.forward(hidden, **options))
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and set(graphs) == {graphs[0]}

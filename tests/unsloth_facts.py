@@ -358,7 +358,7 @@ def shared_prompt(policy: Policy, batches: list[Batch]) -> dict[str, Any]:
         (logps, gradient), (expected_logps, expected_gradient) = score(alone=False), score(alone=True)
     attend = shared_attention.attend
     shared_attention.attend = lambda query, key, value, families, scaling: attend(
-        query, key, value, Families([family(query.shape[2], ())]), scaling
+        query, key, value, Families(family(query.shape[2], ())), scaling
     )
     try:
         faulty_logps, faulty_gradient = score(alone=False)
