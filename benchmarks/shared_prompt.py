@@ -191,9 +191,9 @@ def compare(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     print(f"\nprompt {prompt}, completion {completion}, G = {group}")
     for way, figures in found.items():
         print(
-            f"  {way:6} {figures['flops'] / 1e9:8.1f} GFLOP  {figures['seconds']:7.2f} s  {figures['cpu_seconds']:7.2f} s of CPU  "
-            f"{figures['peak_resident_bytes'] / 2**20:6.0f} MiB  loss {figures['loss']:.7f}  "
-            f"gradient {figures['gradient_norm']:.6f}"
+            f"  {way:6} {figures['flops'] / 1e9:8.1f} GFLOP  {figures['seconds']:7.2f} s  "
+            f"{figures['cpu_seconds']:7.2f} s of CPU  {figures['peak_resident_bytes'] / 2**20:6.0f} MiB  "
+            f"loss {figures['loss']:.7f}  gradient {figures['gradient_norm']:.6f}"
         )
     compared = ("flops", "seconds", "cpu_seconds", "peak_resident_bytes")
     ratios = {other: {key: found[other][key] / found["shared"][key] for key in compared} for other in ("plain", "trl")}
