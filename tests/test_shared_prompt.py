@@ -123,6 +123,17 @@ def test_4bit_scores_and_gradients_equal_those_of_prompts_alone(load_tiny, make_
     assert difference(gradients(policy.model, batch), gradients(policy.model, alone(batch))) < RELATIVE
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bits_differ_by_rounding_alone(load_tiny, make_groups, autocast):
+    policy = load_tiny(dtype="float32" if autocast else "bfloat16")
+    batch = make_groups(policy, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        features = image_features(policy.model.get_base_model().model, batch)
+        found = scored(policy.model, {**batch, "image_features": features})[0]
+        expected = scored(policy.model, alone(batch))[0]
+    assert found.dtype == torch.float32 and 0 < difference(found, expected) < 0.02
+
+
 def test_the_reference_is_scored_the_same(tiny_policy, make_groups, stir_adapter):
     batch = make_groups(tiny_policy, 4)
     base, _ = scored(tiny_policy.model, batch)
@@ -297,13 +308,17 @@ def test_the_tower_has_a_gradient_only_where_it_trains(load_tiny, make_groups, v
         assert passes.with_gradient == [False, True]
 
 
-def test_a_tower_that_trains_must_not_be_computed_once(load_tiny, make_groups, stir_adapter):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_tower_that_trains_must_not_be_computed_once(load_tiny, make_groups, stir_adapter, checkpointing):
     """Features kept from before would lose its gradient, and give the reference the policy's eyes."""
     policy = load_tiny(lora={"vision": True})
-    model = policy.model
+    model = policy.model.train()
     stir_adapter(model)
     batch = make_groups(policy, 4)
     expected = gradients(model, alone(batch))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     assert difference(gradients(model, batch, rows_per_pass=3), expected) < RELATIVE
 
     with torch.no_grad():
@@ -369,3 +384,22 @@ def test_a_compiled_layer_is_not_compiled_again_for_other_lengths(tiny_policy):
         torch.testing.assert_close(compiled(hidden, **options), layer.forward(hidden, **options))
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}
+
+
+@pytest.mark.slow
+def test_the_smallest_benchmark_counts_fewer_flops(tmp_path):
+    """Counted work, not time, which would depend on the machine."""
+    import json
+    import subprocess
+    import sys
+
+    from conftest import PROJECT
+
+    script = PROJECT / "benchmarks" / "shared_prompt.py"
+    options = ["--shapes", "300,16,2", "--groups", "", "--repeats", "1", "--out", str(tmp_path / "result")]
+    subprocess.run([sys.executable, str(script), *options], check=True, cwd=PROJECT)
+    (shape,) = json.loads((tmp_path / "result.json").read_text())["shapes"]
+    for other in ("plain", "trl"):
+        assert shape["ratios"][other]["flops"] > 2
+        for figure in ("loss", "gradient_norm"):
+            assert shape["ways"][other][figure] == pytest.approx(shape["ways"]["shared"][figure], rel=1e-5)
