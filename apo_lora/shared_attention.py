@@ -88,6 +88,8 @@ def obstacle(model: nn.Module) -> str | None:
     text = base.model.language_model.config
     if set(text.layer_types) != {"full_attention"}:
         return "not every layer sees the whole sequence (sliding_attention)"
+    if text.attention_dropout:
+        return f"its attention drops out ({text.attention_dropout})"
     if text._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         return f"attention {text._attn_implementation!r} is not in transformers' registry"
     return None

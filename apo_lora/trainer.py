@@ -1,12 +1,12 @@
 """APOTrainer: whatever `trl.GRPOTrainer` is at this moment, with APO's credit and loss in the place of GRPO's.
 
-On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards,
-shuffles, splits and steps. Overridden are:
+On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards
+and steps. Overridden are:
 
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       the old policy's log-probs, where TRL asks for them
-    _prepare_inputs                          keeps the completions of a prompt side by side
+    _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
     training_step                            tells the NaN guard the loss
     log, _save_checkpoint                    one record per step; checkpoints that are sealed when whole
@@ -231,8 +231,11 @@ class APOTrainer(GRPOTrainer):
         if not tower_is_frozen(inner_model):
             return shared
         if self.rollout_features is None:
-            with self.accelerator.autocast():
-                self.rollout_features = image_features(inner_model, shared)
+            try:
+                with self.accelerator.autocast():
+                    self.rollout_features = image_features(inner_model, shared)
+            except torch.OutOfMemoryError:
+                raise out_of_memory("the images of one prompt") from None
         return {**shared, "image_features": self.rollout_features}
 
     def _get_per_token_logps_and_entropies(

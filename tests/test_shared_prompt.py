@@ -346,6 +346,8 @@ def test_what_does_not_qualify_is_named(tiny_policy):
     text = base.model.language_model.config
     text._attn_implementation_internal = "eager"
     assert "attention 'eager'" in obstacle(tiny_policy.model)
+    text.attention_dropout = 0.1
+    assert "drops out (0.1)" in obstacle(tiny_policy.model)
     text.layer_types = ["sliding_attention", *text.layer_types[1:]]
     assert "sliding_attention" in obstacle(tiny_policy.model)
     base.config.model_type = "qwen3_vl"  # hands image features to several layers, and takes only tensors for a mask

@@ -211,7 +211,7 @@ def stir(policy: Policy) -> None:
 
 
 def rollout(trainer: APOTrainer) -> list[Batch]:
-    """The micro-batches of one step, as Unsloth samples, shuffles and splits them."""
+    """The micro-batches of one step, as Unsloth samples and APOTrainer splits them."""
     trainer.model.train()
     trainer._step, trainer._buffered_inputs = 0, None
     trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
