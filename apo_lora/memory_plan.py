@@ -6,7 +6,9 @@ Activations are formulas with these assumptions:
 - the longest prompt the recipe admits, one image of `data.max_pixels` in it, every completion at full length;
 - TRL samples a whole rollout in one call: prompts per rollout x G sequences, prefilled at once; and it holds each
   completion's pixels (float32) on the GPU from sampling to the rollout after;
-- attention never holds its scores (SDPA, flash), but a mask of padded rows: a byte and a 16-bit value per pair;
+- attention never holds its scores (SDPA, flash), but a mask: a byte and a 16-bit value per pair;
+- behind a shared prompt a layer copies the prompt's keys and values once per completion, and the vision tower, where it
+  is frozen, runs once per prompt, one at a time, without a gradient;
 - a layer is the eager one of transformers, in 16 bits, and one of them is live at a time, with two of its MLP matrices
   dequantised; Unsloth's fused kernels should need less;
 - checkpointing keeps each layer's input: on the GPU (transformers) or in the host's memory, three at a time on the
@@ -50,6 +52,8 @@ class Load:
     """Sequences sampled in one call."""
     rows: int
     """Sequences per forward and backward pass."""
+    prompts: int
+    """Copies of a prompt per pass, at most: one per group in it, or one per sequence where none is shared."""
     prompt: int
     image: int
     completion: int
@@ -60,7 +64,16 @@ class Load:
 
     @property
     def pass_tokens(self) -> int:
-        return self.rows * self.length
+        return self.prompts * self.prompt + self.rows * self.completion
+
+
+def prompts_per_pass(recipe: Recipe) -> int:
+    """Groups that the fullest pass takes from: a pass may begin and end inside of one."""
+    rows, group = recipe.grpo.completions_per_pass, recipe.grpo.num_generations
+    if not recipe.grpo.shared_prompt:
+        return rows
+    starts = range(0, recipe.completions_per_step, rows)
+    return max((start + rows - 1) // group - start // group + 1 for start in starts)
 
 
 def load_of(recipe: Recipe, shape: ModelShape) -> Load:
@@ -69,6 +82,7 @@ def load_of(recipe: Recipe, shape: ModelShape) -> Load:
     return Load(
         rollout=recipe.prompts_per_rollout * recipe.grpo.num_generations,
         rows=recipe.grpo.completions_per_pass,
+        prompts=prompts_per_pass(recipe),
         prompt=prompt,
         image=min(image, prompt),
         completion=recipe.grpo.max_completion_length,
@@ -193,30 +207,65 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
 
 
 def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
-    size, patches = value_bytes(recipe), load.rows * load.image * shape.patches_per_token
+    size = value_bytes(recipe)
+    if tower_runs_once(recipe):
+        features = recipe.prompts_per_rollout * load.image * shape.hidden * size
+        how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
+        yield Row("image features", MOMENTS, features, how)
     work = {
-        "vision tower": tower_forward(shape, patches, size),
-        "one layer": layer_forward(shape, load.pass_tokens, size) + dequantised(shape, recipe),
+        "vision tower": tower_forward(shape, tower_patches(shape, recipe, load), size),
+        "one layer": layer_forward(shape, load.pass_tokens, size)
+        + copied_keys(shape, recipe, load, 1)
+        + dequantised(shape, recipe),
         "lm_head chunk": 3 * logits_chunk(shape, load),
     }
     yield _largest("score", work)
 
 
 def training_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
-    size, patches = value_bytes(recipe), load.rows * load.image * shape.patches_per_token
+    size, patches = value_bytes(recipe), tower_patches(shape, recipe, load)
     tokens, both = load.pass_tokens, ("score", "train")
     hidden = 2 * load.rows * load.completion * shape.hidden * size
-    yield Row("attention mask", both, mask_bytes(load.rows, load.length), f"{load.rows} x {load.length:,}^2 pairs")
+    yield attention_mask(recipe, load)
     yield Row("LoRA in 16 bits", both, lora_parameters(shape, recipe) * 2, "autocast's copy")
     yield Row("completions' hidden states", both, hidden, "twice: of all positions, and without padding")
-    yield kept_activations(shape, recipe, tokens, patches)
+    yield kept_activations(shape, recipe, load, patches)
     chunk, in_loss = logits_chunk(shape, load), recipe.apo.entropy_coef > 0
     work = {
         "vision tower": tower_backward(shape, patches, size) if tower_has_gradient(recipe) else 0,
-        "one layer": layer_backward(shape, tokens, size) + dequantised(shape, recipe),
+        "one layer": layer_backward(shape, tokens, size)
+        + copied_keys(shape, recipe, load, load.rows)
+        + dequantised(shape, recipe),
         "lm_head chunk": (5 if in_loss else 3) * chunk,
     }
     yield _largest("train", work)
+
+
+def attention_mask(recipe: Recipe, load: Load) -> Row:
+    """Of whole padded rows; behind a shared prompt, a byte per pair of each group's longest completion, and a 16-bit
+    copy for every completion, which its backward keeps."""
+    if not recipe.grpo.shared_prompt:
+        how = f"{load.rows} x {load.length:,}^2 pairs"
+        return Row("attention mask", ("score", "train"), mask_bytes(load.rows, load.length), how)
+    pairs = load.completion * load.length
+    how = f"{load.rows} x {load.completion:,} x {load.length:,} pairs"
+    return Row("attention mask", ("score", "train"), (load.prompts + 2 * load.rows) * pairs, how)
+
+
+def copied_keys(shape: ModelShape, recipe: Recipe, load: Load, completions: int) -> int:
+    """Keys and values repeated for all query heads, and the prompt's once more before those of each completion."""
+    if not recipe.grpo.shared_prompt:
+        return 0
+    return 2 * (load.pass_tokens + completions * load.length) * shape.hidden * value_bytes(recipe)
+
+
+def tower_runs_once(recipe: Recipe) -> bool:
+    return recipe.grpo.shared_prompt and not recipe.lora.vision
+
+
+def tower_patches(shape: ModelShape, recipe: Recipe, load: Load) -> int:
+    """Patches that go through the tower together."""
+    return (1 if tower_runs_once(recipe) else load.prompts) * load.image * shape.patches_per_token
 
 
 def logits_chunk(shape: ModelShape, load: Load) -> int:
@@ -226,22 +275,25 @@ def logits_chunk(shape: ModelShape, load: Load) -> int:
 
 
 def tower_has_gradient(recipe: Recipe) -> bool:
-    """Checkpointing makes the inputs require gradients, so backward runs through the tower even where it is frozen."""
-    return recipe.lora.vision or recipe.model.gradient_checkpointing
+    """Checkpointing makes the inputs require gradients, so backward runs through the tower even where it is frozen,
+    unless its features are there before."""
+    return recipe.lora.vision or (recipe.model.gradient_checkpointing and not tower_runs_once(recipe))
 
 
-def kept_activations(shape: ModelShape, recipe: Recipe, tokens: int, patches: int) -> Row:
+def kept_activations(shape: ModelShape, recipe: Recipe, load: Load, patches: int) -> Row:
     """What forward leaves for backward."""
-    size = value_bytes(recipe)
+    size, tokens = value_bytes(recipe), load.pass_tokens
     layer_input, block_input = tokens * shape.hidden * size, patches * shape.vision_hidden * size
     if not recipe.model.gradient_checkpointing:
         vision = shape.vision_layers * tower_saved(shape, patches, size) if recipe.lora.vision else 0
-        kept = shape.layers * layer_saved(shape, tokens, size) + vision
+        layer = layer_saved(shape, tokens, size) + copied_keys(shape, recipe, load, load.rows)
+        kept = shape.layers * layer + vision
         return Row("activations, not checkpointed", ("train",), kept, f"{shape.layers} layers whole")
     if uses_unsloth(recipe):
         return Row("layer inputs, offloaded", ("train",), 3 * layer_input, "three on the GPU, the rest in RAM")
-    kept = shape.layers * layer_input + shape.vision_layers * block_input
-    return Row("layer inputs", ("train",), kept, f"of {shape.layers} layers and {shape.vision_layers} vision blocks")
+    blocks = shape.vision_layers if tower_has_gradient(recipe) else 0
+    kept = shape.layers * layer_input + blocks * block_input
+    return Row("layer inputs", ("train",), kept, f"of {shape.layers} layers and {blocks} vision blocks")
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------

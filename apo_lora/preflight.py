@@ -1,5 +1,5 @@
-"""Before step 1: does the policy see its images, is the reference the base, does scoring agree with sampling, and does
-the largest example fit in memory?
+"""Before step 1: does the policy see its images, is the reference the base, does scoring agree with sampling and with
+itself where prompts are shared, and does the largest example fit in memory?
 
 Each of these has cost somebody a night: a scoring pass that silently lost the image, a reference that was not the base,
 generation without its cache, an out-of-memory at step 120.
@@ -20,6 +20,7 @@ from apo_lora.model import Policy, limit_image_size, reference_mode
 from apo_lora.recipe import Recipe
 from apo_lora.sampling import Forward, generating, generation_fault, generation_options, prompt_inputs, watched_forwards
 from apo_lora.scoring import token_logps
+from apo_lora.shared_prompt_check import compare_shared_prompt
 
 MIN_PIXELS = 64 * 28 * 28
 """Images are never shrunk below 64 tokens on our own account: much smaller, and nothing can be read in them."""
@@ -44,14 +45,24 @@ class Check:
 
 
 def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Check], Recipe]:
-    """The checks, and the recipe with which the largest example fits (the same one where it fits as it stands).
+    """The checks, and the recipe as this machine can train it: with smaller passes or images where the largest example
+    does not fit, without grpo.shared_prompt where that gives another result. Else it is the one that was given.
 
     Leaves weights, gradients and random state as they were.
     """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
         batch, sampled_logps, forwards = _sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
+        sharing = []
+        if recipe.grpo.shared_prompt:
+            check, shares = check_shared_prompt(policy, batch)
+            sharing.append(check)
+            if shares:  # the checks below look at the way that training goes
+                batch["group"] = torch.arange(len(batch["prompt_ids"]), device=policy.model.device)
+            else:
+                recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"shared_prompt": False})})
         checks = [
+            *sharing,
             check_generation(forwards),
             check_agreement(policy, batch, sampled_logps, recipe),
             check_reference(policy, batch),
@@ -153,6 +164,12 @@ def check_image(policy: Policy, batch: dict) -> Check:
     )
 
 
+def check_shared_prompt(policy: Policy, batch: dict) -> tuple[Check, bool]:
+    """Whether the recipe's grpo.shared_prompt holds. Never fails: without it training is slower, and the same."""
+    same, found = compare_shared_prompt(policy, batch)
+    return Check("a shared prompt gives the same", True, found if same else f"WARNING, it is not used: {found}"), same
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +221,10 @@ def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> No
     try:
         policy.model.train()
         entropy_coef = recipe.apo.entropy_coef
-        logps, entropies = _score(policy, as_batch(inputs, completion_ids, rows), entropy_gradient=entropy_coef > 0)
+        batch = as_batch(inputs, completion_ids, rows)
+        if recipe.grpo.shared_prompt:
+            batch["group"] = torch.zeros(len(rows), dtype=torch.long, device=policy.model.device)
+        logps, entropies = _score(policy, batch, entropy_gradient=entropy_coef > 0)
         (logps.mean() + entropy_coef * entropies.mean()).backward()
     finally:
         policy.model.train(was_training)

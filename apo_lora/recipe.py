@@ -113,6 +113,8 @@ class GrpoSection(Section):
     """Times that each rollout is trained on."""
     completions_per_pass: Count = 8
     """Completions per forward and backward pass: memory against speed, the result is the same."""
+    shared_prompt: bool = True
+    """Score completions of one prompt behind a single copy of it: faster, same result. Falls back where it cannot."""
     max_completion_length: Count = 1024
     """Longest completion, in tokens; longer ones are cut and count as truncated."""
     mask_truncated_completions: bool = False

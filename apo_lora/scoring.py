@@ -1,5 +1,8 @@
 """Log-probabilities and entropies of sampled tokens. The old, the reference and the policy pass all come from here.
 
+Where the batch says which sequences share a prompt (batch["group"]), the prompt and its images are computed once for
+all of them; else every sequence is a row of its own, as the model's stock forward takes it.
+
 The model gives hidden states; the head is applied only at completion tokens, a chunk at a time, and recomputed in
 backward. So no [B, T, vocabulary] tensor of a whole batch ever exists: for 8 completions of 1,024 tokens out of 151,936
 it would be 5 GB in float32, and several of them are alive during a naive backward.
@@ -7,19 +10,17 @@ it would be 5 GB in float32, and several of them are alive during a naive backwa
 Shape suffixes: B sequences, T completion tokens, K = completion tokens that are not padding, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from apo_lora.batches import Batch, row_slices
+from apo_lora.shared_attention import recognise_families
+from apo_lora.shared_prompt import pack
+from apo_lora.vision_features import embed, image_features
+
 LOGITS_BYTES = 256 * 2**20
 """Budget for one chunk of float32 logits; a handful of tensors of this size live at the peak."""
-
-Batch = Mapping[str, Any]
-"""What TRL's trainers hand around: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .), and for
-images pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids."""
 
 
 def token_logps(
@@ -35,8 +36,8 @@ def token_logps(
 
     `model` is a (PEFT-wrapped) conditional-generation model: an inner model that gives hidden states, and an lm_head.
     Its adapters count as they are switched at the moment. Gradients flow where they are enabled. `rows_per_pass`
-    bounds memory; the result does not depend on it. The entropy is that of the whole vocabulary at `temperature`; it
-    has a gradient only with `entropy_gradient`, which costs memory.
+    bounds memory; the result depends neither on it nor on batch["group"]. The entropy is that of the whole vocabulary
+    at `temperature`; it has a gradient only with `entropy_gradient`, which costs memory.
     """
     parts = [
         _score_rows(model, rows, temperature, logits_bytes, entropy_gradient)
@@ -51,12 +52,30 @@ def _score_rows(
 ) -> tuple[Tensor, Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mask_BT = batch["completion_mask"].bool()
-    hidden_BTH = _completion_hidden_states(base.model, batch)
+    if batch.get("group") is not None:
+        hidden_KH = _hidden_states_of_shared_prompts(base.model, batch)
+    else:
+        hidden_KH = _completion_hidden_states(base.model, batch)[mask_BT]
     logps_K, entropies_K = _head_logps(
-        hidden_BTH[mask_BT], base.lm_head, batch["completion_ids"][mask_BT], temperature, logits_bytes, entropy_gradient
+        hidden_KH, base.lm_head, batch["completion_ids"][mask_BT], temperature, logits_bytes, entropy_gradient
     )
     blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     return blank_BT.masked_scatter(mask_BT, logps_K), blank_BT.masked_scatter(mask_BT, entropies_K)
+
+
+def _hidden_states_of_shared_prompts(inner_model: nn.Module, batch: Batch) -> Tensor:
+    """Final hidden states that predict the completion tokens, from one row of all prompts and completions: (K, H)."""
+    row = pack(inner_model, batch)
+    features = batch.get("image_features") or image_features(inner_model, batch)
+    used = [features[sequence] for sequence in row.prompt_rows]
+    recognise_families(inner_model.language_model)
+    hidden_1LH = inner_model.language_model(
+        inputs_embeds=embed(inner_model, row.input_ids_L, [part for part in used if part is not None]),
+        position_ids=row.position_ids_3L.unsqueeze(1),
+        attention_mask={"full_attention": row.families},
+        use_cache=False,
+    )[0]
+    return hidden_1LH[0].index_select(0, row.sources_K)
 
 
 def _completion_hidden_states(inner_model: nn.Module, batch: Batch) -> Tensor:
@@ -109,31 +128,3 @@ def _chunk_logps(
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies_K = -(log_softmax_KV.exp() * log_softmax_KV).sum(dim=-1)
     return logps_K, entropies_K
-
-
-def row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:
-    """The batch, `rows` sequences at a time, each with the pixels of its own images. Scalars go along unchanged."""
-    total = len(batch["prompt_ids"])
-    if rows >= total:
-        yield dict(batch)
-        return
-    has_images = batch.get("pixel_values") is not None
-    patches_per_image = batch["image_grid_thw"].prod(dim=-1).tolist() if has_images else []
-    image = patch = 0
-    for start in range(0, total, rows):
-        part = {key: _rows_of(value, start, start + rows) for key, value in batch.items() if key not in _BY_IMAGE}
-        if has_images:
-            images = sum(part["num_images"])
-            patches = sum(patches_per_image[image : image + images])
-            part["pixel_values"] = batch["pixel_values"][patch : patch + patches] if images else None
-            part["image_grid_thw"] = batch["image_grid_thw"][image : image + images] if images else None
-            image, patch = image + images, patch + patches
-        yield part
-
-
-_BY_IMAGE = ("pixel_values", "image_grid_thw")  # their first dimension counts patches and images, not sequences
-
-
-def _rows_of(value: Any, start: int, stop: int) -> Any:
-    is_scalar = value is None or (isinstance(value, Tensor) and value.ndim == 0)
-    return value if is_scalar else value[start:stop]

@@ -1,11 +1,12 @@
 """APOTrainer: whatever `trl.GRPOTrainer` is at this moment, with APO's credit and loss in the place of GRPO's.
 
-On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards,
-shuffles, splits and steps. Overridden are:
+On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards
+and steps. Overridden are:
 
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       the old policy's log-probs, where TRL asks for them
+    _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
     training_step                            tells the NaN guard the loss
     log, _save_checkpoint                    one record per step; checkpoints that are sealed when whole
@@ -29,6 +30,7 @@ from trl import GRPOTrainer
 
 from apo_lora import ranks
 from apo_lora.apo import apo_loss
+from apo_lora.batches import row_slices
 from apo_lora.callbacks import NonFiniteGuard
 from apo_lora.errors import TrainingStopped
 from apo_lora.memory import peak_memory
@@ -39,8 +41,10 @@ from apo_lora.reward_functions import completion_text
 from apo_lora.rollout import Rollout, ScoredRollout, score_rollout
 from apo_lora.run_dir import RunDir, seal_checkpoint
 from apo_lora.sampling import generation_fault, watched_forwards, without_dropout
-from apo_lora.scoring import row_slices, token_logps
+from apo_lora.scoring import token_logps
+from apo_lora.shared_attention import obstacle
 from apo_lora.trainer_config import changed_values
+from apo_lora.vision_features import image_features, tower_is_frozen
 
 
 @dataclass
@@ -92,6 +96,11 @@ class APOTrainer(GRPOTrainer):
         self.record_rollout = record_rollout
         self.more_figures = more_figures
         self.rows_per_pass = recipe.grpo.completions_per_pass
+        self.shares_prompts = recipe.grpo.shared_prompt
+        if self.shares_prompts and (reason := obstacle(self.model)):
+            tqdm.write(f"grpo.shared_prompt: {reason}; every completion is scored with a prompt of its own")
+            self.shares_prompts = False
+        self.rollout_features: list[Tensor | None] | None = None
         self.trained_parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.nonfinite_guard = NonFiniteGuard(self.model, recipe.train.max_nonfinite_steps)
         self.add_callback(self.nonfinite_guard)
@@ -122,7 +131,17 @@ class APOTrainer(GRPOTrainer):
         )
         return rewards_BF
 
+    def _prepare_inputs(self, generation_batch):
+        """The micro-batches of a rollout in its own order: TRL shuffles sequences, which tears groups apart."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = list(row_slices(batch, len(batch["prompt_ids"]) // self.args.steps_per_generation))
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _generate_and_score_completions(self, inputs):
+        self.rollout_features = None
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         try:
@@ -135,11 +154,12 @@ class APOTrainer(GRPOTrainer):
         seconds = time.perf_counter() - started
         scored = score_rollout(self.rollout, self.recipe)
         own = slice(ranks.rank() * len(inputs), (ranks.rank() + 1) * len(inputs))  # groups may lie across processes
-        # Whatever is in the batch is shuffled and split along with it.
+        # Whatever is in the batch is split along with it.
         batch["advantages"] = scored.credit.advantages_NG.flatten()[own]
         batch["kl_weights"] = scored.credit.kl_weights_NG.flatten()[own]
         batch["correct"] = scored.correct_NG.flatten()[own]
         scoring_started = time.perf_counter()
+        batch = self._with_shared_prompts(batch)
         with reference_mode(model), without_dropout(model):
             batch["ref_logps"], _ = self._with_smaller_passes(lambda rows: self._score(batch, rows_per_pass=rows))
 
@@ -165,6 +185,26 @@ class APOTrainer(GRPOTrainer):
                 entropy_gradient=self.recipe.apo.entropy_coef > 0,
             )
 
+    def _with_shared_prompts(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """The rollout with what lets scoring compute a prompt once for its completions, and its images once for all."""
+        if not self.shares_prompts:
+            return rollout
+        rows = len(rollout["prompt_ids"])
+        # Counted over all processes: where a group is divided between two, each has one part of it.
+        first = self.accelerator.process_index * rows
+        places = torch.arange(first, first + rows, device=rollout["prompt_ids"].device)
+        shared = {**rollout, "group": places // self.recipe.grpo.num_generations}
+        inner_model = self.accelerator.unwrap_model(self.model).get_base_model().model
+        if not tower_is_frozen(inner_model):
+            return shared
+        if self.rollout_features is None:
+            try:
+                with self.accelerator.autocast():
+                    self.rollout_features = image_features(inner_model, shared)
+            except torch.OutOfMemoryError:
+                raise out_of_memory("the images of one prompt") from None
+        return {**shared, "image_features": self.rollout_features}
+
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **images
     ):
@@ -179,7 +219,7 @@ class APOTrainer(GRPOTrainer):
             "completion_mask": attention_mask[:, -logits_to_keep:],
             **images,
         }
-        logps, entropies = self._score(batch, rows_per_pass=batch_size)
+        logps, entropies = self._score(self._with_shared_prompts(batch), rows_per_pass=batch_size)
         return logps, entropies if compute_entropy else None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

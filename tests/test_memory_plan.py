@@ -17,6 +17,8 @@ from apo_lora.memory_plan import (
     OVERHEAD,
     GiB,
     adam_bytes,
+    attention_mask,
+    copied_keys,
     kv_bytes_per_token,
     largest_group,
     layer_backward,
@@ -27,8 +29,10 @@ from apo_lora.memory_plan import (
     lora_parameters,
     lora_tensors,
     plan,
+    prompts_per_pass,
     tower_backward,
     tower_forward,
+    tower_has_gradient,
     tower_saved,
     with_rollout,
 )
@@ -359,6 +363,80 @@ def test_logits_of_the_training_pass(entropy_coef, chunks):
     expected = (5 if entropy_coef else 3) * logits
     run()
     assert expected / logits == pytest.approx(peak_of(run) / budget, rel=0.05)
+
+
+# --- shared prompts --------------------------------------------------------------------------------------------------
+
+
+def shared(*overrides):
+    return recipe_of("single_gpu", "grpo.prompts_per_step=6", "grpo.num_generations=4", *overrides)
+
+
+@pytest.mark.parametrize(("rows", "prompts"), [(1, 1), (2, 1), (4, 1), (3, 2), (6, 2), (8, 2), (12, 3), (24, 6)])
+def test_prompts_of_the_fullest_pass(rows, prompts):
+    recipe = shared(f"grpo.completions_per_pass={rows}")
+    groups = [completion // 4 for completion in range(recipe.completions_per_step)]
+    assert max(len(set(groups[start : start + rows])) for start in range(0, 24, rows)) == prompts
+    assert prompts_per_pass(recipe) == prompts
+    load = load_of(recipe, PUBLISHED["3b"])
+    assert load.pass_tokens == prompts * load.prompt + rows * load.completion
+    alone = load_of(shared(f"grpo.completions_per_pass={rows}", "grpo.shared_prompt=false"), PUBLISHED["3b"])
+    assert alone.pass_tokens == rows * alone.length
+
+
+def test_tokens_of_a_real_pass(tiny_policy, make_batch):
+    """The row that scoring packs is as long as the plan says."""
+    from apo_lora.shared_prompt import pack
+
+    batch = make_batch(tiny_policy, sizes=((84, 84),) * 4, lengths=(9,) * 4)
+    batch["group"] = torch.zeros(4, dtype=torch.long)
+    row = pack(tiny_policy.model.get_base_model().model, batch)
+    prompt = int(batch["prompt_mask"][0].sum())
+    recipe = shared("grpo.completions_per_pass=4", f"data.max_prompt_tokens={prompt}", "grpo.max_completion_length=9")
+    assert len(row.input_ids_L) == load_of(recipe, find_shape("tiny")).pass_tokens
+
+
+def test_what_attention_behind_a_shared_prompt_keeps():
+    """Copied keys and values, a 16-bit mask per completion, and the output, as parts and as one."""
+    from apo_lora.shared_attention import Families, attend, family
+
+    recipe = shared(
+        "grpo.completions_per_pass=4", "data.max_prompt_tokens=512", "data.max_pixels=null",
+        "grpo.max_completion_length=128", "model.dtype=bfloat16",
+    )  # fmt: skip
+    load, heads, width = load_of(recipe, SMALL), SMALL.heads, SMALL.hidden // SMALL.heads
+    query, key, value = (
+        torch.randn(1, n, load.pass_tokens, width).bfloat16().requires_grad_() for n in (heads, SMALL.kv_heads, 2)
+    )
+    families, kept = Families(family(512, (128,) * 4)), []
+    measured = left_by(lambda: kept.append(attend(query, key, value, families, None)))
+    masks = attention_mask(recipe, load).bytes - families.members[0].visible.nbytes
+    outputs = 2 * load.pass_tokens * SMALL.hidden * 2
+    assert copied_keys(SMALL, recipe, load, 4) + masks + outputs == pytest.approx(measured, rel=0.05)
+
+
+def test_sharing_prompts_needs_less_where_prompts_are_long():
+    options = ("grpo.completions_per_pass=8", "grpo.max_completion_length=256")
+
+    def above_what_is_held(moment, sharing):
+        rows = plan(PUBLISHED["3b"], recipe_of("single_gpu", *options, f"grpo.shared_prompt={sharing}")).rows
+        return sum(row.bytes for row in rows if moment in row.moments and row.moments != MOMENTS)
+
+    assert above_what_is_held("score", "true") < 0.8 * above_what_is_held("score", "false")
+    assert above_what_is_held("train", "true") < 0.5 * above_what_is_held("train", "false")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gradient"),
+    [
+        ((), False),
+        (("grpo.shared_prompt=false",), True),
+        (("lora.vision=true",), True),
+        (("grpo.shared_prompt=false", "model.gradient_checkpointing=false"), False),
+    ],
+)
+def test_when_the_tower_has_a_gradient(overrides, gradient):
+    assert tower_has_gradient(recipe_of("single_gpu", *overrides)) is gradient
 
 
 # --- the plan as a whole ---------------------------------------------------------------------------------------------

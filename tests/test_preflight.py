@@ -11,6 +11,7 @@ from apo_lora.preflight import (
     check_generation,
     check_image,
     check_reference,
+    check_shared_prompt,
     fit_largest,
     next_rung,
     preflight,
@@ -39,7 +40,7 @@ def test_a_sound_policy_passes(tiny_policy, examples):
     state = torch.get_rng_state()
     weights = {name: p.clone() for name, p in tiny_policy.model.named_parameters()}
     checks, recipe = preflight(tiny_policy, examples, RECIPE)
-    assert len(checks) == 5 and not names(checks, ok=False), [check.line() for check in checks]
+    assert len(checks) == 6 and not names(checks, ok=False), [check.line() for check in checks]
     assert recipe == RECIPE
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in tiny_policy.model.named_parameters())
@@ -166,3 +167,44 @@ def test_the_pass_that_is_measured_is_at_full_length(tiny_policy, examples, monk
     )
     assert fit_largest(tiny_policy, examples, RECIPE)[0].ok
     assert shapes == [(8, 32)]
+
+
+def test_a_shared_prompt_that_gives_something_else_is_not_used(tiny_policy, examples, monkeypatch):
+    """The run goes on without it, and says so."""
+    from apo_lora import shared_attention
+
+    checks, recipe = preflight(tiny_policy, examples, RECIPE)
+    assert recipe.grpo.shared_prompt and "LoRA gradients by" in checks[0].found
+
+    def completions_see_each_other(query, key, value, families, scaling):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    monkeypatch.setattr(shared_attention, "attend", completions_see_each_other)
+    checks, recipe = preflight(tiny_policy, examples, RECIPE)
+    assert checks[0].ok and "WARNING, it is not used: log-probs differ by" in checks[0].line()
+    assert len(checks) == 6 and not names(checks, ok=False)
+    assert recipe.grpo.shared_prompt is False
+    assert recipe == RECIPE.model_copy(update={"grpo": RECIPE.grpo.model_copy(update={"shared_prompt": False})})
+
+
+def test_a_shared_prompt_that_raises_is_not_used(tiny_policy, make_batch, monkeypatch):
+    from apo_lora import shared_attention
+
+    def no_kernel(*arguments):
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    batch = make_batch(tiny_policy)
+    assert check_shared_prompt(tiny_policy, batch)[1]
+    monkeypatch.setattr(shared_attention, "attend", no_kernel)
+    check, shares = check_shared_prompt(tiny_policy, batch)
+    assert check.ok and not shares and check.found.endswith("RuntimeError: no kernel image is available")
+    assert all(p.grad is None for p in tiny_policy.model.parameters())
+
+
+def test_a_model_that_cannot_share_prompts_is_named(tiny_policy, make_batch):
+    tiny_policy.model.get_base_model().config.model_type = "qwen3_vl"
+    check, shares = check_shared_prompt(tiny_policy, make_batch(tiny_policy))
+    assert check.ok and not shares and "qwen3_vl" in check.found

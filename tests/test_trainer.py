@@ -318,3 +318,90 @@ def test_out_of_memory_with_one_completion_names_what_helps(make_trainer):
     trainer._forward = forward
     with pytest.raises(TrainingStopped, match="data.max_pixels"):
         trainer.train()
+
+
+# --- shared prompts --------------------------------------------------------------------------------------------------
+
+
+def step_gradient(trainer):
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return keep.gradient
+
+
+def watch_passes(trainer):
+    """The micro-batches, as compute_loss gets them."""
+    seen, original = [], trainer.compute_loss
+
+    def watch(model, inputs, **options):
+        seen.append(inputs)
+        return original(model, inputs, **options)
+
+    trainer.compute_loss = watch
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_prompts_give_the_same_step(make_trainer, checkpointing):
+    """For any split: whole groups, parts of one, one and a half."""
+    one_step = {"train": {"max_steps": 1}, "model": {"gradient_checkpointing": checkpointing}}
+
+    def gradient(**grpo):
+        return step_gradient(make_trainer(recipe_of(grpo=grpo, **one_step), gradient_checkpointing=checkpointing))
+
+    alone = gradient(shared_prompt=False)
+    for completions_per_pass in (8, 4, 2, 1):
+        assert (gradient(completions_per_pass=completions_per_pass) - alone).norm() < 1e-5 * alone.norm()
+    other = gradient(num_generations=6, completions_per_pass=12, shared_prompt=False)
+    assert (other - alone).norm() > 1e-2 * alone.norm()
+    for completions_per_pass in (12, 4):
+        shared = gradient(num_generations=6, completions_per_pass=completions_per_pass)
+        assert (shared - other).norm() < 1e-5 * other.norm()
+
+
+def test_groups_stay_together(make_trainer):
+    """Also where a rollout feeds several steps, and in every iteration over it."""
+    grpo = {"prompts_per_rollout": 4, "num_iterations": 2, "completions_per_pass": 4}
+    trainer = make_trainer(recipe_of(grpo=grpo, train={"max_steps": 4, "save_steps": 4}))
+    passes = watch_passes(trainer)
+    trainer.train()
+    assert [rows["group"].tolist() for rows in passes] == 2 * [[group] * 4 for group in range(4)]
+    for rows in passes:
+        assert (rows["prompt_ids"] == rows["prompt_ids"][0]).all()
+
+
+def test_the_tower_runs_once_per_prompt_and_rollout(make_trainer):
+    """For the reference, the old policy and two steps over two iterations; generation has its own prefill."""
+    grpo = {"prompts_per_rollout": 4, "num_iterations": 2, "completions_per_pass": 2}
+    trainer = make_trainer(recipe_of(grpo=grpo, train={"max_steps": 8, "save_steps": 4}))
+    images = []
+    trainer.model.get_base_model().model.visual.register_forward_hook(
+        lambda module, arguments, options, output: images.append(len(options["grid_thw"])), with_kwargs=True
+    )
+    trainer.train()
+    assert images == 2 * [16, 1, 1, 1, 1]  # two rollouts of 4 prompts with 4 completions
+
+
+def test_a_tower_that_trains_is_not_computed_once(make_trainer):
+    trainer = make_trainer(recipe_of(train={"max_steps": 1}), lora={"vision": True})
+    passes = watch_passes(trainer)
+    shared = step_gradient(trainer)
+    assert all("group" in rows and "image_features" not in rows for rows in passes)
+    alone = step_gradient(
+        make_trainer(recipe_of(grpo={"shared_prompt": False}, train={"max_steps": 1}), lora={"vision": True})
+    )
+    assert (shared - alone).norm() < 1e-5 * alone.norm()
+
+
+def test_a_model_that_cannot_share_prompts_trains_all_the_same(make_trainer, monkeypatch, capsys):
+    from apo_lora import trainer as module
+
+    expected = step_gradient(make_trainer(recipe_of(train={"max_steps": 1})))
+    monkeypatch.setattr(module, "obstacle", lambda model: "not today")
+    trainer = make_trainer(recipe_of(train={"max_steps": 1}))
+    assert capsys.readouterr().out.count("grpo.shared_prompt: not today") == 1
+    passes = watch_passes(trainer)
+    gradient = step_gradient(trainer)
+    assert all("group" not in rows for rows in passes)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()

@@ -184,12 +184,26 @@ def test_gradients_equal_the_naive_loss_and_unsloths_kernel(facts, kind):
     assert agreement["dads_weight"] < 0.9 and agreement["stcr_multiplier"] > 1.1  # the algorithm is at work,
     assert len(set(agreement["completion_lengths"])) > 1  # the two normalisations differ,
     assert agreement["clip_fraction"] > 0.05  # the off-policy ratio is clipped,
-    assert agreement["largest_log_ratio"] < 2.5  # and no k3 is near 10, where Unsloth clamps it
+    assert agreement["largest_log_ratio"] < 5  # and no k3 reaches 10, where Unsloth clamps it
     differences = agreement[kind]
     assert differences["unsloth without w"][1] > 1e-3
     for witness in ("naive", "unsloth"):
         loss, gradient = differences[witness]
         assert loss < 1e-5 and gradient < 1e-5, witness
+
+
+# --- a shared prompt -------------------------------------------------------------------------------------------------
+
+
+def test_shared_prompts_equal_prompts_alone_under_unsloth(facts):
+    """On the rollout that its trainer made, through its patched layers, with checkpointing on."""
+    found = facts["agreement"]["shared_prompt"]
+    assert found["obstacle"] is None and found["shared"] == [2, 2]  # groups in each pass
+    assert found["layers"] == ["training: checkpointing on"]
+    assert found["logps"] < 1e-5 and found["gradient"] < 1e-5
+    assert min(found["completions see each other"]) > 1e-3
+    same, figures = found["check"]
+    assert same, figures
 
 
 # --- the fixture itself ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 
+from apo_lora import shared_attention  # noqa: E402
 from apo_lora.data import load_examples, prompt_dataset  # noqa: E402
 from apo_lora.errors import ModelError  # noqa: E402
 from apo_lora.model import Policy, _load_with_unsloth, reference_mode  # noqa: E402
@@ -30,6 +31,8 @@ from apo_lora.recipe import LoraSection, ModelSection, Recipe  # noqa: E402
 from apo_lora.run_dir import RunDir  # noqa: E402
 from apo_lora.sampling import generating, prompt_inputs  # noqa: E402
 from apo_lora.scoring import token_logps  # noqa: E402
+from apo_lora.shared_attention import Families, family  # noqa: E402
+from apo_lora.shared_prompt_check import compare_shared_prompt  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from apo_lora.trainer_config import changed_values, config_values, grpo_config  # noqa: E402
 from benchmarks.gpu.witness import (  # noqa: E402
@@ -53,7 +56,7 @@ def recipe_of(load_in_4bit: bool) -> Recipe:
             "data": {"train": "problems.jsonl"},
             "rewards": {"functions": ("accuracy",)},
             "grpo": {
-                "num_generations": GROUP, "prompts_per_step": 2, "completions_per_pass": GROUP,
+                "num_generations": GROUP, "prompts_per_step": 4, "completions_per_pass": 2 * GROUP,
                 "max_completion_length": 48, "beta": BETA, "epsilon": EPSILON, "temperature": TEMPERATURE,
             },
             "apo": {"dads": "complement_exp", "stcr": 1.05},
@@ -207,7 +210,7 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
 
 
 def rollout(trainer: APOTrainer) -> list[Batch]:
-    """The micro-batches of one step, as Unsloth samples, shuffles and splits them."""
+    """The micro-batches of one step, as Unsloth samples and APOTrainer splits them."""
     trainer.model.train()
     trainer._step, trainer._buffered_inputs = 0, None
     trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -264,16 +267,18 @@ def compare(trainer: APOTrainer, batches: list[Batch]) -> dict[str, list[float]]
 
 
 def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
-    stir(policy.model, scale=0.03)
+    stir(policy.model, scale=0.02)
     batches = rollout(trainer)
+    sharing = shared_prompt(policy, batches)
     with torch.no_grad():
         scored = [token_logps(policy.model, batch, temperature=TEMPERATURE)[0] for batch in batches]
     figures: dict[str, Any] = {
-        "largest_log_ratio": max((b["ref_logps"] - s).max().item() for b, s in zip(batches, scored, strict=True)),
+        "largest_log_ratio": max((b["ref_logps"] - s).abs().max().item() for b, s in zip(batches, scored, strict=True)),
         "dads_weight": trainer.rollout_figures["dads_weight_positives"],
         "stcr_multiplier": trainer.rollout_figures["stcr_multiplier"],
         "completion_lengths": torch.cat([batch["completion_mask"].sum(1) for batch in batches]).tolist(),
         "on_policy": compare(trainer, batches),
+        "shared_prompt": sharing,
     }
     generator = torch.Generator().manual_seed(1)
     for batch, logps in zip(batches, scored, strict=True):  # as if an older policy had sampled: some ratios are clipped
@@ -282,6 +287,51 @@ def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
     figures["off_policy"] = compare(trainer, batches)
     figures["clip_fraction"] = trainer.loss_figures["clip_fraction"]
     return figures
+
+
+# --- a shared prompt -------------------------------------------------------------------------------------------------
+
+
+def shared_prompt(policy: Policy, batches: list[Batch]) -> dict[str, Any]:
+    """Log-probs and LoRA gradients of the rollout's passes, behind shared prompts and behind prompts alone."""
+
+    def score(alone: bool) -> tuple[Tensor, Tensor]:
+        policy.model.zero_grad()
+        scored = []
+        for batch in batches:
+            rows = {key: value for key, value in batch.items() if not alone or key not in ("group", "image_features")}
+            logps, entropies = token_logps(policy.model, rows, temperature=TEMPERATURE, entropy_gradient=True)
+            (logps * batch["advantages"].unsqueeze(1) + 0.1 * entropies).sum().backward()
+            scored.append(logps.detach())
+        gradients = [p.grad.double().flatten().clone() for p in policy.model.parameters() if p.requires_grad]
+        policy.model.zero_grad()
+        return torch.cat(scored), torch.cat(gradients)
+
+    def difference(one: Tensor, other: Tensor) -> float:
+        return ((one - other).norm() / other.norm()).item()
+
+    policy.model.train()
+    with watched_layers(policy) as seen:
+        (logps, gradient), (expected_logps, expected_gradient) = score(alone=False), score(alone=True)
+    attend = shared_attention.attend
+    shared_attention.attend = lambda query, key, value, families, scaling: attend(
+        query, key, value, Families(family(query.shape[2], ())), scaling
+    )
+    try:
+        faulty_logps, faulty_gradient = score(alone=False)
+    finally:
+        shared_attention.attend = attend
+    return {
+        "obstacle": shared_attention.obstacle(policy.model),
+        "shared": [batch.get("image_features") is not None and len(set(batch["group"].tolist())) for batch in batches],
+        "layers": sorted(seen),
+        "logps": difference(logps, expected_logps),
+        "gradient": difference(gradient, expected_gradient),
+        "completions see each other": [
+            difference(faulty_logps, expected_logps), difference(faulty_gradient, expected_gradient)
+        ],
+        "check": compare_shared_prompt(policy, batches[0]),
+    }  # fmt: skip
 
 
 def main(target: str, *options: str) -> None:

@@ -1,0 +1,43 @@
+"""A batch as TRL's trainers hand it around, and how it is cut into rows.
+
+Its keys: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .), prompts padded on the left; for images
+pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids. Added where prompts are shared:
+
+    group            (B,) integers: rows with the same one have the same prompt, images included
+    image_features   a list of B tensors (image tokens, H), or None for a row without images; see vision_features.py
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+
+
+def row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:
+    """The batch, `rows` sequences at a time, each with the pixels of its own images. Scalars go along unchanged."""
+    total = len(batch["prompt_ids"])
+    if rows >= total:
+        yield dict(batch)
+        return
+    has_images = batch.get("pixel_values") is not None
+    patches_per_image = batch["image_grid_thw"].prod(dim=-1).tolist() if has_images else []
+    image = patch = 0
+    for start in range(0, total, rows):
+        part = {key: _rows_of(value, start, start + rows) for key, value in batch.items() if key not in _BY_IMAGE}
+        if has_images:
+            images = sum(part["num_images"])
+            patches = sum(patches_per_image[image : image + images])
+            part["pixel_values"] = batch["pixel_values"][patch : patch + patches] if images else None
+            part["image_grid_thw"] = batch["image_grid_thw"][image : image + images] if images else None
+            image, patch = image + images, patch + patches
+        yield part
+
+
+_BY_IMAGE = ("pixel_values", "image_grid_thw")  # their first dimension counts patches and images, not sequences
+
+
+def _rows_of(value: Any, start: int, stop: int) -> Any:
+    is_scalar = value is None or (isinstance(value, Tensor) and value.ndim == 0)
+    return value if is_scalar else value[start:stop]
