@@ -6,6 +6,7 @@ and steps. Overridden are:
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       the old policy's log-probs, where TRL asks for them
+    _generate_single_turn                    reads each prompt once for its G completions
     _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
     training_step                            tells the NaN guard the loss
@@ -17,12 +18,11 @@ Imported after the engine is chosen, since the base class is fixed at import.
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,10 +32,11 @@ from apo_lora import ranks
 from apo_lora.apo import apo_loss
 from apo_lora.batches import row_slices
 from apo_lora.callbacks import NonFiniteGuard
-from apo_lora.errors import TrainingStopped
+from apo_lora.group_prefill import prompts_read_once
 from apo_lora.memory import peak_memory
 from apo_lora.metrics import TokenMeans
 from apo_lora.model import reference_mode
+from apo_lora.passes import Pass, PassSize, out_of_memory
 from apo_lora.recipe import Recipe
 from apo_lora.reward_functions import completion_text
 from apo_lora.rollout import Rollout, ScoredRollout, score_rollout
@@ -45,30 +46,6 @@ from apo_lora.scoring import token_logps
 from apo_lora.shared_attention import obstacle
 from apo_lora.trainer_config import changed_values
 from apo_lora.vision_features import image_features, tower_is_frozen
-
-
-@dataclass
-class Pass:
-    """One forward pass over some rows of a micro-batch. Shapes (B, T); the figures are shares of the step's."""
-
-    rows: dict[str, Any]
-    loss: Tensor
-    figures: dict[str, Tensor]
-    logps: Tensor
-    entropies: Tensor
-
-    def detached(self) -> "Pass":
-        return Pass(self.rows, self.loss.detach(), self.figures, self.logps.detach(), self.entropies.detach())
-
-
-Result = TypeVar("Result")
-
-
-def out_of_memory(what: str) -> TrainingStopped:
-    return TrainingStopped(
-        f"out of memory with {what}: lower data.max_pixels, grpo.max_completion_length, grpo.prompts_per_step or "
-        "grpo.num_generations, and start again; checkpoints of this run are kept"
-    )
 
 
 class APOTrainer(GRPOTrainer):
@@ -95,7 +72,7 @@ class APOTrainer(GRPOTrainer):
         self.run_dir = run_dir
         self.record_rollout = record_rollout
         self.more_figures = more_figures
-        self.rows_per_pass = recipe.grpo.completions_per_pass
+        self.pass_size = PassSize(recipe.grpo.completions_per_pass)
         self.shares_prompts = recipe.grpo.shared_prompt
         if self.shares_prompts and (reason := obstacle(self.model)):
             tqdm.write(f"grpo.shared_prompt: {reason}; every completion is scored with a prompt of its own")
@@ -131,6 +108,25 @@ class APOTrainer(GRPOTrainer):
         )
         return rewards_BF
 
+    def _generate_single_turn(self, prompt_ids, images, *arguments, **options):
+        if self.use_vllm or not self.shares_prompts:
+            return super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+        images_per_row = [len(own or ()) for own in images or [None] * len(prompt_ids)]
+        with prompts_read_once(self._inner_model, self._groups(len(prompt_ids)), images_per_row) as features:
+            output = super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+        if tower_is_frozen(self._inner_model):
+            self.rollout_features = features
+        return output
+
+    def _groups(self, rows: int) -> list[int]:
+        """Which prompt each of this process's rows answers, counted over all processes: a group may lie on two."""
+        first = ranks.rank() * rows
+        return [place // self.recipe.grpo.num_generations for place in range(first, first + rows)]
+
+    @property
+    def _inner_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model).get_base_model().model
+
     def _prepare_inputs(self, generation_batch):
         """The micro-batches of a rollout in its own order: TRL shuffles sequences, which tears groups apart."""
         if not self.model.training:
@@ -161,7 +157,7 @@ class APOTrainer(GRPOTrainer):
         scoring_started = time.perf_counter()
         batch = self._with_shared_prompts(batch)
         with reference_mode(model), without_dropout(model):
-            batch["ref_logps"], _ = self._with_smaller_passes(lambda rows: self._score(batch, rows_per_pass=rows))
+            batch["ref_logps"], _ = self.pass_size.fitting(lambda rows: self._score(batch, rows_per_pass=rows))
 
         seconds_generating = seconds - self.rollout.seconds_for_rewards
         self.seconds["generate"] += seconds_generating
@@ -189,18 +185,14 @@ class APOTrainer(GRPOTrainer):
         """The rollout with what lets scoring compute a prompt once for its completions, and its images once for all."""
         if not self.shares_prompts:
             return rollout
-        rows = len(rollout["prompt_ids"])
-        # Counted over all processes: where a group is divided between two, each has one part of it.
-        first = self.accelerator.process_index * rows
-        places = torch.arange(first, first + rows, device=rollout["prompt_ids"].device)
-        shared = {**rollout, "group": places // self.recipe.grpo.num_generations}
-        inner_model = self.accelerator.unwrap_model(self.model).get_base_model().model
-        if not tower_is_frozen(inner_model):
+        ids = rollout["prompt_ids"]
+        shared = {**rollout, "group": torch.tensor(self._groups(len(ids)), device=ids.device)}
+        if not tower_is_frozen(self._inner_model):
             return shared
-        if self.rollout_features is None:
+        if self.rollout_features is None:  # sampling computes them on its way, where it is the model's own
             try:
                 with self.accelerator.autocast():
-                    self.rollout_features = image_features(inner_model, shared)
+                    self.rollout_features = image_features(self._inner_model, shared)
             except torch.OutOfMemoryError:
                 raise out_of_memory("the images of one prompt") from None
         return {**shared, "image_features": self.rollout_features}
@@ -243,7 +235,7 @@ class APOTrainer(GRPOTrainer):
                 passes.append(done.detached())
             return passes
 
-        passes = self._with_smaller_passes(forward_and_backward)
+        passes = self.pass_size.fitting(forward_and_backward)
         for done in passes:
             for name, share in {"loss": done.loss, **done.figures}.items():
                 self.loss_figures[name] = self.loss_figures.get(name, 0.0) + share.item()
@@ -283,19 +275,6 @@ class APOTrainer(GRPOTrainer):
             entropy_coef=self.recipe.apo.entropy_coef,
         )
         return Pass(inputs, loss, figures, logps, entropies)
-
-    def _with_smaller_passes(self, run: Callable[[int], Result]) -> Result:
-        """`run(rows_per_pass)`; out of memory halves the rows, for the rest of the run, and tries again."""
-        while True:
-            try:
-                return run(self.rows_per_pass)
-            except torch.OutOfMemoryError:
-                if self.rows_per_pass == 1:
-                    raise out_of_memory("one completion") from None
-                self.rows_per_pass = max(1, self.rows_per_pass // 2)
-            # Outside the except clause: the exception keeps the failed pass's tensors alive.
-            torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: from here on {self.rows_per_pass} completions per pass; the result is the same")
 
     def _step_totals(self) -> tuple[float, float]:
         """Tokens and sequences that this optimizer step trains on, over all its micro-batches and processes."""

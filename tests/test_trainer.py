@@ -299,7 +299,7 @@ def test_out_of_memory_halves_the_pass_and_changes_nothing(make_trainer):
 
     tight._forward, tight.accelerator.backward = forward, backward_runs_out_once
     tight.train()
-    assert failures == ["forward", "backward"] and tight.rows_per_pass == 2
+    assert failures == ["forward", "backward"] and tight.pass_size.rows == 2
     for one, other in zip(logged(roomy), logged(tight), strict=True):
         for name in ("loss", "policy_loss", "grad_norm", "entropy"):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
@@ -372,7 +372,7 @@ def test_groups_stay_together(make_trainer):
 
 
 def test_the_tower_runs_once_per_prompt_and_rollout(make_trainer):
-    """For the reference, the old policy and two steps over two iterations; generation has its own prefill."""
+    """For sampling, the reference, the old policy and two steps over two iterations."""
     grpo = {"prompts_per_rollout": 4, "num_iterations": 2, "completions_per_pass": 2}
     trainer = make_trainer(recipe_of(grpo=grpo, train={"max_steps": 8, "save_steps": 4}))
     images = []
@@ -380,7 +380,7 @@ def test_the_tower_runs_once_per_prompt_and_rollout(make_trainer):
         lambda module, arguments, options, output: images.append(len(options["grid_thw"])), with_kwargs=True
     )
     trainer.train()
-    assert images == 2 * [16, 1, 1, 1, 1]  # two rollouts of 4 prompts with 4 completions
+    assert images == [4, 4]  # two rollouts of 4 prompts with 4 completions
 
 
 def test_a_tower_that_trains_is_not_computed_once(make_trainer):

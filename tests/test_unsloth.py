@@ -167,6 +167,11 @@ def test_checkpointing_is_on_in_training_and_off_in_generation(facts):
     assert "generating: checkpointing off" in layers and "generating: checkpointing on" not in layers
 
 
+def test_a_prompt_is_read_once_for_its_completions(facts):
+    """Unsloth's own generate(), with the static cache that it takes."""
+    assert facts["trained"]["rows"] == {"reading": [4], "writing": [16]}  # prompts of a step, completions
+
+
 def test_checkpointing_survives_our_sampling(facts):
     """compat.kept_checkpointing can go when the last one is True."""
     assert facts["checkpointing"] == {

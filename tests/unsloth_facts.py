@@ -179,6 +179,22 @@ def watched_layers(policy: Policy) -> Iterator[set[str]]:
     hook.remove()
 
 
+@contextmanager
+def counted_rows(policy: Policy) -> Iterator[dict[str, set[int]]]:
+    """With how many rows the language model reads prompts and writes completions."""
+    rows: dict[str, set[int]] = {"reading": set(), "writing": set()}
+
+    def watch(module: Any, arguments: tuple, options: dict) -> None:
+        if options.get("past_key_values") is not None:
+            height, length, _ = options["inputs_embeds"].shape
+            rows["reading" if length > 1 else "writing"].add(height)
+
+    language_model = policy.model.get_base_model().model.language_model
+    hook = language_model.register_forward_pre_hook(watch, with_kwargs=True)
+    yield rows
+    hook.remove()
+
+
 def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
     """Trains two steps and watches."""
     batches: list[Batch] = []
@@ -189,7 +205,7 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
 
     compute_loss, trainer.compute_loss = trainer.compute_loss, watch_loss
     fresh = adapter(policy)
-    with watched_layers(policy) as seen:
+    with watched_layers(policy) as seen, counted_rows(policy) as rows:
         trainer.train()
     trainer.compute_loss = compute_loss
     with torch.no_grad():
@@ -202,6 +218,7 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
         "reference_minus_base": (reference - batches[0]["ref_logps"]).abs().max().item(),
         "policy_minus_base": (trained - batches[0]["ref_logps"]).abs().max().item(),
         "layers": sorted(seen),
+        "rows": {what: sorted(counts) for what, counts in rows.items()},
         "image_grids": [batch["image_grid_thw"].tolist() for batch in batches],
     }
 

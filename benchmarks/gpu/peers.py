@@ -49,7 +49,7 @@ def measure(record: Record, setting: Setting, engine: str, whole_group: bool) ->
     found = summary["tokens"]["completion"]
     record.check("every completion had its full length", lambda: (found == wanted, f"{found:,} tokens in a step"))
     if engine == "ours":
-        record.check("no pass was made smaller", lambda: (trainer.rows_per_pass == rows, trainer.rows_per_pass))
+        record.check("no pass was made smaller", lambda: (trainer.pass_size.rows == rows, trainer.pass_size.rows))
 
 
 def peer_recipe(setting: Setting, run: str, rows: int) -> Recipe:

@@ -57,7 +57,7 @@ def check(record: Record, recipe: Recipe, trainer: APOTrainer, summary: dict[str
     wanted = recipe.completions_per_step * recipe.grpo.max_completion_length
     found = summary["tokens"]["completion"]
     record.check("every completion had its full length", lambda: (found == wanted, f"{found:,} tokens in a step"))
-    rows = trainer.rows_per_pass
+    rows = trainer.pass_size.rows
     fits = (
         trainer.recipe.grpo == recipe.grpo
         and trainer.recipe.data == recipe.data
