@@ -7,10 +7,12 @@ pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_id
     image_features   a list of B tensors (image tokens, H), or None for a row without images; see vision_features.py
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Batch = Mapping[str, Any]
 
@@ -39,5 +41,37 @@ _BY_IMAGE = ("pixel_values", "image_grid_thw")  # their first dimension counts p
 
 
 def _rows_of(value: Any, start: int, stop: int) -> Any:
-    is_scalar = value is None or (isinstance(value, Tensor) and value.ndim == 0)
-    return value if is_scalar else value[start:stop]
+    return value[start:stop] if _is_by_row(value) else value
+
+
+def with_rows_replaced(batch: Batch, rows: Sequence[int], other: Batch) -> dict[str, Any]:
+    """The batch with the sequences of `other`, in order, in the place of its `rows`. Scalars stay.
+
+    Prompts are padded on the left and completions on the right where the two are not equally wide.
+    """
+    parts = [list(row_slices(both, 1)) for both in (batch, other)]
+    for row, replacement in zip(rows, parts[1], strict=True):
+        parts[0][row] = replacement
+    return {
+        key: _joined(key, [part[key] for part in parts[0]]) if _is_by_row(batch[key]) else batch[key] for key in batch
+    }
+
+
+def _is_by_row(value: Any) -> bool:
+    return not (value is None or (isinstance(value, Tensor) and value.ndim == 0))
+
+
+_FROM_THE_LEFT = ("prompt_ids", "prompt_mask")
+
+
+def _joined(key: str, parts: list[Any]) -> Any:
+    if isinstance(parts[0], list):
+        return [item for part in parts for item in part]
+    if key in _BY_IMAGE:
+        parts = [part for part in parts if part is not None]  # sequences without images
+    elif parts[0].ndim == 2:
+        width = max(part.shape[1] for part in parts)
+        missing = [width - part.shape[1] for part in parts]
+        sides = [(n, 0) if key in _FROM_THE_LEFT else (0, n) for n in missing]
+        parts = [pad(part, side) for part, side in zip(parts, sides, strict=True)]
+    return torch.cat(parts)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from apo_lora import ranks
 from apo_lora.errors import TrainingStopped
+from apo_lora.metrics import TokenMeans
 
 Result = TypeVar("Result")
 
@@ -28,6 +30,25 @@ class Pass:
 
     def detached(self) -> "Pass":
         return Pass(self.rows, self.loss.detach(), self.figures, self.logps.detach(), self.entropies.detach())
+
+
+class StepFigures:
+    """What the passes of one optimizer step add up to."""
+
+    def __init__(self):
+        self.loss_shares: dict[str, float] = {}
+        self.token_means = TokenMeans()
+
+    def add(self, done: Pass) -> None:
+        for name, share in {"loss": done.loss, **done.figures}.items():
+            self.loss_shares[name] = self.loss_shares.get(name, 0.0) + share.item()
+        rows = done.rows
+        self.token_means.add(
+            done.logps, rows["ref_logps"], done.entropies, rows["completion_mask"], rows["advantages"], rows["correct"]
+        )
+
+    def over_ranks(self) -> dict[str, float | None]:
+        return {**ranks.summed(self.loss_shares), **self.token_means.over_ranks().means()}
 
 
 class PassSize:

@@ -88,8 +88,7 @@ def sum_gradients(parameters: Sequence) -> None:
         return
     import torch
 
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([p.grad.flatten() for p in parameters])
     torch.distributed.all_reduce(flat)
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = total.view_as(parameter).to(parameter.dtype)

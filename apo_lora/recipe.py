@@ -115,6 +115,9 @@ class GrpoSection(Section):
     """Completions per forward and backward pass: memory against speed, the result is the same."""
     shared_prompt: bool = True
     """Score completions of one prompt behind a single copy of it: faster, same result. Falls back where it cannot."""
+    zero_variance_groups: Literal["keep", "skip", "resample"] = "keep"
+    """Groups whose completions all earned the same: `keep` (as released), `skip` (no pass computes them, not their KL
+    either), or `resample` (other prompts in their place, twice at most; what still has no variance is skipped)."""
     max_completion_length: Count = 1024
     """Longest completion, in tokens; longer ones are cut and count as truncated."""
     mask_truncated_completions: bool = False
@@ -251,6 +254,8 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             f"train.save_steps: {recipe.train.save_steps} is no multiple of the {recipe.steps_per_rollout} steps that "
             "one rollout feeds; a checkpoint inside a rollout could not be resumed exactly"
         )
+    if grpo.zero_variance_groups == "resample" and num_processes > 1:
+        yield "grpo.zero_variance_groups: resample works in one process, where it sees whole groups; use skip or keep"
     if apo.dads not in (None, "constant") and grpo.beta == 0:
         yield "apo.dads: shapes the KL, but grpo.beta is 0; set grpo.beta above 0 or apo.dads to null"
     if rewards.correct_by not in rewards.functions:

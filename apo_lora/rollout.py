@@ -3,8 +3,11 @@
 Shape suffixes as in apo.py; B = N*G completions, F reward functions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from apo_lora.apo import Credit, assign_credit
@@ -25,6 +28,18 @@ class Rollout:
     """Tokens, the end token included."""
     truncated_B: Tensor
     seconds_for_rewards: float
+
+    def with_rows_replaced(self, rows: Sequence[int], other: "Rollout") -> "Rollout":
+        """With the completions of `other`, in order, in the place of these."""
+        places = list(range(len(self.texts)))
+        for number, row in enumerate(rows):
+            places[row] = len(places) + number
+
+        def merged(own: Any, others: Any) -> Any:
+            return torch.cat([own, others])[places] if isinstance(own, Tensor) else [[*own, *others][i] for i in places]
+
+        names = [field.name for field in fields(self) if field.name != "seconds_for_rewards"]
+        return replace(self, **{name: merged(getattr(self, name), getattr(other, name)) for name in names})
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def token_logps(
     """(logps_BT, entropies_BT) of the batch's completion tokens under `model`, in float32; 0 at padding.
 
     `model` is a (PEFT-wrapped) conditional-generation model: an inner model that gives hidden states, and an lm_head.
-    Its adapters count as they are switched at the moment. Gradients flow where they are enabled. `rows_per_pass`
+    Its adapters count as they are switched at the moment. Gradients flow where they are enabled, and where a pass has a
+    completion that is not masked out. `rows_per_pass`
     bounds memory; the result depends neither on it nor on batch["group"]. The entropy is that of the whole vocabulary
     at `temperature`; it has a gradient only with `entropy_gradient`, which costs memory.
     """
@@ -52,6 +53,9 @@ def _score_rows(
 ) -> tuple[Tensor, Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mask_BT = batch["completion_mask"].bool()
+    blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
+    if not mask_BT.any():  # every completion of the pass is masked out: there is nothing to compute
+        return blank_BT, blank_BT
     if batch.get("group") is not None:
         hidden_KH = _hidden_states_of_shared_prompts(base.model, batch)
     else:
@@ -59,7 +63,6 @@ def _score_rows(
     logps_K, entropies_K = _head_logps(
         hidden_KH, base.lm_head, batch["completion_ids"][mask_BT], temperature, logits_bytes, entropy_gradient
     )
-    blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     return blank_BT.masked_scatter(mask_BT, logps_K), blank_BT.masked_scatter(mask_BT, entropies_K)
 
 
@@ -107,8 +110,6 @@ def _head_logps(
     logits_bytes: int,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    if not len(targets_K):  # every completion of the pass is masked out; the graph must survive
-        return hidden_KH.float().sum(-1), hidden_KH.float().sum(-1)
     chunk = max(1, logits_bytes // (4 * lm_head.weight.shape[0]))
     # Outside autograd, checkpoint() is a plain call; inside, it keeps only the chunk's hidden states for backward.
     parts = [

@@ -40,6 +40,8 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
 
     input_ids, position_ids, families, end = [], [], [], 0
     sources: dict[int, Tensor] = {}
+    # Masked-out completions need no prompt either.
+    members = {group: in_family for group, in_family in members.items() if any(lengths_B[row] for row in in_family)}
     for in_family in members.values():
         prompt_ids_P, prompt_positions_3P = _prompt(inner_model, rows[in_family[0]])
         input_ids.append(prompt_ids_P)
@@ -61,7 +63,7 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
         torch.cat(position_ids, dim=1),
         Families(*families),
         [in_family[0] for in_family in members.values()],
-        torch.cat([sources[row] for row in range(len(rows))]),
+        torch.cat([sources[row] for row in sorted(sources)]),
     )
 
 

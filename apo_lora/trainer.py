@@ -5,7 +5,7 @@ and steps. Overridden are:
 
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
-    _get_per_token_logps_and_entropies       the old policy's log-probs, where TRL asks for them
+    _get_per_token_logps_and_entropies       leaves the old policy's log-probs to _score_frozen_policies
     _generate_single_turn                    reads each prompt once for its G completions
     _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
@@ -15,6 +15,7 @@ and steps. Overridden are:
 Imported after the engine is chosen, since the base class is fixed at import.
 """
 
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,9 +35,8 @@ from apo_lora.batches import row_slices
 from apo_lora.callbacks import NonFiniteGuard
 from apo_lora.group_prefill import prompts_read_once
 from apo_lora.memory import peak_memory
-from apo_lora.metrics import TokenMeans
 from apo_lora.model import reference_mode
-from apo_lora.passes import Pass, PassSize, out_of_memory
+from apo_lora.passes import Pass, PassSize, StepFigures, out_of_memory
 from apo_lora.recipe import Recipe
 from apo_lora.reward_functions import completion_text
 from apo_lora.rollout import Rollout, ScoredRollout, score_rollout
@@ -46,6 +46,7 @@ from apo_lora.scoring import token_logps
 from apo_lora.shared_attention import obstacle
 from apo_lora.trainer_config import changed_values
 from apo_lora.vision_features import image_features, tower_is_frozen
+from apo_lora.zero_variance import resampled, without_rows, without_variance
 
 
 class APOTrainer(GRPOTrainer):
@@ -85,9 +86,9 @@ class APOTrainer(GRPOTrainer):
         self._start_step()
 
     def _start_step(self) -> None:
-        self.token_means = TokenMeans()
-        self.loss_figures: dict[str, float] = {}
+        self.step_figures = StepFigures()
         self.seconds = {"generate": 0.0, "reward": 0.0, "score": 0.0}
+        self.sampled_tokens = 0.0
         self.step_started = time.perf_counter()
 
     # --- rollout -----------------------------------------------------------------------------------------------------
@@ -136,7 +137,8 @@ class APOTrainer(GRPOTrainer):
             self._buffered_inputs = list(row_slices(batch, len(batch["prompt_ids"]) // self.args.steps_per_generation))
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _generate_and_score_completions(self, inputs):
+    def _sample(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], Rollout]:
+        """TRL's rollout of these items, G to a prompt, with what lets scoring compute each prompt once."""
         self.rollout_features = None
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
@@ -147,27 +149,40 @@ class APOTrainer(GRPOTrainer):
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
         fault = generation_fault(forwards)
         assert self.use_vllm or fault is None, f"{fault} while sampling"  # vLLM has a cache and passes of its own
-        seconds = time.perf_counter() - started
-        scored = score_rollout(self.rollout, self.recipe)
+        self.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
+        self.seconds["reward"] += self.rollout.seconds_for_rewards
+        self.sampled_tokens += self.rollout.lengths_B.sum().item()
+        return self._with_shared_prompts(batch), self.rollout
+
+    def _generate_and_score_completions(self, inputs):
+        batch, rollout = self._sample(inputs)
+        scored = score_rollout(rollout, self.recipe)
+        on_zero_variance, num_resampled = self.recipe.grpo.zero_variance_groups, 0
+        if on_zero_variance == "resample":
+            batch, scored, num_resampled = resampled(batch, scored, self.recipe, self._other_items, self._sample)
         own = slice(ranks.rank() * len(inputs), (ranks.rank() + 1) * len(inputs))  # groups may lie across processes
         # Whatever is in the batch is split along with it.
         batch["advantages"] = scored.credit.advantages_NG.flatten()[own]
         batch["kl_weights"] = scored.credit.kl_weights_NG.flatten()[own]
         batch["correct"] = scored.correct_NG.flatten()[own]
-        scoring_started = time.perf_counter()
-        batch = self._with_shared_prompts(batch)
-        with reference_mode(model), without_dropout(model):
-            batch["ref_logps"], _ = self.pass_size.fitting(lambda rows: self._score(batch, rows_per_pass=rows))
-
-        seconds_generating = seconds - self.rollout.seconds_for_rewards
-        self.seconds["generate"] += seconds_generating
-        self.seconds["reward"] += self.rollout.seconds_for_rewards
-        self.seconds["score"] += time.perf_counter() - scoring_started
-        self.rollout_figures = scored.figures(self.recipe)
-        self.rollout_figures["tokens_per_second"] = self.rollout_figures["generated_tokens"] / seconds_generating
+        is_skipped_N = without_variance(scored) & (on_zero_variance != "keep")
+        if is_skipped_N.any():
+            batch = without_rows(batch, is_skipped_N.repeat_interleave(self.recipe.grpo.num_generations)[own])
+        self._score_frozen_policies(batch)
+        self.rollout_figures = {
+            **scored.figures(self.recipe),
+            "resampled_groups": float(num_resampled),
+            "skipped_groups": is_skipped_N.sum().item(),
+            "tokens_per_second": self.sampled_tokens / self.seconds["generate"],
+        }
         if self.record_rollout and ranks.is_main():
             self.record_rollout(self.state.global_step + 1, scored)
         return batch
+
+    def _other_items(self, number: int, round_number: int) -> list[dict[str, Any]]:
+        """Prompts in the place of others; the same ones where a run is continued."""
+        rng = random.Random(f"{self.recipe.train.seed} {self.state.global_step} {round_number}")
+        return [self.train_dataset[rng.randrange(len(self.train_dataset))] for _ in range(number)]
 
     # --- scoring and loss --------------------------------------------------------------------------------------------
 
@@ -197,22 +212,26 @@ class APOTrainer(GRPOTrainer):
                 raise out_of_memory("the images of one prompt") from None
         return {**shared, "image_features": self.rollout_features}
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **images
-    ):
-        """The old policy, which TRL scores when a rollout feeds several optimizer steps.
+    def _score_frozen_policies(self, batch: dict[str, Any]) -> None:
+        """Puts the reference's log-probs into the batch, and the old policy's where TRL wants them."""
+        started, model = time.perf_counter(), self.accelerator.unwrap_model(self.model)
 
-        TRL's own version needs a Triton kernel that a CPU does not have, and would be a second implementation.
+        def score() -> Tensor:
+            return self.pass_size.fitting(lambda rows: self._score(batch, rows_per_pass=rows))[0]
+
+        with torch.no_grad(), without_dropout(model):
+            with reference_mode(model):
+                batch["ref_logps"] = score()
+            if batch.get("old_per_token_logps") is not None:
+                batch["old_per_token_logps"] = score()
+        self.seconds["score"] += time.perf_counter() - started
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """TRL asks here for the old policy when a rollout feeds several optimizer steps, before the rewards are known.
+
+        _score_frozen_policies fills it in later, when it is known which groups are worth it.
         """
-        batch = {
-            "prompt_ids": input_ids[:, :-logits_to_keep],
-            "completion_ids": input_ids[:, -logits_to_keep:],
-            "prompt_mask": attention_mask[:, :-logits_to_keep],
-            "completion_mask": attention_mask[:, -logits_to_keep:],
-            **images,
-        }
-        logps, entropies = self._score(self._with_shared_prompts(batch), rows_per_pass=batch_size)
-        return logps, entropies if compute_entropy else None, None
+        return torch.zeros(input_ids[:, -logits_to_keep:].shape, device=input_ids.device), None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss, backward included.
@@ -230,29 +249,23 @@ class APOTrainer(GRPOTrainer):
             passes = []
             for rows in row_slices(inputs, rows_per_pass):
                 done = self._forward(rows, *totals)
-                if torch.is_grad_enabled():
+                if done.loss.requires_grad:
                     self.accelerator.backward(done.loss)
                 passes.append(done.detached())
             return passes
 
         passes = self.pass_size.fitting(forward_and_backward)
         for done in passes:
-            for name, share in {"loss": done.loss, **done.figures}.items():
-                self.loss_figures[name] = self.loss_figures.get(name, 0.0) + share.item()
-            self.token_means.add(
-                done.logps,
-                done.rows["ref_logps"],
-                done.entropies,
-                done.rows["completion_mask"],
-                done.rows["advantages"],
-                done.rows["correct"],
-            )
+            self.step_figures.add(done)
         return torch.stack([done.loss for done in passes]).sum().requires_grad_(torch.is_grad_enabled())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.see_loss(loss)
         if self.accelerator.sync_gradients:  # the step's last micro-batch; clipping comes next
+            for parameter in self.trained_parameters:
+                if parameter.grad is None:  # every group was skipped; GradScaler wants gradients all the same
+                    parameter.grad = torch.zeros_like(parameter)
             # The scoring pass calls the inner model, around the wrapper that would average gradients.
             ranks.sum_gradients(self.trained_parameters)
         return loss
@@ -295,8 +308,7 @@ class APOTrainer(GRPOTrainer):
         if "grad_norm" in logs:  # an optimizer step; the other call is the summary at the end of training
             logs = {
                 **self.rollout_figures,
-                **ranks.summed(self.loss_figures),
-                **self.token_means.over_ranks().means(),
+                **self.step_figures.over_ranks(),
                 "grad_norm": logs["grad_norm"],
                 "learning_rate": logs["learning_rate"],
                 "skipped_nonfinite_steps": self.nonfinite_guard.skipped,

@@ -302,7 +302,7 @@ def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
         batch["old_per_token_logps"] = logps + 0.3 * torch.randn(logps.shape, generator=generator)
     trainer._start_step()
     figures["off_policy"] = compare(trainer, batches)
-    figures["clip_fraction"] = trainer.loss_figures["clip_fraction"]
+    figures["clip_fraction"] = trainer.step_figures.loss_shares["clip_fraction"]
     return figures
 
 
