@@ -4,11 +4,12 @@ Weights, adapters, optimizer state and KV cache are exact (tests/test_memory_pla
 Activations are formulas with these assumptions:
 
 - the longest prompt the recipe admits, one image of `data.max_pixels` in it, every completion at full length;
-- TRL samples a whole rollout in one call: prompts per rollout x G sequences, prefilled at once; and it holds each
-  completion's pixels (float32) on the GPU from sampling to the rollout after;
+- TRL samples a whole rollout in one call: prompts per rollout x G sequences, whose prompts are prefilled at once, a
+  shared one once; and it holds each completion's pixels (float32) on the GPU from sampling to the rollout after;
+- Unsloth's key-value cache has its full length from the start, transformers' grows;
 - attention never holds its scores (SDPA, flash), but a mask: a byte and a 16-bit value per pair;
 - behind a shared prompt a layer copies the prompt's keys and values once per completion, and the vision tower, where it
-  is frozen, runs once per prompt, one at a time, without a gradient;
+  is frozen, runs in the prefill alone;
 - a layer is the eager one of transformers, in 16 bits, and one of them is live at a time, with two of its MLP matrices
   dequantised; Unsloth's fused kernels should need less;
 - checkpointing keeps each layer's input: on the GPU (transformers) or in the host's memory, three at a time on the
@@ -184,21 +185,23 @@ def kv_bytes_per_token(shape: ModelShape, bytes_per_value: int = 2) -> int:
 
 def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
     size, rollout = value_bytes(recipe), load.rollout
+    read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else rollout
     patches = load.image * shape.patches_per_token
     pixels = rollout * patches * shape.values_per_patch * 4
     per_token = kv_bytes_per_token(shape, size)
     yield Row("images of the rollout", MOMENTS, pixels, f"{rollout} x {patches:,} patches in float32")
     yield Row("images of the last one", MOMENTS[:3], pixels, "held until the next rollout is complete")
-    yield Row("KV cache", ("prefill",), rollout * load.prompt * per_token, f"{rollout} x {load.prompt:,} tokens")
+    held = load.length if uses_unsloth(recipe) else load.prompt
+    yield Row("KV cache", ("prefill",), read * held * per_token, f"{read} x {held:,} tokens")
     yield Row("KV cache", ("decode",), rollout * load.length * per_token, f"{rollout} x {load.length:,} tokens")
     work = {
-        "vision tower": tower_forward(shape, rollout * patches, size),
-        "one layer": layer_forward(shape, rollout * load.prompt, size) + dequantised(shape, recipe),
+        "vision tower": tower_forward(shape, read * patches, size),
+        "one layer": layer_forward(shape, read * load.prompt, size) + dequantised(shape, recipe),
     }
     yield _largest("prefill", work)
-    yield Row("attention mask", ("prefill",), mask_bytes(rollout, load.prompt), "of padded prompts")
+    yield Row("attention mask", ("prefill",), mask_bytes(read, load.prompt), "of padded prompts")
     logits = rollout * shape.vocabulary * (size + 4 * 4)
-    grown = rollout * load.length * shape.kv_width * size
+    grown = 0 if uses_unsloth(recipe) else rollout * load.length * shape.kv_width * size
     yield Row("next-token logits", ("decode",), logits, "one in 16 bits, four in float32")
     yield Row("growth of the cache", ("decode",), grown, "one layer's keys are copied to grow")
 
@@ -207,13 +210,13 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
 
 
 def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
-    size = value_bytes(recipe)
+    size, patches = value_bytes(recipe), load.prompts * load.image * shape.patches_per_token
     if tower_runs_once(recipe):
         features = recipe.prompts_per_rollout * load.image * shape.hidden * size
         how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
         yield Row("image features", MOMENTS, features, how)
     work = {
-        "vision tower": tower_forward(shape, tower_patches(shape, recipe, load), size),
+        "vision tower": 0 if tower_runs_once(recipe) else tower_forward(shape, patches, size),
         "one layer": layer_forward(shape, load.pass_tokens, size)
         + copied_keys(shape, recipe, load, 1)
         + dequantised(shape, recipe),
@@ -223,7 +226,7 @@ def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]
 
 
 def training_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
-    size, patches = value_bytes(recipe), tower_patches(shape, recipe, load)
+    size, patches = value_bytes(recipe), load.prompts * load.image * shape.patches_per_token
     tokens, both = load.pass_tokens, ("score", "train")
     hidden = 2 * load.rows * load.completion * shape.hidden * size
     yield attention_mask(recipe, load)
@@ -261,11 +264,6 @@ def copied_keys(shape: ModelShape, recipe: Recipe, load: Load, completions: int)
 
 def tower_runs_once(recipe: Recipe) -> bool:
     return recipe.grpo.shared_prompt and not recipe.lora.vision
-
-
-def tower_patches(shape: ModelShape, recipe: Recipe, load: Load) -> int:
-    """Patches that go through the tower together."""
-    return (1 if tower_runs_once(recipe) else load.prompts) * load.image * shape.patches_per_token
 
 
 def logits_chunk(shape: ModelShape, load: Load) -> int:

@@ -470,6 +470,7 @@ def test_peaks_are_sums_of_rows(name):
         ("model.load_in_4bit=false", MOMENTS),
         ("model.engine=transformers", ("train",)),
         ("model.gradient_checkpointing=false", ("train",)),
+        ("grpo.shared_prompt=false", ("prefill", "score", "train")),
         ("train.optimizer=adamw_torch", MOMENTS),
     ],
 )

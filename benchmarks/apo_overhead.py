@@ -1,0 +1,119 @@
+"""What DADS and STCR cost: a step of APO against a step of plain GRPO, in one trainer and on the same completions.
+
+    python -m benchmarks.apo_overhead --out apo_overhead.json            (about a minute; the embedded model, a CPU)
+
+A step here is what the two may do differently: credit for the rollout, forward and backward of the loss. Sampling and
+the reference's log-probs are the same work and left out, which makes the ratio stricter. Seconds are those of the CPU,
+in turns, one pair after the other; the ratio's interval is that of the median over pairs (bootstrap, 95 %).
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from apo_lora.process import prepare_process
+
+prepare_process()
+
+import torch  # noqa: E402
+
+from apo_lora.data import load_examples, prompt_dataset  # noqa: E402
+from apo_lora.environment import environment  # noqa: E402
+from apo_lora.model import load_policy  # noqa: E402
+from apo_lora.recipe import Recipe  # noqa: E402
+from apo_lora.recipe_file import find_recipe, load_recipe  # noqa: E402
+from apo_lora.rollout import score_rollout  # noqa: E402
+from apo_lora.run_dir import RunDir, write_json  # noqa: E402
+from apo_lora.trainer import APOTrainer  # noqa: E402
+from apo_lora.trainer_config import grpo_config  # noqa: E402
+from benchmarks.gpu.witness import stir  # noqa: E402
+
+RECIPES = {"GRPO": "grpo_baseline", "APO": "tiny_cpu"}
+
+
+def length_parity(completions: Sequence, completion_ids: Sequence[Sequence[int]], **columns: object) -> list[float]:
+    """A reward with variance in nearly every group, whatever the model says."""
+    return [float(len(ids) % 2) for ids in completion_ids]
+
+
+def build_trainer(recipe: Recipe, folder: Path) -> APOTrainer:
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
+    examples = load_examples(recipe.data.train, recipe.data, split="train", limit=64).examples
+    run_dir = RunDir(folder / "run")
+    run_dir.create()
+    length_parity.__name__ = "accuracy"
+    return APOTrainer(
+        recipe=recipe,
+        run_dir=run_dir,
+        model=policy.model,
+        processing_class=policy.processor,
+        args=grpo_config(recipe, policy, run_dir.checkpoints, 1),
+        train_dataset=prompt_dataset(examples, recipe.data),
+        reward_funcs=[length_parity],
+    )
+
+
+def step_seconds(trainer: APOTrainer, recipe: Recipe) -> tuple[float, float]:
+    """(CPU seconds, loss) of one optimizer step's credit and gradients on the buffered rollout."""
+    trainer.model.zero_grad()
+    started = time.process_time()
+    credit = score_rollout(trainer.rollout, recipe).credit
+    loss, first = 0.0, 0
+    for batch in trainer._buffered_inputs:
+        rows = slice(first, first := first + len(batch["prompt_ids"]))
+        batch["advantages"] = credit.advantages_NG.flatten()[rows]
+        batch["kl_weights"] = credit.kl_weights_NG.flatten()[rows]
+        loss += trainer.compute_loss(trainer.model, batch).item()
+    return time.process_time() - started, loss
+
+
+def median_interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="results as JSON")
+    parser.add_argument("--pairs", type=int, default=40)
+    given = parser.parse_args()
+    recipes = {name: load_recipe(find_recipe(file), ["rewards.functions=[accuracy]"]) for name, file in RECIPES.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(recipes["APO"], Path(folder))
+        stir(trainer.model, scale=0.02)  # a fresh adapter has no KL for DADS to weigh
+        trainer.model.train()
+        trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        for recipe in recipes.values():
+            step_seconds(trainer, recipe)  # warms up
+        pairs = []
+        for number in range(given.pairs):
+            order = list(recipes) if number % 2 else list(reversed(recipes))
+            found = {name: step_seconds(trainer, recipes[name]) for name in order}
+            pairs.append({name: found[name] for name in recipes})
+    ratios = [pair["APO"][0] / pair["GRPO"][0] for pair in pairs]
+    low, high = median_interval(ratios)
+    seconds = {name: statistics.median(pair[name][0] for pair in pairs) for name in recipes}
+    losses = {name: pairs[0][name][1] for name in recipes}
+    for name in recipes:
+        print(f"{name:4} {seconds[name]:.4f} s of CPU, loss {losses[name]:.5f}")
+    print(f"APO / GRPO: {statistics.median(ratios):.4f} (95 % interval {low:.4f} to {high:.4f}, {given.pairs} pairs)")
+    if given.out:
+        write_json(
+            given.out,
+            {
+                "environment": environment(),
+                "date": time.strftime("%Y-%m-%d"),
+                "cpu_seconds": seconds,
+                "losses": losses,
+                "ratio": {"median": statistics.median(ratios), "low": low, "high": high, "pairs": ratios},
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
