@@ -109,10 +109,8 @@ def main() -> None:
     losses = {name: pairs[0][name][1] for name in recipes}
     for name in recipes:
         print(f"{name:4} {seconds[name]:.4f} s of CPU, loss {losses[name]:.5f}")
-    share = (credit_seconds["APO"] - credit_seconds["GRPO"]) / seconds["GRPO"]
-    print(
-        f"credit alone: {1e6 * credit_seconds['APO']:.0f} us, {1e6 * credit_seconds['GRPO']:.0f} us: {share:+.2%} of a step"
-    )
+    extra = credit_seconds["APO"] - credit_seconds["GRPO"]
+    print(f"credit alone: {1e6 * extra:+.0f} us, {extra / seconds['GRPO']:+.2%} of a step")
     print(f"APO / GRPO: {statistics.median(ratios):.4f} (95 % interval {low:.4f} to {high:.4f}, {given.pairs} pairs)")
     if given.out:
         write_json(

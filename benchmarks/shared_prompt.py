@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apo_lora.apo import apo_loss
+from apo_lora.environment import environment
 from apo_lora.model import lora_targets, reference_mode
 from apo_lora.recipe import LoraSection
 from apo_lora.scoring import token_logps
@@ -248,8 +249,8 @@ def main() -> None:
         return
     shapes = [tuple(map(int, shape.split(","))) for shape in given.shapes.split()]
     results: dict[str, Any] = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "environment": environment(),
+        "date": time.strftime("%Y-%m-%d"),
         "repeats": given.repeats,
         "shapes": [compare(shape, given.repeats) for shape in shapes],
     }
