@@ -419,6 +419,21 @@ def test_a_peer_is_set_against_ours_with_as_many_rows_at_once():
     assert "Everybody read 6,144 and wrote 4,096 tokens a step." in table
 
 
+def test_aims_are_met_or_missed_with_each_side_at_its_best():
+    found = {
+        "peers/ours-group": peer("ours", 8, 4, 2),
+        "peers/ours-row": peer("ours", 1, 2, 5),
+        "peers/unsloth-default": peer("unsloth", 8, 5, 5),
+        "peers/trl-row": peer("trl", 1, 2.2, 3),
+    }
+    table = results.table(found)
+    assert "| seconds of score + train, to stock Unsloth | 0.40 | at most 0.5 | met |" in table
+    assert "| seconds of score + train, to stock TRL | 0.67 | at most 0.5 | **missed** |" in table
+    assert "| peak memory, to stock Unsloth at its default | 0.40 | at most 0.5 | met |" in table
+    assert "| peak memory, to stock TRL row by row | 0.91 | at most 0.85 | **missed** |" in table
+    assert "thriftiest" not in table and "with the group at once" not in table  # not measured
+
+
 def test_unequal_work_is_called_so():
     table = results.table({"peers/ours-row": peer("ours", 1, 2, 5), "peers/trl-row": peer("trl", 1, 6, 10, 4095)})
     assert "**Not comparable**" in table and "Everybody" not in table

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.run_dir import write_atomically, write_json
+from benchmarks.gpu.aims import ratios
 
 RESULTS, TABLE = "results.json", "results.md"
 GiB = 2**30
@@ -42,7 +43,14 @@ def failed_checks(measured: Measured) -> list[dict[str, Any]]:
 
 
 def table(results: Results) -> str:
-    parts = (machines(results), recipes_table(results), peers_table(results), checks_table(results), endings(results))
+    parts = (
+        machines(results),
+        recipes_table(results),
+        peers_table(results),
+        aims_table(results),
+        checks_table(results),
+        endings(results),
+    )
     return "\n\n".join("\n".join(lines) for part in parts if (lines := list(part))) + "\n"
 
 
@@ -131,6 +139,20 @@ def peers_table(results: Results) -> Iterator[str]:
         if len(counts) == 1
         else f"**Not comparable**: tokens read and written in a step differ: {sorted(counts)}."
     )
+
+
+def aims_table(results: Results) -> Iterator[str]:
+    rows = list(ratios(results))
+    if not rows:
+        return
+    yield "## Aims"
+    yield ""
+    yield "Ours over theirs, each side at its best setting for that figure."
+    yield ""
+    yield _row("of ours", "ratio", "aim", "")
+    yield _rule(4)
+    for aim, ratio in rows:
+        yield _row(aim.words, f"{ratio:.2f}", f"at most {aim.at_most}", "met" if ratio <= aim.at_most else "**missed**")
 
 
 def checks_table(results: Results) -> Iterator[str]:
