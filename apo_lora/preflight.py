@@ -17,15 +17,15 @@ from apo_lora.apo import token_kl
 from apo_lora.data import Example, prompt_lengths
 from apo_lora.memory import peak_memory, reset_peak_memory
 from apo_lora.model import Policy, limit_image_size, reference_mode
+from apo_lora.probe import as_batch, sample_probe
 from apo_lora.recipe import Recipe
-from apo_lora.sampling import Forward, generating, generation_fault, generation_options, prompt_inputs, watched_forwards
+from apo_lora.sampling import Forward, generation_fault, prompt_inputs
 from apo_lora.scoring import token_logps
-from apo_lora.shared_prompt_check import compare_shared_prompt
+from apo_lora.shared_prompt_check import compare_shared_prompt, compare_shared_reading
 
 MIN_PIXELS = 64 * 28 * 28
 """Images are never shrunk below 64 tokens on our own account: much smaller, and nothing can be read in them."""
 
-PROBE_TOKENS = 16
 PROBE_EXAMPLES = 4
 
 # Mean difference, in nats per token, between a token's log-prob while sampling and when scored. In 16 bits the two
@@ -52,10 +52,10 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
     """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
-        batch, sampled_logps, forwards = _sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
+        batch, sampled_logps, forwards = sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
         sharing = []
         if recipe.grpo.shared_prompt:
-            check, shares = check_shared_prompt(policy, batch)
+            check, shares = check_shared_prompt(policy, batch, examples, recipe)
             sharing.append(check)
             if shares:  # the checks below look at the way that training goes
                 batch["group"] = torch.arange(len(batch["prompt_ids"]), device=policy.model.device)
@@ -79,36 +79,6 @@ def _score(policy: Policy, batch: dict, **options: Any) -> tuple[Tensor, Tensor]
 
 
 # --- sampling against scoring ----------------------------------------------------------------------------------------
-
-
-def _sample_probe(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[dict, Tensor, list[Forward]]:
-    """A batch of short sampled completions, their log-probs while sampling (B, T), and the forward passes."""
-    inputs = prompt_inputs(policy, examples, recipe)
-    with watched_forwards(policy.model) as forwards, generating(policy.model), torch.no_grad():
-        output = policy.model.generate(
-            **inputs,
-            **generation_options(policy, recipe) | {"max_new_tokens": PROBE_TOKENS, "min_new_tokens": PROBE_TOKENS},
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    completion_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
-    logits_BTV = torch.stack(output.logits, dim=1).float() / recipe.grpo.temperature
-    logps = torch.log_softmax(logits_BTV, dim=-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
-    return as_batch(inputs, completion_ids, examples), logps, forwards
-
-
-def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequence[Example]) -> dict[str, Any]:
-    """The shape in which TRL hands batches around, which scoring reads."""
-    return {
-        "prompt_ids": inputs["input_ids"],
-        "prompt_mask": inputs["attention_mask"],
-        "completion_ids": completion_ids,
-        "completion_mask": torch.ones_like(completion_ids),
-        "pixel_values": inputs.get("pixel_values"),
-        "image_grid_thw": inputs.get("image_grid_thw"),
-        "mm_token_type_ids": inputs.get("mm_token_type_ids"),
-        "num_images": [len(e.images) for e in examples],
-    }
 
 
 def check_generation(forwards: Sequence[Forward]) -> Check:
@@ -164,9 +134,13 @@ def check_image(policy: Policy, batch: dict) -> Check:
     )
 
 
-def check_shared_prompt(policy: Policy, batch: dict) -> tuple[Check, bool]:
+def check_shared_prompt(policy: Policy, batch: dict, examples: Sequence[Example], recipe: Recipe) -> tuple[Check, bool]:
     """Whether the recipe's grpo.shared_prompt holds. Never fails: without it training is slower, and the same."""
     same, found = compare_shared_prompt(policy, batch)
+    if same and recipe.rollout.engine == "transformers":
+        same, found_sampling = compare_shared_reading(policy, examples, recipe)
+        found = f"{found}; {found_sampling}"
+    same = not ranks.any_rank(not same)
     return Check("a shared prompt gives the same", True, found if same else f"WARNING, it is not used: {found}"), same
 
 

@@ -4,13 +4,17 @@ What runs on this machine (kernels, versions, Unsloth's patches) may never have 
 model's stock forward, and training goes on without sharing where the two do not agree.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apo_lora.batches import Batch, row_slices
+from apo_lora.data import Example
 from apo_lora.model import Policy
+from apo_lora.probe import sample_probe
+from apo_lora.recipe import Recipe
 from apo_lora.sampling import without_dropout
 from apo_lora.scoring import token_logps
 from apo_lora.shared_attention import obstacle
@@ -36,11 +40,30 @@ def compare_shared_prompt(policy: Policy, batch: Batch) -> tuple[bool, str]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an untried kernel or version of a library raises is a reason not to use it
-        return False, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return False, _in_one_line(error)
     nats = (logps - expected_logps)[group["completion_mask"].bool()].abs().mean().item()
     relative = ((gradient - expected_gradient).norm() / expected_gradient.norm()).item()
     same = nats <= LOGPS_LIMIT[policy.dtype] and relative <= GRADIENT_LIMIT[policy.dtype]  # and neither is NaN
     return same, f"log-probs differ by {nats:.1e} nats on average, LoRA gradients by {relative:.1e} relative"
+
+
+def compare_shared_reading(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[bool, str]:
+    """The same of sampling, which reads a prompt once: two prompts, two completions each, scored with prompts alone."""
+    probe = [example for example in examples[:2] for _ in range(2)]
+    try:
+        batch, sampled, _ = sample_probe(policy, probe, recipe, groups=[place // 2 for place in range(len(probe))])
+        with torch.no_grad(), policy.autocast():
+            scored, _ = token_logps(policy.model, batch, temperature=recipe.grpo.temperature)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return False, _in_one_line(error)
+    nats = (scored - sampled).abs().mean().item()
+    return nats <= LOGPS_LIMIT[policy.dtype], f"sampling behind it differs by {nats:.1e} nats"
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _one_group(batch: Batch) -> dict[str, Any]:
@@ -65,7 +88,8 @@ def _logps_and_gradient(policy: Policy, passes: list[dict]) -> tuple[Tensor, Ten
         policy.model.train()
         with without_dropout(policy.model):
             for rows in passes:
-                logps, _ = token_logps(policy.model, rows)
+                with policy.autocast():
+                    logps, _ = token_logps(policy.model, rows)
                 logps.sum().backward()
                 scored.append(logps.detach())
         gradients = [p.grad.float().flatten() for p in policy.model.parameters() if p.grad is not None]

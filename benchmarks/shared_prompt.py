@@ -1,6 +1,6 @@
 """What a shared prompt saves: FLOPs, time and memory of scoring and training on one group, on a CPU.
 
-    python benchmarks/shared_prompt.py --out shared_prompt            (a few minutes; writes .json and .png)
+    python benchmarks/shared_prompt.py --out shared_prompt            (a quarter of an hour; writes .json and .png)
     python benchmarks/shared_prompt.py --out quick --shapes 300,64,8 --groups ""
 
 Three ways over the same tokens, each in a process of its own: a reference pass without gradient, then forward and
@@ -252,13 +252,20 @@ def main() -> None:
         "environment": environment(),
         "date": time.strftime("%Y-%m-%d"),
         "repeats": given.repeats,
-        "shapes": [compare(shape, given.repeats) for shape in shapes],
+        "shapes": [],
     }
+
+    def keep() -> None:  # after every part: the whole takes a quarter of an hour
+        given.out.with_suffix(".json").write_text(json.dumps(results, indent=1))
+
+    for shape in shapes:
+        results["shapes"].append(compare(shape, given.repeats))
+        keep()
     groups = [int(group) for group in given.groups.split(",") if group]
     if groups:
         seconds = plot(SHAPES[0][:2], groups, given.repeats, given.out.with_suffix(".png"))
         results["over_groups"] = {"lengths": SHAPES[0][:2], "groups": groups, "seconds": seconds}
-    given.out.with_suffix(".json").write_text(json.dumps(results, indent=1))
+        keep()
 
 
 if __name__ == "__main__":

@@ -190,21 +190,45 @@ def test_a_shared_prompt_that_gives_something_else_is_not_used(tiny_policy, exam
     assert recipe == RECIPE.model_copy(update={"grpo": RECIPE.grpo.model_copy(update={"shared_prompt": False})})
 
 
-def test_a_shared_prompt_that_raises_is_not_used(tiny_policy, make_batch, monkeypatch):
+def test_a_shared_prompt_that_raises_is_not_used(tiny_policy, make_batch, examples, monkeypatch):
     from apo_lora import shared_attention
 
     def no_kernel(*arguments):
         raise RuntimeError("no kernel image is available\nfor execution")
 
     batch = make_batch(tiny_policy)
-    assert check_shared_prompt(tiny_policy, batch)[1]
+    assert check_shared_prompt(tiny_policy, batch, examples, RECIPE)[1]
     monkeypatch.setattr(shared_attention, "attend", no_kernel)
-    check, shares = check_shared_prompt(tiny_policy, batch)
+    check, shares = check_shared_prompt(tiny_policy, batch, examples, RECIPE)
     assert check.ok and not shares and check.found.endswith("RuntimeError: no kernel image is available")
     assert all(p.grad is None for p in tiny_policy.model.parameters())
 
 
-def test_a_model_that_cannot_share_prompts_is_named(tiny_policy, make_batch):
+def test_a_model_that_cannot_share_prompts_is_named(tiny_policy, make_batch, examples):
     tiny_policy.model.get_base_model().config.model_type = "qwen3_vl"
-    check, shares = check_shared_prompt(tiny_policy, make_batch(tiny_policy))
+    check, shares = check_shared_prompt(tiny_policy, make_batch(tiny_policy), examples, RECIPE)
     assert check.ok and not shares and "qwen3_vl" in check.found
+
+
+def test_sampling_behind_the_wrong_prompt_is_found(tiny_policy, make_batch, examples, monkeypatch):
+    from apo_lora import group_prefill
+
+    copy_rows = group_prefill._copy_rows
+    batch = make_batch(tiny_policy)
+    check, shares = check_shared_prompt(tiny_policy, batch, examples, RECIPE)
+    assert shares and "sampling behind it differs by" in check.found
+    monkeypatch.setattr(group_prefill, "_copy_rows", lambda cache, copies: copy_rows(cache, torch.zeros_like(copies)))
+    check, shares = check_shared_prompt(tiny_policy, batch, examples, RECIPE)
+    assert not shares and "WARNING, it is not used" in check.line() and "sampling behind it differs by" in check.found
+
+
+def test_sampling_that_raises_is_found(tiny_policy, make_batch, examples, monkeypatch):
+    from apo_lora import group_prefill
+
+    def no_such_cache(cache, copies):
+        raise AttributeError("this cache has no layers")
+
+    monkeypatch.setattr(group_prefill, "_copy_rows", no_such_cache)
+    check, shares = check_shared_prompt(tiny_policy, make_batch(tiny_policy), examples, RECIPE)
+    assert not shares and check.found.endswith("AttributeError: this cache has no layers")
+    assert "forward" not in tiny_policy.model.get_base_model().model.__dict__

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apo_lora.data import load_examples
 from apo_lora.model import Policy, load_policy, reference_mode
-from apo_lora.preflight import as_batch
+from apo_lora.probe import as_batch
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir, read_jsonl
 from apo_lora.sampling import generating, prompt_inputs
