@@ -1,0 +1,45 @@
+"""Which adapter a command is about: that of a run, or a folder in PEFT's format. No torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from apo_lora.errors import ModelError
+from apo_lora.recipe import Recipe
+from apo_lora.recipe_file import load_recipe
+from apo_lora.run_dir import RunDir
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    folder: Path
+    """With CONFIG and WEIGHTS."""
+    base_name: str
+    """What it was trained on: a Hugging Face id or a folder."""
+    run: RunDir | None
+    """The run it comes from, where it is one's."""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return load_recipe(self.run.recipe) if self.run else None
+
+
+def find_adapter(path: str | Path) -> AdapterSource:
+    """Of a run directory (its adapter/), or of an adapter's own folder. Raises ModelError in one line."""
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"{path}: there is no such folder; give a run directory or an adapter's folder")
+    run = RunDir(path) if (path / "recipe.yaml").is_file() else None
+    folder = run.adapter if run else path
+    if run and not folder.is_dir():
+        raise ModelError(f"{path}: this run has no adapter yet; finish it with `apo-lora train ... --resume auto`")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: no {' and no '.join(missing)}; give a run directory or an adapter's folder")
+    try:
+        base_name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / CONFIG} does not name its base model ({type(error).__name__})") from None
+    return AdapterSource(folder, base_name, run)
