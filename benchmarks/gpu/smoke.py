@@ -144,6 +144,8 @@ def check_loaded(record: Record, trainer: APOTrainer, dtype: torch.dtype) -> Non
     dtypes = sorted({str(m.weight.dtype) for m in tower.values()})
     record.check(f"the vision tower is {dtype}", lambda: (dtypes == [str(dtype)], dtypes))
     record.check("the trainer is ours on Unsloth's rewritten one", lambda: (is_rewritten(trainer), bases(trainer)))
+    # Preflight switches it off where it gives something else, and says so in a check of its own.
+    record.check("completions share their prompt", lambda: (trainer.shares_prompts, trainer.shares_prompts))
 
 
 # --- after training --------------------------------------------------------------------------------------------------
