@@ -3,13 +3,15 @@
     python benchmarks/shared_prompt.py --out shared_prompt            (a quarter of an hour; writes .json and .png)
     python benchmarks/shared_prompt.py --out quick --shapes 300,64,8 --groups ""
 
-Three ways over the same tokens, each in a process of its own: a reference pass without gradient, then forward and
+Four ways over the same tokens, each in a process of its own: a reference pass without gradient, then forward and
 backward of the loss, gradient checkpointing on, LoRA on the language model, the whole group in one pass.
 
     shared   apo_lora: one row for the group, the vision tower once for both passes
     plain    apo_lora: a row per completion, through the model's stock forward
     trl      stock TRL 1.15's pass: the whole model on a row per completion, pixels repeated. Its fused lm_head is a
              Triton kernel that no CPU runs; in its place stands an eager head on the completion positions
+    unsloth  stock Unsloth's scoring pass and loss kernel on the model as it loads it (unsloth_pass.py; without a GPU
+             only, and not in the plot): its FLOPs are those of a GPU, its seconds are not
 
 The model is Qwen2.5-VL with random weights, 12.4 M parameters, about in the proportions of the 3B: vision tower and
 language model cost about the same per image token, lm_head a quarter of the layers. FLOPs are FlopCounterMode's, which
@@ -19,9 +21,11 @@ the CPU, which a busy machine lengthens less.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +42,11 @@ from apo_lora.recipe import LoraSection
 from apo_lora.scoring import token_logps
 from apo_lora.vision_features import image_features
 
+# As tests/unsloth_on_cpu.py wants it.
+UNSLOTH_ON_A_CPU = {
+    "UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 SHAPES = ((300, 64, 8), (1000, 128, 8), (1000, 512, 16))
 """Prompt tokens, completion tokens, completions."""
 GROUPS = (2, 4, 8, 16, 32)
@@ -49,8 +58,7 @@ VOCABULARY, IMAGE_TOKEN = 8192, 8000
 Batch = dict[str, Any]
 
 
-def build_model() -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def build_base() -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -67,8 +75,13 @@ def build_model() -> nn.Module:
         image_token_id=IMAGE_TOKEN, video_token_id=IMAGE_TOKEN + 1, vision_start_token_id=IMAGE_TOKEN + 2,
         vision_end_token_id=IMAGE_TOKEN + 3, tie_word_embeddings=True,
     )  # fmt: skip
-    base = Qwen2_5_VLForConditionalGeneration(config)
-    model = get_peft_model(base, LoraConfig(r=16, target_modules=lora_targets(LoraSection())))
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def build_model() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build_base(), LoraConfig(r=16, target_modules=lora_targets(LoraSection())))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model.train()
@@ -157,15 +170,19 @@ CPU_ATTENTION = {
 
 def measure(way: str, prompt: int, completion: int, group: int, repeats: int, *, count: bool) -> dict[str, float]:
     model, batch = build_model(), build_batch(prompt, completion, group)
+    return figures_of(lambda: WAYS[way](model, batch), model, repeats, count=count)
+
+
+def figures_of(step: Callable[[], float], model: nn.Module, repeats: int, *, count: bool) -> dict[str, float]:
     flops = 0
     if count:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            WAYS[way](model, batch)
+            step()
         flops = counter.get_total_flops()
     seconds, cpu_seconds = [], []
     for _ in range(repeats):
         started, cpu_started = time.perf_counter(), time.process_time()
-        loss = WAYS[way](model, batch)
+        loss = step()
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - cpu_started)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -186,18 +203,30 @@ def measure_apart(way: str, *numbers: int, count: bool = True) -> dict[str, floa
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure_unsloth(*numbers: int) -> dict[str, float]:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "benchmarks" / "unsloth_pass.py"), ",".join(map(str, numbers))]
+    environment = {**os.environ, **UNSLOTH_ON_A_CPU, "PYTHONPATH": str(root)}
+    with tempfile.TemporaryDirectory() as folder:  # where Unsloth writes its rewritten trainers
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compare(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     found = {way: measure_apart(way, *shape, repeats) for way in WAYS}
+    if not torch.cuda.is_available():
+        found["unsloth"] = measure_unsloth(*shape, repeats)
     prompt, completion, group = shape
     print(f"\nprompt {prompt}, completion {completion}, G = {group}")
     for way, figures in found.items():
         print(
-            f"  {way:6} {figures['flops'] / 1e9:8.1f} GFLOP  {figures['seconds']:7.2f} s  "
+            f"  {way:7} {figures['flops'] / 1e9:8.1f} GFLOP  {figures['seconds']:7.2f} s  "
             f"{figures['cpu_seconds']:7.2f} s of CPU  {figures['peak_resident_bytes'] / 2**20:6.0f} MiB  "
             f"loss {figures['loss']:.7f}  gradient {figures['gradient_norm']:.6f}"
         )
     compared = ("flops", "seconds", "cpu_seconds", "peak_resident_bytes")
-    ratios = {other: {key: found[other][key] / found["shared"][key] for key in compared} for other in ("plain", "trl")}
+    others = [way for way in found if way != "shared"]
+    ratios = {other: {key: found[other][key] / found["shared"][key] for key in compared} for other in others}
     for other, ratio in ratios.items():
         print(
             f"  {other} / shared: {ratio['flops']:.2f} x FLOPs, {ratio['seconds']:.2f} x time, "
