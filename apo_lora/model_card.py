@@ -60,12 +60,12 @@ LIBRARIES = {"adapter": {"library_name": "peft"}, "merged": {"library_name": "tr
 
 USE = {
     "adapter": """```python
-from peft import PeftModel
+{imports}from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-base = AutoModelForImageTextToText.from_pretrained("{base}")
+base = AutoModelForImageTextToText.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "{place}")
-processor = AutoProcessor.from_pretrained("{base}")
+processor = AutoProcessor.from_pretrained({base})
 ```
 
 The adapter changes the base only where it is loaded.""",
@@ -98,8 +98,10 @@ def model_card(
     `base`: the Hugging Face id or folder that was trained on; `environment`: the run's environment.json;
     `place`: what is typed to load it, a folder or ORG/NAME.
     """
-    name = "apo-lora tiny base" if recipe.model.name == "tiny" else _as_known_elsewhere(base)
-    licence = licence_of("tiny" if recipe.model.name == "tiny" else base)
+    tiny = recipe.model.name == "tiny"
+    name = "apo-lora tiny base" if tiny else _as_known_elsewhere(base)
+    imports = "from apo_lora.tiny import BASE_DIR\n" if tiny else ""
+    licence = licence_of("tiny" if tiny else base)
     # The Hub checks that base_model and datasets are ids of its own: a name or path of this machine is left out.
     base_keys = {"base_model": base, "base_model_relation": RELATIONS[what]} if _is_hub_id(base) else {}
     front_matter = {
@@ -127,7 +129,7 @@ def model_card(
         data=_as_known_elsewhere(recipe.data.train),
         table=table if rows else "Not measured (no held-out data in the recipe).",
         temperature=recipe.grpo.temperature,
-        use=USE[what].format(base=name, place=place),
+        use=USE[what].format(imports=imports, base="BASE_DIR" if tiny else f'"{name}"', place=place),
         licence=licence.words,
         recipe=recipe.to_yaml(),
         versions=_versions(environment),
