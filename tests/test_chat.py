@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import termios
 
 import pytest
 import torch
+from conftest import PROJECT
 from PIL import Image
 
 from apo_lora.adapter_source import WEIGHTS, find_adapter
@@ -283,3 +285,12 @@ def test_the_real_command_on_a_real_terminal(run, board):
     lines = shown(text.decode(), 100)
     assert lines[0].startswith("base: ") and "tuned: run" in lines[0]
     assert sum(line.count("length  ") for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_unsloth_gives_the_same_answers(run, board, tmp_path):
+    from unsloth_on_cpu import run_script
+
+    finished = run_script(PROJECT / "tests" / "unsloth_chat.py", str(run.path), str(board), QUESTION, folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert tuple(json.loads(finished.stdout.splitlines()[-1])) == greedy_answers(run, board)

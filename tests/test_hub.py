@@ -301,3 +301,9 @@ def test_a_run_without_its_record(run):
     run.environment.unlink()
     with pytest.raises(HubError, match="record cannot be read"):
         push(find_adapter(run.path), repo="me/counts")
+
+
+def test_xet_that_cannot_write_is_one_line(hub, run):
+    """The way that large files really go; this Hub has no token for it."""
+    assert_one_line(push_in_child(hub, run, HF_HUB_DISABLE_XET="0"), "me/counts")
+    assert hub.repos["me/counts"]["files"] == {}
