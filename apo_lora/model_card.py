@@ -80,7 +80,8 @@ llama-mtmd-cli -hf {place} --image picture.png -p "How many?"
 ```""",
 }
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_DATA_FILES = (".json", ".jsonl", ".parquet")
 
 
 def model_card(
@@ -148,4 +149,6 @@ def _as_known_elsewhere(text: str) -> str:
 
 
 def _is_hub_id(text: str) -> bool:
-    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".") and not Path(text).exists()
+    """Whether it has the form of one and is nothing here: data/puzzles.jsonl and a folder models/mine have it too."""
+    path = Path(text)
+    return bool(_HUB_ID.fullmatch(text)) and path.suffix not in _DATA_FILES and not path.exists()

@@ -256,6 +256,13 @@ def test_a_token_that_may_not_create(hub, run):
     assert not hub.repos
 
 
+def test_a_token_for_one_repository_that_exists(hub, run):
+    hub.refused["/api/repos/create"] = 403
+    hub.repos["lab/counts"] = {"private": True, "files": {}, "commits": 0}
+    assert push_in_child(hub, run, repo="lab/counts").returncode == 0
+    assert hub.repos["lab/counts"]["commits"] == 1
+
+
 def test_a_token_that_may_create_but_not_commit(hub, run):
     hub.refused["/api/models/me/counts/commit"] = 403
     assert_one_line(push_in_child(hub, run), "(403)")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from apo_lora.environment import environment
 from apo_lora.model_card import model_card
@@ -30,3 +31,18 @@ def test_its_lines_load_the_adapter(tiny_policy, stir_adapter, tiny_recipe, tmp_
 
 def test_what_was_not_measured_is_said(tiny_recipe):
     assert "Not measured" in model_card(tiny_recipe, "x/y", {}, 1, environment())
+
+
+@pytest.mark.parametrize("name", ["data/puzzles", "elsewhere/puzzles.jsonl", "./puzzles", "../puzzles"])
+def test_what_lies_here_is_no_hub_id(name, tiny_recipe, tmp_path, monkeypatch):
+    """Though it has the form of one."""
+
+    def front_matter(data):
+        recipe = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"train": data})})
+        return yaml.safe_load(model_card(recipe, data, {}, 1, environment()).split("---\n")[1])
+
+    (tmp_path / "data" / "puzzles").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not {"datasets", "base_model"} & front_matter(name).keys()
+    assert front_matter("owner/puzzles")["datasets"] == ["owner/puzzles"]
+    assert front_matter("owner/puzzles")["base_model"] == "owner/puzzles"
