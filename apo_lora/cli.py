@@ -86,6 +86,22 @@ def _gigabytes(text: str) -> float:
     return size
 
 
+def _with_question(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("question")
+    parser.add_argument("--image", metavar="FILE", help="what the question is about")
+    parser.add_argument("--sample", action="store_true", help="sample as in training, in place of the likeliest tokens")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=_tokens, help="cut the answers there; else the recipe's limit"
+    )
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write for instance 512")
+    return int(text)
+
+
 def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="recipe to print")
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
@@ -186,6 +202,25 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor()
 
 
+def _chat(options: argparse.Namespace) -> int:
+    from apo_lora.adapter_source import find_adapter
+    from apo_lora.process import prepare_process
+
+    source = find_adapter(options.run)
+    prepare_process()
+    from apo_lora.chat import chat
+
+    chat(
+        source,
+        options.question,
+        sys.stdout,
+        image=options.image,
+        sampled=options.sample,
+        max_tokens=options.max_tokens,
+    )
+    return 0
+
+
 class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -207,6 +242,7 @@ VERBS = {
     "plan": Verb(
         "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (_with_recipe, _with_card), _plan
     ),
+    "chat": Verb("ask base and tuned model of a run one question, side by side", (_with_question,), _chat),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }
 

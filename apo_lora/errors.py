@@ -35,6 +35,10 @@ class RunDirError(UserError):
     """A run directory or a checkpoint in it."""
 
 
+class HubError(UserError):
+    """The Hugging Face Hub: a token, a repository, or the way there."""
+
+
 class TrainingStopped(UserError):
     """A run that ended early by itself; what it had learned is kept."""
 

@@ -45,11 +45,11 @@ def generation_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> list[Completion]:
-    """One completion per example."""
+def sample(policy: Policy, examples: Sequence[Example], recipe: Recipe, **changes: Any) -> list[Completion]:
+    """One completion per example. `changes` are to the options of generate(), such as a streamer for one example."""
     inputs = prompt_inputs(policy, examples, recipe)
     with generating(policy.model):
-        output = policy.model.generate(**inputs, **generation_options(policy, recipe))
+        output = policy.model.generate(**inputs, **generation_options(policy, recipe) | changes)
     ends = policy.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     completions = output[:, inputs["input_ids"].shape[1] :].tolist()

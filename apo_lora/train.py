@@ -130,7 +130,8 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         troubles = trainer.more_figures() | {"steps skipped as not finite": trainer.nonfinite_guard.skipped}
     if ranks.is_main():
         plots = write_plots(run_dir)
-        write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, steps))
+        versions = json.loads(run_dir.environment.read_text())
+        write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, steps, versions))
         say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
     if trainer.nonfinite_guard.gave_up:
         raise trainer.nonfinite_guard.stopped(steps)

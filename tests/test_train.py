@@ -71,7 +71,7 @@ def test_a_run_is_a_record(finished_run):
     evaluation = json.loads(run.evaluation.read_text())
     assert {"before", "after"} == evaluation.keys() and evaluation["before"]["reasoning"]["items"] == 8
     card = run.model_card.read_text()
-    assert card.startswith("---\nbase_model:") and "| reasoning | accuracy (95 % interval) |" in card
+    assert card.startswith("---\nlibrary_name: peft") and "| reasoning | accuracy (95 % interval) |" in card
     assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
 

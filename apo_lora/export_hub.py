@@ -1,0 +1,136 @@
+"""Onto the Hugging Face Hub: what an export wrote, the card made of the run's record, and the recipe.
+
+Everything goes in one commit, so that a repository never holds half of it. Where a push was interrupted, the Hub knows
+which large files (or, with hf_xet, which parts of them) have arrived; the next push does not send those again. No state
+of it is kept on this machine.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from apo_lora.adapter_source import AdapterSource
+from apo_lora.errors import HubError
+from apo_lora.model_card import What, model_card
+from apo_lora.run_dir import RunDir, read_jsonl
+
+# Not recipe.yaml, by which a run directory is known: what a pull brings is an adapter's folder.
+RECIPE_ON_HUB = "apo_lora_recipe.yaml"
+
+TOKENS = "https://huggingface.co/settings/tokens"
+
+
+def push(
+    source: AdapterSource, *, repo: str, private: bool = True, what: What = "adapter", folder: Path | None = None
+) -> str:
+    """Sends `folder` (of an adapter: its own one) to the repository ORG/NAME, made if need be. Returns its URL.
+
+    The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` left. Raises HubError in one line; a private push
+    into a public repository is refused before anything is sent.
+    """
+    files = _files(source, repo, what, folder)
+    _check_name(repo)
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.set_verbosity_error()  # its warnings on the way show upload addresses, which are signed
+    with _one_line_errors(repo):
+        token = get_token()
+        if not token:
+            raise HubError(f"{repo}: no token for the Hub; make one with write access at {TOKENS}, put it in HF_TOKEN")
+        hub = HfApi(token=token)
+        url = hub.create_repo(repo, private=private, exist_ok=True)
+        if private and not hub.repo_info(repo).private:
+            raise HubError(
+                f"{repo}: exists and is public, and this push is private; nothing was sent. Make it private in its "
+                "settings, or push with --public"
+            )
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        hub.create_commit(repo, additions, commit_message=f"Upload {what} from apo-lora")
+    return str(url)
+
+
+def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) -> dict[str, Path | bytes]:
+    """What lies in the repository afterwards: path in it -> file here, or content."""
+    if source.run is None:
+        raise HubError(
+            f"{source.folder}: the card is made of a run's record and an adapter alone has none; give the run directory"
+        )
+    folder = source.folder if what == "adapter" else folder
+    if folder is None:
+        raise ValueError(f"push(what={what!r}) needs the folder to upload")
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    if not files:
+        raise HubError(f"{folder}: holds no file to push; export again")
+    card = hub_card(source, source.run, repo, what)
+    return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.run.recipe}
+
+
+def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What) -> str:
+    """The card as the Hub gets it. Raises HubError where the run's record is not there to make it of."""
+    try:
+        environment = json.loads(run.environment.read_text(encoding="utf-8"))
+        evaluation = json.loads(run.evaluation.read_text(encoding="utf-8")) if run.evaluation.exists() else {}
+        steps = max((row["step"] for row in read_jsonl(run.metrics)), default=0)
+    except (OSError, ValueError) as error:
+        raise HubError(f"{run.path}: the run's record cannot be read ({error}); the card is made of it") from None
+    return model_card(source.recipe, source.base_name, evaluation, steps, environment, what=what, place=repo)
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HubError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
+    if "/" not in repo:
+        raise HubError(f"--repo {repo}: write ORG/NAME, with your user name or an organization before the slash")
+
+
+@contextmanager
+def _one_line_errors(repo: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line that says what to do."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: of hf_xet, and round a PUT's
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise HubError(f"{repo}: {_words(cause, repo.split('/')[0])}") from error
+
+
+def _words(error: BaseException, namespace: str) -> str:
+    import httpx
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return f"the Hub does not accept the token (401); make a new one with write access at {TOKENS}"
+    if status == 403:
+        return (
+            f"the token may not write there (403); give it write access to {namespace} at {TOKENS}, "
+            "or push to a name of your own"
+        )
+    if status == 404:
+        return f"the Hub knows no {namespace} that this token can write to (404); check --repo"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing can be sent; unset it"
+    if isinstance(error, httpx.ConnectError):
+        return f"{constants.ENDPOINT} cannot be reached; check the network and push again"
+    if str(error).startswith("Invalid metadata in README.md"):
+        return "the Hub does not accept the card: " + " ".join(str(error).split())
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    # Of an answer its number alone: the words around it hold the address, which is signed.
+    reason = f"the Hub answered {status}" if status else f"{type(error).__name__}: {first_line}"
+    return f"the push broke off ({reason}); push again: large files that arrived are not sent again"
