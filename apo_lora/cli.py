@@ -91,6 +91,15 @@ def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
 
 
+EXPORT_TARGETS = ("merged",)  # export.TARGETS, whose module wants no import for --help
+
+
+def _with_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder")
+    parser.add_argument("--to", required=True, choices=EXPORT_TARGETS, help="what to make of it")
+    parser.add_argument("--out", metavar="DIR", help="folder to write, which must not exist; else beside the adapter")
+
+
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +195,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor()
 
 
+def _export(options: argparse.Namespace) -> int:
+    from apo_lora.export import export
+
+    return export(options)
+
+
 class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -207,6 +222,7 @@ VERBS = {
     "plan": Verb(
         "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (_with_recipe, _with_card), _plan
     ),
+    "export": Verb("make of an adapter what people deploy, and check it", (_with_export,), _export),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }
 
