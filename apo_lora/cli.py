@@ -91,13 +91,22 @@ def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
 
 
-EXPORT_TARGETS = ("merged",)  # export.TARGETS, whose module wants no import for --help
+EXPORT_TARGETS = ("merged", "gguf", "ollama")  # export.TARGETS, whose module wants no import for --help
 
 
 def _with_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder")
     parser.add_argument("--to", required=True, choices=EXPORT_TARGETS, help="what to make of it")
     parser.add_argument("--out", metavar="DIR", help="folder to write, which must not exist; else beside the adapter")
+    parser.add_argument(
+        "--quantization",
+        choices=("Q8_0", "Q4_K_M", "F16", "F32"),
+        default="Q8_0",
+        help="of a GGUF's text model (default: Q8_0)",
+    )
+    parser.add_argument(
+        "--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF; else its programs are looked for on the PATH"
+    )
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`apo-lora export`: an adapter as what people deploy. Every target checks what it wrote before it says done."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,39 @@ def to_merged(source: AdapterSource, options: argparse.Namespace) -> None:
     print(f"{out}: the merged model, a folder that transformers, vLLM and llama.cpp's converter read.")
 
 
+def to_gguf(source: AdapterSource, options: argparse.Namespace) -> None:
+    from apo_lora import export_gguf
+    from apo_lora.export_merged import base_folder, refuse_existing, weight_files, whole_or_nothing
+
+    out = out_folder(source, options, "gguf")
+    refuse_existing(out)
+    quantization = options.quantization
+    tools = export_gguf.find_llama_cpp(options.llama_cpp, quantization)
+    base = base_folder(source)
+    name = (source.run.path if source.run else source.folder).resolve().name
+    more = sum(path.stat().st_size for path in weight_files(base)) * export_gguf.BYTES_PER_16_BIT_BYTE[quantization]
+    with whole_or_nothing(out) as folder:
+        merged = folder / "merged"
+        merged.mkdir()
+        report = merge_and_check(source, base, merged, more_bytes=int(more))
+        text, mmproj = export_gguf.convert(merged, folder, name, quantization, tools)
+        shutil.rmtree(merged)
+        described = [export_gguf.describe(file, tools) for file in (text, mmproj)]
+        if wrong := export_gguf.problems(*described, quantization):
+            raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
+        commands = export_gguf.commands(text.name, mmproj.name, name)
+        if options.to == "ollama":
+            modelfile = export_gguf.MODELFILE.format(text=text.name, mmproj=mmproj.name)
+            (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+        else:
+            del commands["ollama"]
+        write_json(folder / REPORT, report | {"files": described, "commands": commands})
+    for file in described:
+        types = ", ".join(f"{count} {kind}" for kind, count in file["tensor_types"].items())
+        print(f"{out / file['file']}: {file['bytes'] / 1e6:,.1f} MB; tensors: {types}")
+    print("\n".join([f"Run it inside {out}:", *(f"  {command}" for command in commands.values())]))
+
+
 def merge_and_check(source: AdapterSource, base: Path, folder: Path, more_bytes: int = 0) -> dict[str, Any]:
     """Merges into `folder`, reloads it, compares. Returns the report.
 
@@ -71,5 +105,7 @@ def out_folder(source: AdapterSource, options: argparse.Namespace, name: str) ->
 
 TARGETS: dict[str, Callable[[AdapterSource, argparse.Namespace], None]] = {
     "merged": to_merged,
+    "gguf": to_gguf,
+    "ollama": to_gguf,
 }
 """What --to can be."""
