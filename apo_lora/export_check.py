@@ -18,6 +18,12 @@ POSITIONS = 32
 LARGEST_GAP = 0.5
 """Of the adapter's own effect. A merge that is the base has 1, garbage more, a right one what rounding leaves."""
 
+ROUNDING_ALLOWANCE = 1.5
+"""Times the gap of PEFT's own merge, where that is large: an effect near what 16-bit weights and sums can show."""
+
+LEAST_CHANGE = 0.1
+"""Of the adapter's effect: what is nearer to the base than this is the base."""
+
 _QUESTIONS = ("What is 17 plus 25? Think step by step.", "Name three colours.", "How many red shapes are there?")
 
 
@@ -36,22 +42,33 @@ class Comparison:
     """Root mean square of log p(adapter model) - log p(base): what training changed."""
     gap: float
     """Root mean square of log p(merged) - log p(adapter model), over `effect`."""
+    rounding: float
+    """The same of PEFT's merge in memory, rounded to the stored dtype: what no merge can avoid."""
+    change: float
+    """Root mean square of log p(merged) - log p(base), over `effect`: 0 where the merged model is the base."""
+
+    @property
+    def largest_gap(self) -> float:
+        return max(LARGEST_GAP, ROUNDING_ALLOWANCE * self.rounding)
 
     def problem(self) -> str | None:
         """Why the merged model must not be used, or None."""
         if self.effect == 0:
             return f"{self.kind} prompts: the adapter model equals the base; the adapter changes nothing"
-        if self.gap == self.gap and self.gap < LARGEST_GAP:  # NaN is a failure too
+        if self.change < LEAST_CHANGE:
+            return f"{self.kind} prompts: the merged model equals the base; it is not the adapter model"
+        if self.gap < self.largest_gap:  # not so for NaN
             return None
         return (
             f"{self.kind} prompts: the merged model is not the adapter model (it is {self.gap:.2f} times the adapter's "
-            f"effect away from it; the base itself is 1.00 away; up to {LARGEST_GAP} is rounding)"
+            f"effect away from it; the base itself is 1.00 away; up to {self.largest_gap:.2f} may be rounding)"
         )
 
     def line(self) -> str:
         return (
             f"{self.kind} prompts: max difference of log-probs {self.max_difference:.2g}, same top token at "
-            f"{self.argmax_agreement:.1%} of {self.positions} positions, gap {self.gap:.3f} of the adapter's effect"
+            f"{self.argmax_agreement:.1%} of {self.positions} positions, gap {self.gap:.3f} of the adapter's effect "
+            f"(rounding alone: {self.rounding:.3f})"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,23 +85,37 @@ def compare(merged: Path, base: Path, adapter: Path) -> list[Comparison]:
     adapted = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
     with model.disable_adapter():
         plain = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
+    model.merge_adapter()
+    for parameter in model.get_base_model().parameters():
+        parameter.data = parameter.data.to(model.config.dtype).to(parameter.dtype)
+    rounded = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
     del model
     gc.collect()  # before the next one is loaded
     exported = load_plain(merged)
-    return [_comparison(kind, _logps(exported, inputs), adapted[kind], plain[kind]) for kind, inputs in prompts.items()]
+    return [
+        comparison(kind, _logps(exported, inputs), adapted[kind], plain[kind], rounded[kind])
+        for kind, inputs in prompts.items()
+    ]
 
 
-def _comparison(kind: str, merged_LV: Tensor, adapted_LV: Tensor, base_LV: Tensor) -> Comparison:
-    effect = (adapted_LV - base_LV).square().mean().sqrt().item()
-    difference = merged_LV - adapted_LV
+def comparison(kind: str, merged_LV: Tensor, adapted_LV: Tensor, base_LV: Tensor, rounded_LV: Tensor) -> Comparison:
+    """`rounded_LV`: of PEFT's own merge."""
+    effect = _rms(adapted_LV - base_LV)
+    over = effect or 1.0
     return Comparison(
         kind=kind,
         positions=len(merged_LV),
-        max_difference=difference.abs().max().item(),
+        max_difference=(merged_LV - adapted_LV).abs().max().item(),
         argmax_agreement=(merged_LV.argmax(-1) == adapted_LV.argmax(-1)).float().mean().item(),
         effect=effect,
-        gap=difference.square().mean().sqrt().item() / effect if effect else 0.0,
+        gap=_rms(merged_LV - adapted_LV) / over,
+        rounding=_rms(rounded_LV - adapted_LV) / over,
+        change=_rms(merged_LV - base_LV) / over,
     )
+
+
+def _rms(differences: Tensor) -> float:
+    return differences.square().mean().sqrt().item()
 
 
 def load_plain(folder: Path) -> nn.Module:

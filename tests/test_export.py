@@ -14,7 +14,7 @@ from apo_lora import export_merged
 from apo_lora.adapter_source import CONFIG, WEIGHTS, find_adapter
 from apo_lora.cli import EXPORT_TARGETS, main
 from apo_lora.export import TARGETS
-from apo_lora.export_check import check_prompts
+from apo_lora.export_check import check_prompts, comparison
 from apo_lora.recipe_file import find_recipe
 from apo_lora.tiny import BASE_DIR
 
@@ -158,6 +158,34 @@ def test_lost_vision_layers_are_found(adapter, tmp_path, capsys, monkeypatch):
     edit_weights(adapter, lambda n, t: (n, t * 0.2 if "language_model" in n else t))
     assert export(adapter, tmp_path / "merged") == 1
     assert "image prompts: the merged model is not the adapter model" in capsys.readouterr().err
+
+
+def test_an_effect_as_small_as_rounding_passes_and_the_base_does_not(adapter, tmp_path, capsys, monkeypatch):
+    edit_weights(adapter, lambda n, t: (n, t * 5e-4 if "lora_B" in n else t))
+    assert export(adapter, tmp_path / "merged") == 0
+    for check in json.loads((tmp_path / "merged" / "export_report.json").read_text())["checks"]:
+        assert check["gap"] > 0.5 and abs(check["gap"] / check["rounding"] - 1) < 0.2  # as PEFT's own merge
+    monkeypatch.setattr(export_merged.Deltas, "added", lambda self, name, weight: self.unused.clear() or weight)
+    assert export(adapter, tmp_path / "again") == 1
+    assert "equals the base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("merged", "problem"),
+    [
+        (1.0, None),
+        (0.6, None),
+        (0.4, "not the adapter model"),
+        (0.05, "equals the base"),
+        (3.0, "not the adapter model"),
+        (float("nan"), "not the adapter model"),
+    ],
+)
+def test_verdicts(merged, problem):
+    """The base is at 0, the adapter model at 1; more than half of that away is too far."""
+    base, adapted, merged = (torch.full((2, 3), value) for value in (0.0, 1.0, merged))
+    said = comparison("text", merged, adapted, base, rounded_LV=adapted).problem()
+    assert said is None if problem is None else problem in said
 
 
 def test_an_adapter_that_changes_nothing_is_said(adapter, tmp_path, capsys):
