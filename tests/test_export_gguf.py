@@ -70,6 +70,24 @@ def test_coarse_or_missing_vision_and_silent_fallbacks_are_problems():
     assert "multiples of 256" in export_gguf.problems(fallen_back, mmproj, "Q4_K_M")[0]
 
 
+def test_q4_k_m_is_quantised_from_an_f16_file_that_goes(tmp_path):
+    converter, quantizer = tmp_path / export_gguf.CONVERTER, tmp_path / "build" / "bin" / export_gguf.QUANTIZER
+    converter.write_text(
+        "import pathlib, sys\na = sys.argv\n"
+        'said = f\'{a[a.index("--outtype") + 1]} {"--mmproj" in a}\'\n'
+        "pathlib.Path(a[a.index('--outfile') + 1]).write_text(said)\n"
+    )
+    quantizer.parent.mkdir(parents=True)
+    quantizer.write_text('#!/bin/sh\necho "$3 of $(cat "$1")" > "$2"\n')
+    quantizer.chmod(0o755)
+    tools = export_gguf.find_llama_cpp(str(tmp_path), "Q4_K_M")
+    (tmp_path / "out").mkdir()
+    text, mmproj = export_gguf.convert(tmp_path, tmp_path / "out", "mine", "Q4_K_M", tools)
+    assert (text.name, text.read_text()) == ("mine-Q4_K_M.gguf", "Q4_K_M of f16 False\n")
+    assert (mmproj.name, mmproj.read_text()) == ("mmproj-mine-F16.gguf", "f16 True")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [text.name, mmproj.name]
+
+
 # --- in the real llama.cpp ------------------------------------------------------------------------------------------
 
 
