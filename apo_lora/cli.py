@@ -107,6 +107,29 @@ def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
 
 
+EXPORT_TARGETS = ("merged", "gguf", "ollama", "hub")  # export.TARGETS, whose module wants no import for --help
+
+
+def _with_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder")
+    parser.add_argument("--to", required=True, choices=EXPORT_TARGETS, help="what to make of it")
+    parser.add_argument("--out", metavar="DIR", help="folder to write, which must not exist; else beside the adapter")
+    parser.add_argument(
+        "--quantization",
+        choices=("Q8_0", "Q4_K_M", "F16", "F32"),
+        default="Q8_0",
+        help="of a GGUF's text model (default: Q8_0)",
+    )
+    parser.add_argument(
+        "--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF; else its programs are looked for on the PATH"
+    )
+    parser.add_argument("--repo", metavar="ORG/NAME", help="where on the Hub (--to hub)")
+    parser.add_argument("--what", choices=("adapter", "merged", "gguf"), default="adapter", help="what goes to the Hub")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", default=True, help="only you see it on the Hub (default)")
+    seen.add_argument("--public", dest="private", action="store_false", help="everybody sees it on the Hub")
+
+
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +244,12 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from apo_lora.export import export
+
+    return export(options)
+
+
 class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -243,6 +272,7 @@ VERBS = {
         "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (_with_recipe, _with_card), _plan
     ),
     "chat": Verb("ask base and tuned model of a run one question, side by side", (_with_question,), _chat),
+    "export": Verb("make of an adapter what people deploy, and check it", (_with_export,), _export),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }
 

