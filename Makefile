@@ -22,7 +22,7 @@ fast: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "apo-lora needs Python 3.11 or 3.12, and none was found: install one, or make PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[test]"
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[test,gguf-test]"
 	touch $(READY)
 
 clean:
