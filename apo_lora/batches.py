@@ -4,7 +4,8 @@ Its keys: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .),
 pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids. Added where prompts are shared:
 
     group            (B,) integers: rows with the same one have the same prompt, images included
-    image_features   a list of B tensors (image tokens, H), or None for a row without images; see vision_features.py
+    image_features   a list of B tensors (image tokens, H), or None for a row without images; see
+                   shared_prompt/vision_features.py
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,9 +8,9 @@ import torch
 
 from apo_lora.adapter_source import AdapterSource
 from apo_lora.answers.text import final_answer
-from apo_lora.data import Example
-from apo_lora.data_formats import IMAGE_MARK, BadRow, Columns, read_row
-from apo_lora.data_images import image_refs
+from apo_lora.data.examples import Example
+from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, read_row
+from apo_lora.data.images import image_refs
 from apo_lora.errors import DataError, ModelError
 from apo_lora.model import Policy, choose_engine, load_policy, reference_mode
 from apo_lora.recipe import Recipe

@@ -164,8 +164,8 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from apo_lora.check_data import report
-    from apo_lora.data import drop_long_prompts, load_examples
+    from apo_lora.data.check import report
+    from apo_lora.data.examples import drop_long_prompts, load_examples
     from apo_lora.model import load_processor
     from apo_lora.process import prepare_process
 
@@ -179,9 +179,9 @@ def _check_data(options: argparse.Namespace) -> int:
 
 
 def _check_rewards(options: argparse.Namespace) -> int:
-    from apo_lora.check_rewards import check_rows, table
-    from apo_lora.data import load_examples
-    from apo_lora.verifier import Verifier
+    from apo_lora.data.examples import load_examples
+    from apo_lora.rewards.check import check_rows, table
+    from apo_lora.rewards.verifier import Verifier
 
     _, recipe = _recipe_of(options)
     data = recipe.data
@@ -201,9 +201,9 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from apo_lora.memory_plan import plan
-    from apo_lora.memory_table import fits, plan_lines
-    from apo_lora.model_shape import find_shape
+    from apo_lora.memory.model_shape import find_shape
+    from apo_lora.memory.plan import plan
+    from apo_lora.memory.table import fits, plan_lines
 
     name, recipe = _recipe_of(options)
     shape = find_shape(recipe.model.name, recipe.model.revision)
@@ -220,7 +220,7 @@ def _visible_gpu() -> float | None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from apo_lora.doctor import doctor
+    from apo_lora.doctor.checks import doctor
 
     return doctor()
 
@@ -245,7 +245,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from apo_lora.export import export
+    from apo_lora.export.verb import export
 
     return export(options)
 

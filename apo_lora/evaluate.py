@@ -8,10 +8,10 @@ import torch
 from tqdm.auto import tqdm
 
 from apo_lora import ranks
-from apo_lora.data import Example
+from apo_lora.data.examples import Example
 from apo_lora.model import Policy
 from apo_lora.recipe import Recipe
-from apo_lora.rewards import format_reward
+from apo_lora.rewards.scores import format_reward
 from apo_lora.sampling import Completion, sample
 
 PROMPTS_PER_PASS = 64

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from apo_lora import __version__
-from apo_lora.base_licence import licence_of
+from apo_lora.export.base_licence import licence_of
 from apo_lora.recipe import Recipe
 from apo_lora.summary import evaluation_table
 

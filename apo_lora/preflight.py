@@ -14,14 +14,14 @@ from torch import Tensor
 
 from apo_lora import ranks
 from apo_lora.apo import token_kl
-from apo_lora.data import Example, prompt_lengths
-from apo_lora.memory import peak_memory, reset_peak_memory
+from apo_lora.data.examples import Example, prompt_lengths
+from apo_lora.memory.peak import peak_memory, reset_peak_memory
 from apo_lora.model import Policy, limit_image_size, reference_mode
 from apo_lora.probe import as_batch, sample_probe
 from apo_lora.recipe import Recipe
 from apo_lora.sampling import Forward, generation_fault, prompt_inputs
 from apo_lora.scoring import token_logps
-from apo_lora.shared_prompt_check import compare_shared_prompt, compare_shared_reading
+from apo_lora.shared_prompt.check import compare_shared_prompt, compare_shared_reading
 
 MIN_PIXELS = 64 * 28 * 28
 """Images are never shrunk below 64 tokens on our own account: much smaller, and nothing can be read in them."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo_lora.data import Example
-from apo_lora.group_prefill import prompts_read_once
+from apo_lora.data.examples import Example
 from apo_lora.model import Policy
 from apo_lora.recipe import Recipe
 from apo_lora.sampling import Forward, generating, generation_options, prompt_inputs, watched_forwards
+from apo_lora.shared_prompt.prefill import prompts_read_once
 
 PROBE_TOKENS = 16
 

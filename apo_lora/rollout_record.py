@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from apo_lora.data import Example
-from apo_lora.data_images import ImageRef
+from apo_lora.data.examples import Example
+from apo_lora.data.images import ImageRef
 from apo_lora.rollout import ScoredRollout
 from apo_lora.run_dir import RunDir, append_jsonl
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apo_lora.compat import kept_checkpointing
-from apo_lora.data import Example
+from apo_lora.data.examples import Example
 from apo_lora.model import Policy, vision_token_ids
 from apo_lora.recipe import Recipe
 

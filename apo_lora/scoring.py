@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apo_lora.batches import Batch, row_slices
-from apo_lora.shared_attention import recognise_families
-from apo_lora.shared_prompt import pack
-from apo_lora.vision_features import embed, image_features
+from apo_lora.shared_prompt.attention import recognise_families
+from apo_lora.shared_prompt.rows import pack
+from apo_lora.shared_prompt.vision_features import embed, image_features
 
 LOGITS_BYTES = 256 * 2**20
 """Budget for one chunk of float32 logits; a handful of tensors of this size live at the peak."""

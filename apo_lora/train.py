@@ -24,7 +24,7 @@ from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_js
 from apo_lora.summary import closing_words
 
 if TYPE_CHECKING:
-    from apo_lora.data import Example, Loaded
+    from apo_lora.data.examples import Example, Loaded
     from apo_lora.model import Policy
     from apo_lora.preflight import Check
 
@@ -51,16 +51,16 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     say("Loading libraries ...")
     _import_engine(recipe, dry_run=dry_run)
     from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
-    from apo_lora.data import prompt_dataset, training_order
+    from apo_lora.data.examples import prompt_dataset, training_order
     from apo_lora.evaluate import evaluate
     from apo_lora.model import load_processor
     from apo_lora.plots import write_plots
     from apo_lora.preflight import preflight
-    from apo_lora.reward_functions import reward_functions
+    from apo_lora.rewards.functions import reward_functions
+    from apo_lora.rewards.verifier import Verifier
     from apo_lora.rollout_record import rollout_writer
     from apo_lora.trainer import APOTrainer
     from apo_lora.trainer_config import grpo_config
-    from apo_lora.verifier import Verifier
 
     processor = load_processor(recipe.model, recipe.data)
     loaded, held_out = _load_data(recipe, processor)
@@ -181,7 +181,7 @@ def _check_trackers(recipe: Recipe) -> None:
 
 def _load_data(recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
     """Training rows, and what is measured before and after, by title."""
-    from apo_lora.data import drop_long_prompts, load_examples
+    from apo_lora.data.examples import drop_long_prompts, load_examples
 
     data = recipe.data
 

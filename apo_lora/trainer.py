@@ -33,19 +33,19 @@ from apo_lora import ranks
 from apo_lora.apo import apo_loss
 from apo_lora.batches import row_slices
 from apo_lora.callbacks import NonFiniteGuard
-from apo_lora.group_prefill import prompts_read_once
-from apo_lora.memory import peak_memory
+from apo_lora.memory.peak import peak_memory
 from apo_lora.model import reference_mode
 from apo_lora.passes import Pass, PassSize, StepFigures, out_of_memory
 from apo_lora.recipe import Recipe
-from apo_lora.reward_functions import completion_text
+from apo_lora.rewards.functions import completion_text
 from apo_lora.rollout import Rollout, ScoredRollout, score_rollout
 from apo_lora.run_dir import RunDir, seal_checkpoint
 from apo_lora.sampling import generation_fault, watched_forwards, without_dropout
 from apo_lora.scoring import token_logps
-from apo_lora.shared_attention import obstacle
+from apo_lora.shared_prompt.attention import obstacle
+from apo_lora.shared_prompt.prefill import prompts_read_once
+from apo_lora.shared_prompt.vision_features import image_features, tower_is_frozen
 from apo_lora.trainer_config import changed_values
-from apo_lora.vision_features import image_features, tower_is_frozen
 from apo_lora.zero_variance import resampled, without_rows, without_variance
 
 

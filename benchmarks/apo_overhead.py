@@ -20,7 +20,7 @@ from apo_lora.process import prepare_process
 prepare_process()
 
 
-from apo_lora.data import load_examples, prompt_dataset  # noqa: E402
+from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
 from apo_lora.environment import environment  # noqa: E402
 from apo_lora.model import load_policy  # noqa: E402
 from apo_lora.recipe import Recipe  # noqa: E402

@@ -40,7 +40,7 @@ from apo_lora.environment import environment
 from apo_lora.model import lora_targets, reference_mode
 from apo_lora.recipe import LoraSection
 from apo_lora.scoring import token_logps
-from apo_lora.vision_features import image_features
+from apo_lora.shared_prompt.vision_features import image_features
 
 # As tests/unsloth_on_cpu.py wants it.
 UNSLOTH_ON_A_CPU = {

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
-from apo_lora import data_images
-from apo_lora.data import (
+from apo_lora.data import images as data_images
+from apo_lora.data.examples import (
     Example,
     Loaded,
     drop_long_prompts,
@@ -23,8 +23,8 @@ from apo_lora.data import (
     prompt_dataset,
     prompt_lengths,
 )
-from apo_lora.data_formats import BadRow, choice_lines, read_answer, read_choices, read_row
-from apo_lora.data_images import ImageRef, image_refs, to_rgb
+from apo_lora.data.formats import BadRow, choice_lines, read_answer, read_choices, read_row
+from apo_lora.data.images import ImageRef, image_refs, to_rgb
 from apo_lora.errors import DataError
 from apo_lora.recipe import DataSection
 from apo_lora.tiny import BASE_DIR
@@ -401,7 +401,7 @@ def test_answers_in_their_spellings():
     ],
 )
 def test_bad_problems(problem, reason):
-    from apo_lora.data_formats import Columns
+    from apo_lora.data.formats import Columns
 
     columns = Columns("problem", "answer", None, None, None)
     with pytest.raises(BadRow, match=reason):
@@ -741,7 +741,7 @@ def test_shared_data_sets_load_whole(name, num_rows, decodings):
 
 
 def test_training_order_is_whole_epochs_and_longer_runs_begin_alike():
-    from apo_lora.data import training_order
+    from apo_lora.data.examples import training_order
 
     order = training_order(5, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4] and len(order) == 12

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-from apo_lora import cli, doctor, doctor_host
-from apo_lora.doctor_host import Gpu, Host
+from apo_lora import cli
+from apo_lora.doctor import checks as doctor
+from apo_lora.doctor import host as doctor_host
+from apo_lora.doctor.host import Gpu, Host
 
 GiB = 2**30
 TESTED = {

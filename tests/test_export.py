@@ -10,11 +10,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from apo_lora import export_merged
 from apo_lora.adapter_source import CONFIG, WEIGHTS, find_adapter
 from apo_lora.cli import EXPORT_TARGETS, main
-from apo_lora.export import TARGETS
-from apo_lora.export_check import check_prompts, comparison
+from apo_lora.export import merged as export_merged
+from apo_lora.export.check import check_prompts, comparison
+from apo_lora.export.verb import TARGETS
 from apo_lora.recipe_file import find_recipe
 from apo_lora.tiny import BASE_DIR
 
@@ -323,7 +323,7 @@ def pushed(monkeypatch):
         calls.append((source.folder, options))
         return "https://hub.example/me/counts"
 
-    monkeypatch.setattr("apo_lora.export_hub.push", push)
+    monkeypatch.setattr("apo_lora.export.hub.push", push)
     return calls
 
 
@@ -336,7 +336,7 @@ def test_an_adapter_goes_to_the_hub_privately(adapter, pushed, capsys):
 
 
 def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushed, tmp_path, monkeypatch):
-    from apo_lora import export
+    from apo_lora.export import verb as export
 
     made = []
     monkeypatch.setitem(export.TARGETS, "merged", lambda source, options: made.append(options.out))

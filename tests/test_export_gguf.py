@@ -13,9 +13,9 @@ import torch
 from conftest import SHARED_DATA
 from PIL import Image, ImageDraw
 
-from apo_lora import export_gguf
 from apo_lora.cli import main
-from apo_lora.export_check import load_plain
+from apo_lora.export import gguf as export_gguf
+from apo_lora.export.check import load_plain
 
 SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp's converter
 VOCABULARY = SHARED_DATA / "qwen2.5-vl-3b-processor"
@@ -29,7 +29,7 @@ TOP = 8
 def test_without_llama_cpp_is_one_line_and_nothing_is_merged(load_tiny, tmp_path, capsys, monkeypatch):
     load_tiny().model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("apo_lora.export_merged.merge", lambda *args: pytest.fail("merged"))
+    monkeypatch.setattr("apo_lora.export.merged.merge", lambda *args: pytest.fail("merged"))
     arguments = ["export", str(tmp_path / "adapter"), "--to", "gguf"]
     assert main(arguments) == 2
     assert "give that folder as --llama-cpp" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from PIL import Image
 from unsloth_on_cpu import ENVIRONMENT
 
 from apo_lora.errors import ModelError
-from apo_lora.model_shape import PUBLISHED, shape_from_config
+from apo_lora.memory.model_shape import PUBLISHED, shape_from_config
 from apo_lora.recipe import Recipe
 from benchmarks.gpu import card, phase_clock, random_model, results, work
 from benchmarks.gpu.__main__ import main, measure

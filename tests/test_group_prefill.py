@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from apo_lora.batches import row_slices
-from apo_lora.group_prefill import prompts_read_once
 from apo_lora.sampling import generating, generation_fault, watched_forwards
-from apo_lora.vision_features import image_features
+from apo_lora.shared_prompt.prefill import prompts_read_once
+from apo_lora.shared_prompt.vision_features import image_features
 
 G = 3
 SIZES = ((84, 84), (112, 56), (56, 140))
@@ -107,7 +107,7 @@ def test_prompts_without_images(tiny_policy, prompts):
 
 def test_several_images_per_prompt_and_none():
     """The pixels of the rows that are left out go with them."""
-    from apo_lora.group_prefill import _of_rows
+    from apo_lora.shared_prompt.prefill import _of_rows
 
     grid = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 4], [1, 2, 2], [1, 2, 4], [1, 4, 4]])
     pixels = torch.arange(int(grid.prod(dim=-1).sum())).float().unsqueeze(1)

@@ -12,9 +12,9 @@ import yaml
 from fake_hub import FakeHub
 
 from apo_lora.adapter_source import CONFIG, WEIGHTS, find_adapter
-from apo_lora.base_licence import licence_of
 from apo_lora.errors import HubError
-from apo_lora.export_hub import RECIPE_ON_HUB, push
+from apo_lora.export.base_licence import licence_of
+from apo_lora.export.hub import RECIPE_ON_HUB, push
 from apo_lora.recipe_file import find_recipe, load_recipe
 from apo_lora.run_dir import RunDir, append_jsonl, write_json
 
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from apo_lora.adapter_source import find_adapter
 from apo_lora.errors import UserError
-from apo_lora.export_hub import push
+from apo_lora.export.hub import push
 run, repo, private, what, folder = sys.argv[1:]
 try:
     print(push(find_adapter(run), repo=repo, private=private == "private", what=what,

@@ -11,7 +11,8 @@ import torch
 
 from apo_lora.cli import main
 from apo_lora.errors import ModelError
-from apo_lora.memory_plan import (
+from apo_lora.memory.model_shape import PUBLISHED, Linear, find_shape, nf4_bytes, shape_from_config
+from apo_lora.memory.plan import (
     LOGITS_BYTES,
     MOMENTS,
     OVERHEAD,
@@ -36,7 +37,6 @@ from apo_lora.memory_plan import (
     tower_saved,
     with_rollout,
 )
-from apo_lora.model_shape import PUBLISHED, Linear, find_shape, nf4_bytes, shape_from_config
 from apo_lora.recipe import Recipe
 from apo_lora.recipe_file import find_recipe, load_recipe
 
@@ -386,7 +386,7 @@ def test_prompts_of_the_fullest_pass(rows, prompts):
 
 def test_tokens_of_a_real_pass(tiny_policy, make_batch):
     """The row that scoring packs is as long as the plan says."""
-    from apo_lora.shared_prompt import pack
+    from apo_lora.shared_prompt.rows import pack
 
     batch = make_batch(tiny_policy, sizes=((84, 84),) * 4, lengths=(9,) * 4)
     batch["group"] = torch.zeros(4, dtype=torch.long)
@@ -398,7 +398,7 @@ def test_tokens_of_a_real_pass(tiny_policy, make_batch):
 
 def test_what_attention_behind_a_shared_prompt_keeps():
     """Copied keys and values, a 16-bit mask per completion, and the output, as parts and as one."""
-    from apo_lora.shared_attention import Families, attend, family
+    from apo_lora.shared_prompt.attention import Families, attend, family
 
     recipe = shared(
         "grpo.completions_per_pass=4", "data.max_prompt_tokens=512", "data.max_pixels=null",
@@ -494,7 +494,7 @@ def test_the_largest_group_fits_and_one_more_does_not(completion):
 
 
 def test_the_plan_needs_no_torch():
-    code = "import sys, apo_lora.memory_table; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, apo_lora.memory.table; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

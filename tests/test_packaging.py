@@ -18,7 +18,7 @@ def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
         f"assert t.__file__.startswith({str(tmp_path)!r}), t.__file__\n"
         "r.load_recipe(r.find_recipe('tiny_cpu.yaml'))\n"
         "assert (t.BASE_DIR / 'model.safetensors').is_file()\n"
-        "import apo_lora.doctor_host as d\n"
+        "import apo_lora.doctor.host as d\n"
         "assert d.tested_versions()['torch']\n"
         "print(sorted(r.shipped_recipes()))"
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from apo_lora.data import load_examples
+from apo_lora.data.examples import load_examples
 from apo_lora.preflight import (
     check_agreement,
     check_generation,
@@ -171,7 +171,7 @@ def test_the_pass_that_is_measured_is_at_full_length(tiny_policy, examples, monk
 
 def test_a_shared_prompt_that_gives_something_else_is_not_used(tiny_policy, examples, monkeypatch):
     """The run goes on without it, and says so."""
-    from apo_lora import shared_attention
+    from apo_lora.shared_prompt import attention as shared_attention
 
     checks, recipe = preflight(tiny_policy, examples, RECIPE)
     assert recipe.grpo.shared_prompt and "LoRA gradients by" in checks[0].found
@@ -191,7 +191,7 @@ def test_a_shared_prompt_that_gives_something_else_is_not_used(tiny_policy, exam
 
 
 def test_a_shared_prompt_that_raises_is_not_used(tiny_policy, make_batch, examples, monkeypatch):
-    from apo_lora import shared_attention
+    from apo_lora.shared_prompt import attention as shared_attention
 
     def no_kernel(*arguments):
         raise RuntimeError("no kernel image is available\nfor execution")
@@ -211,7 +211,7 @@ def test_a_model_that_cannot_share_prompts_is_named(tiny_policy, make_batch, exa
 
 
 def test_sampling_behind_the_wrong_prompt_is_found(tiny_policy, make_batch, examples, monkeypatch):
-    from apo_lora import group_prefill
+    from apo_lora.shared_prompt import prefill as group_prefill
 
     copy_rows = group_prefill._copy_rows
     batch = make_batch(tiny_policy)
@@ -223,7 +223,7 @@ def test_sampling_behind_the_wrong_prompt_is_found(tiny_policy, make_batch, exam
 
 
 def test_sampling_that_raises_is_found(tiny_policy, make_batch, examples, monkeypatch):
-    from apo_lora import group_prefill
+    from apo_lora.shared_prompt import prefill as group_prefill
 
     def no_such_cache(cache, copies):
         raise AttributeError("this cache has no layers")

@@ -4,8 +4,8 @@ import pytest
 
 from apo_lora.errors import RewardError
 from apo_lora.recipe import RewardsSection
-from apo_lora.reward_functions import reward_functions
-from apo_lora.verifier import Verifier
+from apo_lora.rewards.functions import reward_functions
+from apo_lora.rewards.verifier import Verifier
 
 RIGHT, WRONG = "<think>2 + 2</think><answer>4.0</answer>", "<think>2 + 2</think><answer>5</answer>"
 

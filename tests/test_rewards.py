@@ -12,10 +12,10 @@ from hostile_cases import HOSTILE
 from reward_cases import ONE_TO_FOUR, RIGHT, ROOTS, SHAPES, WHOLE, WRONG
 
 from apo_lora.answers.match import MathQuestion
-from apo_lora.check_rewards import check_rows, gold_in_other_dress, wrong_answer
 from apo_lora.errors import RewardError
-from apo_lora.reward_plugins import load_reward
-from apo_lora.rewards import accuracy_reward, format_reward, gold_is_parsable, quick_verdict
+from apo_lora.rewards.check import check_rows, gold_in_other_dress, wrong_answer
+from apo_lora.rewards.plugins import load_reward
+from apo_lora.rewards.scores import accuracy_reward, format_reward, gold_is_parsable, quick_verdict
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

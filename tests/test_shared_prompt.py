@@ -4,13 +4,14 @@ import pytest
 import torch
 from PIL import Image
 
-from apo_lora import scoring, shared_attention
+from apo_lora import scoring
 from apo_lora.batches import row_slices
 from apo_lora.model import reference_mode
 from apo_lora.scoring import token_logps
-from apo_lora.shared_attention import Families, attend, family, obstacle
-from apo_lora.shared_prompt import pack
-from apo_lora.vision_features import image_features, tower_is_frozen
+from apo_lora.shared_prompt import attention as shared_attention
+from apo_lora.shared_prompt.attention import Families, attend, family, obstacle
+from apo_lora.shared_prompt.rows import pack
+from apo_lora.shared_prompt.vision_features import image_features, tower_is_frozen
 
 RELATIVE = 1e-5
 

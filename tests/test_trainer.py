@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from apo_lora.apo import apo_loss
-from apo_lora.data import load_examples, prompt_dataset
+from apo_lora.data.examples import load_examples, prompt_dataset
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir
 

@@ -10,8 +10,8 @@ from hostile_cases import HOSTILE
 from reward_cases import RIGHT, WHOLE, WRONG
 
 from apo_lora.errors import RewardError
-from apo_lora.rewards import accuracy_reward
-from apo_lora.verifier import Verifier
+from apo_lora.rewards.scores import accuracy_reward
+from apo_lora.rewards.verifier import Verifier
 
 ROOT = Path(__file__).parents[1]
 ASKS_MATH = ("\\boxed{x+1}", "1+x")  # nothing cheaper can decide these
@@ -120,7 +120,7 @@ def test_works_from_a_script_on_stdin_in_another_directory(tmp_path):
     (tmp_path / "sympy.py").write_text("raise SystemExit('the wrong sympy')")  # the user's directory must not shadow
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.remove('')\n"
-        "from apo_lora.verifier import Verifier\n"
+        "from apo_lora.rewards.verifier import Verifier\n"
         "with Verifier() as v: print(v.score([r'\\boxed{x+1}'], ['1+x'], [None]), v.crashes)\n"
     )
     ran = subprocess.run([sys.executable, "-"], input=script, cwd=tmp_path, capture_output=True, text=True)
@@ -129,7 +129,7 @@ def test_works_from_a_script_on_stdin_in_another_directory(tmp_path):
 
 def test_the_worker_is_quick_to_start_and_imports_no_torch():
     code = (
-        "import sys, time; t = time.time(); import apo_lora.verifier as v; v.math_equal('x+1', '1+x');"
+        "import sys, time; t = time.time(); import apo_lora.rewards.verifier as v; v.math_equal('x+1', '1+x');"
         "print('torch' in sys.modules, 'sympy' in sys.modules)"
     )
     started = time.monotonic()

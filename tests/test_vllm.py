@@ -9,10 +9,10 @@ import torch
 from apo_lora import vllm_rollout
 from apo_lora.cli import main
 from apo_lora.errors import RecipeError
-from apo_lora.memory_plan import plan
-from apo_lora.memory_table import plan_lines
+from apo_lora.memory.model_shape import find_shape
+from apo_lora.memory.plan import plan
+from apo_lora.memory.table import plan_lines
 from apo_lora.model import load_policy, vision_token_ids
-from apo_lora.model_shape import find_shape
 from apo_lora.recipe_file import find_recipe, load_recipe, shipped_recipes
 from apo_lora.vllm_rollout import generation_values, loading_options, vllm_problem
 

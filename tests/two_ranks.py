@@ -18,7 +18,7 @@ def gradient(folder: Path) -> None:
     from transformers import TrainerCallback
 
     from apo_lora import ranks
-    from apo_lora.data import load_examples, prompt_dataset
+    from apo_lora.data.examples import load_examples, prompt_dataset
     from apo_lora.model import load_policy
     from apo_lora.recipe import Recipe
     from apo_lora.run_dir import RunDir

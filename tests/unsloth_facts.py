@@ -23,16 +23,16 @@ from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 
-from apo_lora import shared_attention  # noqa: E402
-from apo_lora.data import load_examples, prompt_dataset  # noqa: E402
+from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
 from apo_lora.errors import ModelError  # noqa: E402
 from apo_lora.model import Policy, _load_with_unsloth, reference_mode  # noqa: E402
 from apo_lora.recipe import LoraSection, ModelSection, Recipe  # noqa: E402
 from apo_lora.run_dir import RunDir  # noqa: E402
 from apo_lora.sampling import generating, prompt_inputs  # noqa: E402
 from apo_lora.scoring import token_logps  # noqa: E402
-from apo_lora.shared_attention import Families, family  # noqa: E402
-from apo_lora.shared_prompt_check import compare_shared_prompt  # noqa: E402
+from apo_lora.shared_prompt import attention as shared_attention  # noqa: E402
+from apo_lora.shared_prompt.attention import Families, family  # noqa: E402
+from apo_lora.shared_prompt.check import compare_shared_prompt  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from apo_lora.trainer_config import changed_values, config_values, grpo_config  # noqa: E402
 from benchmarks.gpu.witness import (  # noqa: E402

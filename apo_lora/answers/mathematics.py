@@ -2,7 +2,7 @@
 
 Only the LaTeX parser is used: Math-Verify's plain-expression parser ends in sympy's `parse_expr`, which evals.
 The guards refuse what cannot be an answer but can burn hours (towers of powers, deep nesting, unknown commands),
-so that a call without a sandbox comes back within seconds; `verifier.py` adds a process that can be killed.
+so that a call without a sandbox comes back within seconds; `rewards/verifier.py` adds a process that can be killed.
 """
 
 import cmath

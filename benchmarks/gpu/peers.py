@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from apo_lora.data import load_examples, prompt_dataset
+from apo_lora.data.examples import load_examples, prompt_dataset
 from apo_lora.model import choose_dtype, limit_image_size, load_policy, lora_targets, vision_token_ids
 from apo_lora.recipe import Recipe
 from apo_lora.run_dir import RunDir

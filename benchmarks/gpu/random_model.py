@@ -21,8 +21,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from apo_lora.memory.model_shape import PUBLISHED, ModelShape, find_shape
 from apo_lora.model import VISION_TOKENS
-from apo_lora.model_shape import PUBLISHED, ModelShape, find_shape
 from apo_lora.tiny.architecture import CHAT_TEMPLATE
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.record import Record

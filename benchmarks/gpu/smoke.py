@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
 
-from apo_lora.data import load_examples
+from apo_lora.data.examples import load_examples
 from apo_lora.model import Policy, load_policy, reference_mode
 from apo_lora.probe import as_batch
 from apo_lora.recipe import Recipe

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from apo_lora.data import load_examples, prompt_lengths
+from apo_lora.data.examples import load_examples, prompt_lengths
 from apo_lora.model import load_processor
 from apo_lora.recipe import Recipe
 from apo_lora.recipe_file import find_recipe, load_recipe

@@ -1,6 +1,6 @@
 """`apo-lora doctor`: can this machine train, and what differs from what was tested? Plain text, fit for an issue.
 
-Each check turns what `doctor_host.look` found into a row; a new check is a function and a line in CHECKS.
+Each check turns what `host.look` found into a row; a new check is a function and a line in CHECKS.
 Nothing printed holds a token, a user name or the path of a home folder.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from apo_lora import __version__
-from apo_lora.doctor_host import CACHE_PACKAGES, LLAMA_CPP, Gpu, Host, look
+from apo_lora.doctor.host import CACHE_PACKAGES, LLAMA_CPP, Gpu, Host, look
 from apo_lora.vllm_rollout import PACKAGE as VLLM
 
 GiB = 2**30

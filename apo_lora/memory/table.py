@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from apo_lora.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group
-from apo_lora.model_shape import ModelShape
+from apo_lora.memory.model_shape import ModelShape
+from apo_lora.memory.plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group
 from apo_lora.recipe import Recipe
 
 USUAL_CARDS = (8, 16, 24)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from apo_lora.batches import Batch, row_slices
-from apo_lora.data import Example
+from apo_lora.data.examples import Example
 from apo_lora.model import Policy
 from apo_lora.probe import sample_probe
 from apo_lora.recipe import Recipe
 from apo_lora.sampling import without_dropout
 from apo_lora.scoring import token_logps
-from apo_lora.shared_attention import obstacle
+from apo_lora.shared_prompt.attention import obstacle
 
 # Mean difference of log-probs in nats, and relative difference of LoRA gradients. In 16 bits the two ways round
 # differently; attention to the wrong tokens makes the gradients differ by about as much as they are large.

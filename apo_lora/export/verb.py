@@ -29,7 +29,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def to_merged(source: AdapterSource, options: argparse.Namespace) -> None:
-    from apo_lora.export_merged import base_folder, refuse_existing, whole_or_nothing
+    from apo_lora.export.merged import base_folder, refuse_existing, whole_or_nothing
 
     out = out_folder(source, options, "merged")
     refuse_existing(out)
@@ -41,28 +41,28 @@ def to_merged(source: AdapterSource, options: argparse.Namespace) -> None:
 
 
 def to_gguf(source: AdapterSource, options: argparse.Namespace) -> None:
-    from apo_lora import export_gguf
-    from apo_lora.export_merged import base_folder, refuse_existing, weight_files, whole_or_nothing
+    from apo_lora.export import gguf
+    from apo_lora.export.merged import base_folder, refuse_existing, weight_files, whole_or_nothing
 
     out = out_folder(source, options, "gguf")
     refuse_existing(out)
     quantization = options.quantization
-    tools = export_gguf.find_llama_cpp(options.llama_cpp, quantization)
+    tools = gguf.find_llama_cpp(options.llama_cpp, quantization)
     base = base_folder(source)
     name = (source.run.path if source.run else source.folder).resolve().name
-    more = sum(path.stat().st_size for path in weight_files(base)) * export_gguf.BYTES_PER_16_BIT_BYTE[quantization]
+    more = sum(path.stat().st_size for path in weight_files(base)) * gguf.BYTES_PER_16_BIT_BYTE[quantization]
     with whole_or_nothing(out) as folder:
         merged = folder / "merged"
         merged.mkdir()
         report = merge_and_check(source, base, merged, more_bytes=int(more))
-        text, mmproj = export_gguf.convert(merged, folder, name, quantization, tools)
+        text, mmproj = gguf.convert(merged, folder, name, quantization, tools)
         shutil.rmtree(merged)
-        described = [export_gguf.describe(file, tools) for file in (text, mmproj)]
-        if wrong := export_gguf.problems(*described, quantization):
+        described = [gguf.describe(file, tools) for file in (text, mmproj)]
+        if wrong := gguf.problems(*described, quantization):
             raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
-        commands = export_gguf.commands(text.name, mmproj.name, name)
+        commands = gguf.commands(text.name, mmproj.name, name)
         if options.to == "ollama":
-            modelfile = export_gguf.MODELFILE.format(text=text.name, mmproj=mmproj.name)
+            modelfile = gguf.MODELFILE.format(text=text.name, mmproj=mmproj.name)
             (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
         else:
             del commands["ollama"]
@@ -78,8 +78,8 @@ def merge_and_check(source: AdapterSource, base: Path, folder: Path, more_bytes:
 
     `more_bytes`: what else will be written to the same disk. Raises ModelError, and ExportFailed for a bad merge.
     """
-    from apo_lora.export_check import compare
-    from apo_lora.export_merged import merge, require_disk, weight_files
+    from apo_lora.export.check import compare
+    from apo_lora.export.merged import merge, require_disk, weight_files
 
     size = sum(path.stat().st_size for path in weight_files(base))
     require_disk(folder, size + more_bytes)
@@ -105,7 +105,7 @@ def out_folder(source: AdapterSource, options: argparse.Namespace, name: str) ->
 
 def to_hub(source: AdapterSource, options: argparse.Namespace) -> None:
     """The adapter, or a merged or GGUF export: the one that is there already, or made now."""
-    from apo_lora.export_hub import push
+    from apo_lora.export.hub import push
 
     if options.repo is None:
         raise ModelError("--to hub: where to? Give --repo ORG/NAME")

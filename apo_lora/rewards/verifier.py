@@ -1,7 +1,7 @@
 """Scoring with a worker process that can be killed: no completion can hang, crash or fatten the training process.
 
-Cheap comparison happens in the parent (`rewards.quick_verdict`). What only mathematics can decide goes, one
-question at a time, as a JSON line to `python -m apo_lora.verifier`, which answers with a JSON line. A question that
+Cheap comparison happens in the parent (`scores.quick_verdict`). What only mathematics can decide goes, one question
+at a time, as a JSON line to `python -m apo_lora.rewards.verifier`, which answers with a JSON line. A question that
 takes too long costs its completion the reward and the worker its life; the next question starts a new one.
 
 A plain subprocess and not `multiprocessing`: that would import the user's __main__ again (a notebook and a script
@@ -23,7 +23,7 @@ from pathlib import Path
 from apo_lora.answers.match import MathQuestion
 from apo_lora.answers.mathematics import math_equal
 from apo_lora.errors import RewardError
-from apo_lora.rewards import quick_verdict
+from apo_lora.rewards.scores import quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
 _MEMO_SIZE = 20_000
@@ -41,7 +41,7 @@ class Verifier:
         self.memory_mb = memory_mb
         self.timeouts = 0
         self.crashes = 0
-        self._command = [sys.executable, "-P", "-m", "apo_lora.verifier", str(memory_mb)]
+        self._command = [sys.executable, "-P", "-m", "apo_lora.rewards.verifier", str(memory_mb)]
         self._worker: _Worker | None = None
         self._memo: dict[MathQuestion, float] = {}
         self._lock = threading.Lock()
@@ -136,7 +136,7 @@ class _Worker:
             last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
             raise RewardError(
                 f"the verifier's worker process did not start (memory_mb={memory_mb}): {last[0][:200]}. "
-                "Remedy: raise memory_mb, or run `python -m apo_lora.verifier` to see why"
+                "Remedy: raise memory_mb, or run `python -m apo_lora.rewards.verifier` to see why"
             )
 
     def send(self, line: str) -> bool:
@@ -160,7 +160,7 @@ class _Worker:
 
 def _worker_environment() -> dict[str, str]:
     """The parent's environment, with this package importable and no GPU in sight."""
-    package_root = str(Path(__file__).resolve().parents[1])
+    package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p)
     return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 

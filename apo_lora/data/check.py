@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.data import Dropped, Example, Loaded, prompt_lengths
+from apo_lora.data.examples import Dropped, Example, Loaded, prompt_lengths
 from apo_lora.recipe import DataSection
 
 ANSWER_KINDS = ("number", "choice letter", "choice text", "yes/no", "latex", "text")

@@ -2,7 +2,7 @@
 
     prompt A | completion A1 | completion A2 | ... | prompt B | completion B1 | ...
 
-A completion attends to its prompt and to itself (shared_attention.py), and its positions go on from its prompt's, as if
+A completion attends to its prompt and to itself (attention.py), and its positions go on from its prompt's, as if
 each stood alone behind it. One prompt with its completions is a family.
 
 Shape suffixes: B sequences, L tokens of the row, P prompt tokens, K completion tokens that are not padding.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apo_lora.batches import Batch, row_slices
-from apo_lora.shared_attention import Families, family
+from apo_lora.shared_prompt.attention import Families, family
 
 
 @dataclass(frozen=True)

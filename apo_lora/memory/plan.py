@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from apo_lora.model_shape import Linear, ModelShape, nf4_bytes
+from apo_lora.memory.model_shape import Linear, ModelShape, nf4_bytes
 from apo_lora.recipe import Recipe
 
 GiB = 2**30

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apo_lora.recipe import RewardsSection
-from apo_lora.rewards import format_reward
-from apo_lora.verifier import Verifier
+from apo_lora.rewards.scores import format_reward
+from apo_lora.rewards.verifier import Verifier
 
 RewardFunction = Callable[..., list[float]]
 
@@ -34,7 +34,7 @@ def reward_functions(rewards: RewardsSection, verifier: Verifier) -> list[Reward
 
 
 def _load(spec: str) -> RewardFunction:
-    from apo_lora.reward_plugins import load_reward
+    from apo_lora.rewards.plugins import load_reward
 
     return load_reward(spec)
 

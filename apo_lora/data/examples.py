@@ -1,7 +1,7 @@
 """Examples: what a data set becomes before it is trained on or measured.
 
-`load_examples` reads any source (data_sources.py) in any format (data_formats.py), drops and counts the rows that
-cannot be used, and leaves images undecoded (data_images.py). `drop_long_prompts` counts tokens without decoding,
+`load_examples` reads any source (sources.py) in any format (formats.py), drops and counts the rows that
+cannot be used, and leaves images undecoded (images.py). `drop_long_prompts` counts tokens without decoding,
 and `prompt_dataset` hands TRL items whose images are decoded on access.
 """
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from apo_lora.data_formats import IMAGE_MARK, BadRow, Columns, choice_lines, find_columns, read_row
-from apo_lora.data_images import ImageRef, image_refs
-from apo_lora.data_sources import open_source
+from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, choice_lines, find_columns, read_row
+from apo_lora.data.images import ImageRef, image_refs
+from apo_lora.data.sources import open_source
 from apo_lora.errors import DataError
 from apo_lora.recipe import DataSection
 
@@ -118,7 +118,7 @@ def load_examples(
     `boards`, folders and Hub ids, `seed` to `boards`. `correct_gold` says whether an answer can be graded at all.
     """
     if correct_gold is None:
-        from apo_lora.rewards import gold_is_parsable as correct_gold
+        from apo_lora.rewards.scores import gold_is_parsable as correct_gold
 
     source = open_source(spec, split=split, limit=limit, seed=seed, base_dir=base_dir)
     sample = [row for _, row in source.rows[:_COLUMN_SAMPLE] if isinstance(row, dict)]

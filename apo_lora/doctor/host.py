@@ -24,7 +24,8 @@ _SECONDS = 180  # for one set of imports; measured: 10 to 20
 _MARK = "@doctor "
 
 # What a wheel carries inside the package (pyproject.toml puts it there), or the checkout's own.
-_CONSTRAINTS = (Path(__file__).parent / "constraints.txt", Path(__file__).parent.parent / "constraints.txt")
+_PACKAGE = Path(__file__).parent.parent
+_CONSTRAINTS = (_PACKAGE / "constraints.txt", _PACKAGE.parent / "constraints.txt")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def try_out(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, Outcom
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     environment.pop("UNSLOTH_COMPILE_LOCATION", None)  # what Unsloth writes goes into the temporary folder
     while left := [name for name in names if name not in outcomes]:
-        command = [sys.executable, "-c", f"from apo_lora.doctor_host import answer; answer({left!r})"]
+        command = [sys.executable, "-c", f"from apo_lora.doctor.host import answer; answer({left!r})"]
         with tempfile.TemporaryDirectory() as folder:
             try:
                 finished = subprocess.run(

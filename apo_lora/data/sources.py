@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo_lora.data_images import Cell, ImageRef
+from apo_lora.data.images import Cell, ImageRef
 from apo_lora.errors import DataError
 
 if TYPE_CHECKING:

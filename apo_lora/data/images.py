@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from apo_lora.data_formats import BadRow
+from apo_lora.data.formats import BadRow
 from apo_lora.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Rows of any source and format -> examples with lazy images -> prompts."""

@@ -1,0 +1,1 @@
+"""An adapter as what people deploy: merged, GGUF, on the Hub."""

@@ -1,0 +1,1 @@
+"""GPU memory: the estimate before a run, and the peak of one."""

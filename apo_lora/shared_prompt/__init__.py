@@ -1,0 +1,1 @@
+"""A prompt computed once for all of its completions (docs/architecture.md)."""
