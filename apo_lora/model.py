@@ -47,8 +47,9 @@ class Policy:
     def summary(self) -> str:
         trainable, total = self.model.get_nb_trainable_parameters()  # counts two weights per byte where packed
         bits = ", 4-bit" if is_4bit(self.model) else ""
+        name = "tiny" if self.base_name == str(BASE_DIR) else self.base_name
         return (
-            f"{self.base_name} through {self.engine} on {self.model.device}, {str(self.dtype)[6:]}{bits}; "
+            f"{name} through {self.engine} on {self.model.device}, {str(self.dtype)[6:]}{bits}; "
             f"{trainable:,} of {total:,} parameters train"
         )
 

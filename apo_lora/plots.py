@@ -1,5 +1,7 @@
 """The curves of a run as PNG files: one table row per picture."""
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,20 +70,41 @@ PLOTS = (
 
 def write_plots(run_dir: RunDir) -> list[Path]:
     """Draws every plot of the run. Returns the files; none if no step was recorded."""
-    rows = list(read_jsonl(run_dir.metrics)) if run_dir.metrics.exists() else []
+    rows = _rows(run_dir)
     if not rows:
         return []
     run_dir.plots.mkdir(exist_ok=True)
-    return [_draw(plot, rows, run_dir.plots / plot.file) for plot in PLOTS]
+    for plot in PLOTS:
+        (run_dir.plots / plot.file).write_bytes(_png([plot], rows))
+    return [run_dir.plots / plot.file for plot in PLOTS]
 
 
-def _draw(plot: Plot, rows: list[dict], path: Path) -> Path:
+def overview(run_dir: RunDir) -> bytes | None:
+    """The first four plots in one picture, as PNG; None if no step was recorded."""
+    rows = _rows(run_dir)
+    return _png(PLOTS[:4], rows, columns=2) if rows else None
+
+
+def _rows(run_dir: RunDir) -> list[dict]:
+    return list(read_jsonl(run_dir.metrics)) if run_dir.metrics.exists() else []
+
+
+def _png(plots: Sequence[Plot], rows: list[dict], columns: int = 1) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not pyplot: a figure of our own leaves the state of a notebook alone.
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7 * columns, 4 * len(plots) // columns), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    parts = figure.subfigures(len(plots) // columns, columns, squeeze=False).flat
+    for plot, part in zip(plots, parts, strict=True):
+        _draw(plot, rows, part)
+    png = io.BytesIO()
+    figure.savefig(png)
+    return png.getvalue()
+
+
+def _draw(plot: Plot, rows: list[dict], figure) -> None:
     axes = figure.add_subplot()
     _curves(axes, plot.left, rows, style="-")
     axes.set(title=plot.title, xlabel="optimizer step", ylabel=plot.left_label)
@@ -94,8 +117,6 @@ def _draw(plot: Plot, rows: list[dict], path: Path) -> Path:
         more_handles, more_labels = other.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path)
-    return path
 
 
 def _curves(axes, metrics: dict[str, tuple[str, str]], rows: list[dict], style: str) -> None:

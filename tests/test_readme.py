@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import PROJECT
 
-from apo_lora.cli import build_parser
+from apo_lora.cli import VERBS, build_parser
 from apo_lora.recipe_file import find_recipe, load_recipe, shipped_recipes
 
 README = (PROJECT / "README.md").read_text()
@@ -40,6 +40,26 @@ def test_the_make_targets_exist():
 
 def test_every_recipe_is_in_the_table():
     assert not [name for name in shipped_recipes() if f"`{name}.yaml`" not in README]
+
+
+def test_every_verb_named_in_a_sentence_is_there():
+    named = set(re.findall(r"`apo-lora ([a-z-]+)", README))
+    assert named and named <= set(VERBS)
+
+
+def test_the_formulas_link_to_their_functions():
+    code = (PROJECT / "apo_lora" / "apo.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(apo_lora/apo\.py#L(\d+)\)", README)
+    assert len(links) == 4
+    assert not [name for name, line in links if not code[int(line) - 1].startswith(f"def {name}(")]
+
+
+def test_the_sections_come_in_the_order_people_read_them():
+    titles = re.findall(r"^## (.+)$", README, flags=re.MULTILINE)
+    assert titles == [
+        "Two commands", "In the browser", "Measured", "Recipes", "Your data", "What a run leaves", "How it works",
+        "Ask it, measure it, export it", "When something goes wrong", "Limits", "Citation",
+    ]  # fmt: skip
 
 
 def test_every_link_leads_somewhere():

@@ -105,6 +105,12 @@ def look() -> Host:
     )
 
 
+def find_gpu() -> Gpu | None:
+    """The GPU that training would use, asked for in another process: this one takes none of its memory."""
+    value = try_out(["gpu"])["gpu"].value
+    return _as_gpu(value) if value else None
+
+
 # --- versions --------------------------------------------------------------------------------------------------------
 
 

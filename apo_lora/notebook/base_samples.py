@@ -1,0 +1,50 @@
+"""A few held-out items answered by a recipe's base, before anything is trained: `python -m ... RECIPE COUNT FOLDER`."""
+
+import sys
+from pathlib import Path
+
+from apo_lora.errors import UserError
+from apo_lora.process import prepare_process
+from apo_lora.recipe_file import find_recipe, load_recipe
+from apo_lora.run_dir import append_jsonl
+
+
+def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[str]) -> None:
+    """Greedy answers into folder/answers.jsonl, their pictures beside it. Raises UserError."""
+    recipe = load_recipe(find_recipe(recipe_name), overrides)
+    prepare_process()
+    from apo_lora.train import import_engine, load_policy_of
+
+    import_engine(recipe)
+    from apo_lora.data.examples import load_examples
+    from apo_lora.evaluation.measure import answer_row, measure
+    from apo_lora.rewards.verifier import Verifier
+    from apo_lora.rollout_record import saved_image
+
+    data, title = recipe.data, "reasoning"
+    spec, split = (data.eval, data.eval_split) if data.eval else (data.train, data.split)
+    examples = load_examples(spec, data, split=split, limit=count, seed=recipe.train.seed).examples
+    policy = load_policy_of(recipe)
+    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
+        answers = measure(policy, examples, recipe, verifier.score, seed=recipe.train.seed, greedy=True)
+    images = [[saved_image(image, folder / "images", folder) for image in example.images] for example in examples]
+    append_jsonl(
+        folder / "answers.jsonl",
+        (
+            answer_row(title, "base", 0, example, answer, paths, greedy=True)
+            for example, answer, paths in zip(examples, answers, images, strict=True)
+        ),
+    )
+
+
+def main(recipe_name: str, count: str, folder: str, *overrides: str) -> int:
+    try:
+        answer_by_base(recipe_name, int(count), Path(folder), list(overrides))
+    except UserError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
