@@ -1,4 +1,4 @@
-"""Runs the notebook from top to bottom without a GPU and keeps its outputs: `python colab/execute.py`, in the environment.
+"""Runs the notebook from top to bottom without a GPU and keeps its outputs: `python colab/execute.py`.
 
 The committed notebook holds the outputs of such a run. The tests execute it with `executed`.
 """
@@ -23,7 +23,8 @@ def executed(folder: Path, form: Mapping[str, Any] | None = None) -> nbformat.No
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         for field, value in (form or {}).items():
-            cell.source = re.sub(rf"(?m)^{field} = .*?(?=  #@param)", lambda _: f"{field} = {value!r}", cell.source)
+            line = f"{field} = {value!r}"  # no backslash in it
+            cell.source = re.sub(rf"(?m)^{field} = .*?(?=  #@param)", line, cell.source)
     # The install cell asks the pip on the PATH, as in Colab.
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
     client = NotebookClient(

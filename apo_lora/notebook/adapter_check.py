@@ -10,7 +10,7 @@ def trained_matrices(weights: Path) -> tuple[int, int]:
     from safetensors import safe_open
 
     with safe_open(weights, framework="pt") as file:
-        matrices = [file.get_tensor(name) for name in file.keys() if ".lora_B." in name]
+        matrices = [file.get_tensor(name) for name in file.keys() if ".lora_B." in name]  # noqa: SIM118 # no mapping
     moved = [matrix for matrix in matrices if matrix.any() and torch.isfinite(matrix).all()]
     return len(moved), len(matrices)
 
