@@ -14,11 +14,8 @@ from apo_lora.data.images import image_refs
 from apo_lora.errors import DataError, ModelError
 from apo_lora.model import Policy, choose_engine, load_policy, reference_mode
 from apo_lora.recipe import Recipe
-from apo_lora.sampling import Completion, sample
+from apo_lora.sampling import GREEDY, Completion, sample
 from apo_lora.terminal_columns import Column, SideBySide
-
-# No choice among tokens; None takes out what generate() would otherwise say is of no use then.
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def chat(

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -100,6 +101,48 @@ def _tokens(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write for instance 512")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; write 1 or more")
+    return int(text)
+
+
+def _with_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--recipe", metavar="R", help="ask as R says where it sets model, data, rewards or grpo")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="key=value",
+        action="append",
+        default=[],
+        help="a change to how it is asked, such as grpo.max_completion_length=2048; may be given several times",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="D",
+        action="append",
+        help="measure on D in place of the recipe's held-out data: any form of data.train, or a benchmark "
+        "(mathvista, mathverse, mmk12, mmstar, mmmu); may be given several times",
+    )
+    parser.add_argument("--split", metavar="S", help="split of a Hugging Face id; else data.eval_split")
+    parser.add_argument("--limit", metavar="N", type=_count, help="the first N rows of each data set alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--base", action="store_true", help="measure the base model alone; the tuned one can follow")
+    which.add_argument("--model", metavar="FOLDER", help="an exported (merged) model in place of the run's adapter")
+    parser.add_argument(
+        "--samples", metavar="K", type=_count, default=0, help="beside the greedy answer, K sampled ones, for pass@k"
+    )
+    parser.add_argument("--batch-size", metavar="B", type=_count, help="answers at once; else as many as in training")
+    parser.add_argument("--name", metavar="NAME", type=_folder_name, help="of the folder RUN/evaluations/NAME")
+
+
+def _folder_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder; use letters, digits, dots and dashes")
+    return text
 
 
 def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +287,12 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(options: argparse.Namespace) -> int:
+    from apo_lora.evaluation.command import evaluate_run
+
+    return evaluate_run(options)
+
+
 def _export(options: argparse.Namespace) -> int:
     from apo_lora.export.verb import export
 
@@ -272,6 +321,11 @@ VERBS = {
         "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (_with_recipe, _with_card), _plan
     ),
     "chat": Verb("ask base and tuned model of a run one question, side by side", (_with_question,), _chat),
+    "eval": Verb(
+        "measure base and tuned model of a run on held-out items: accuracy, difference, pass@k, gallery",
+        (_with_evaluation,),
+        _eval,
+    ),
     "export": Verb("make of an adapter what people deploy, and check it", (_with_export,), _export),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }

@@ -1,72 +1,73 @@
-"""Measuring a policy on held-out items: sample, verify, count. Before and after training, with the same seed."""
+"""Held-out items before and after training, with the same seed: measured, recorded, summed up."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import torch
 from tqdm.auto import tqdm
 
 from apo_lora import ranks
 from apo_lora.data.examples import Example
+from apo_lora.evaluation.figures import summary
+from apo_lora.evaluation.measure import Answer, Score, answer_row, measure
 from apo_lora.model import Policy
 from apo_lora.recipe import Recipe
-from apo_lora.rewards.scores import format_reward
-from apo_lora.sampling import Completion, sample
+from apo_lora.rollout_record import saved_image
+from apo_lora.run_dir import RunDir, append_jsonl, read_jsonl, write_jsonl
 
-PROMPTS_PER_PASS = 64
+MODELS = {"before": "base", "after": "tuned"}
+"""What is measured when, in the words of answers.jsonl: a fresh adapter is the base."""
 
-Score = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
 
-
-def evaluate(
-    policy: Policy, examples: Sequence[Example], recipe: Recipe, score: Score, *, title: str
+def measure_held_out(
+    when: Literal["before", "after"],
+    policy: Policy,
+    held_out: Mapping[str, Sequence[Example]],
+    recipe: Recipe,
+    score: Score,
+    run_dir: RunDir,
 ) -> dict[str, Any]:
-    """One sampled completion per example at the recipe's temperature, verified by `score`.
+    """One sampled completion per item of every set (title -> items), at the recipe's temperature.
 
-    Returns accuracy with its 95 % Wilson interval, mean lengths (tokens) of right and wrong completions, and the
-    fractions that are truncated and well formatted. Draws from its own random state: training is not disturbed.
-    Several processes share the examples out; each of them returns the whole.
+    The rows go to the run's answers.jsonl, in place of those of an earlier `when`; the figures are returned by title
+    (evaluation/figures.py). Several processes share the items out; each of them returns the whole, the main one writes.
     """
-    completions, right = [], []
-    own = examples[ranks.rank() :: ranks.num_processes()]
-    bar = tqdm(total=len(own), desc=title, unit="item", disable=not ranks.is_main())
-    with torch.random.fork_rng(), bar:
-        torch.manual_seed(recipe.train.seed + ranks.rank())
-        for start in range(0, len(own), PROMPTS_PER_PASS):
-            batch = own[start : start + PROMPTS_PER_PASS]
-            sampled = sample(policy, batch, recipe)
-            right += score(
-                [completion.text for completion in sampled],
-                [example.answer for example in batch],
-                [list(example.choices) if example.choices else None for example in batch],
-            )
-            completions += sampled
-            bar.update(len(batch))
-    return _summary(ranks.gathered(completions), [reward == 1 for reward in ranks.gathered(right)])
+    figures = {}
+    if ranks.is_main() and held_out:
+        others = list(read_jsonl(run_dir.answers)) if run_dir.answers.exists() else []
+        write_jsonl(run_dir.answers, [row for row in others if row["model"] != MODELS[when]])
+    for title, examples in held_out.items():
+        answers = shared_out(policy, examples, recipe, score, title=f"{when}: {title}")
+        # Only the main process saves pictures.
+        images = [
+            [saved_image(image, run_dir.images / title, run_dir.path) for image in example.images]
+            if ranks.is_main()
+            else []
+            for example in examples
+        ]
+        rows = [
+            answer_row(title, MODELS[when], 0, example, answer, paths)
+            for example, answer, paths in zip(examples, answers, images, strict=True)
+        ]
+        if ranks.is_main():
+            append_jsonl(run_dir.answers, rows)
+        figures[title] = summary(rows)
+    return figures
 
 
-def _summary(completions: Sequence[Completion], right: Sequence[bool]) -> dict[str, Any]:
-    low, high = wilson_interval(sum(right), len(right))
-    return {
-        "items": len(right),
-        "accuracy": sum(right) / len(right),
-        "accuracy_95_low": low,
-        "accuracy_95_high": high,
-        "length_correct": _mean([c.length for c, correct in zip(completions, right, strict=True) if correct]),
-        "length_wrong": _mean([c.length for c, correct in zip(completions, right, strict=True) if not correct]),
-        "truncated": _mean([c.truncated for c in completions]),
-        "well_formatted": _mean([format_reward(c.text) > 0 for c in completions]),
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927): honest near 0 and 1 and for few items, where +-z*s is not."""
-    share = successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def shared_out(
+    policy: Policy, examples: Sequence[Example], recipe: Recipe, score: Score, *, title: str
+) -> list[Answer]:
+    """Every example's answer, in order, on every process; each of them has sampled its share."""
+    own = range(ranks.rank(), len(examples), ranks.num_processes())
+    with tqdm(total=len(own), desc=title, unit="item", disable=not ranks.is_main()) as bar:
+        answers = measure(
+            policy,
+            [examples[i] for i in own],
+            recipe,
+            score,
+            seed=recipe.train.seed + ranks.rank(),
+            progress=bar.update,
+        )
+    # Answers alone are pickled: examples hold images and places in tables.
+    numbered = ranks.gathered(list(zip(own, answers, strict=True)))
+    return [answer for _, answer in sorted(numbered, key=lambda pair: pair[0])]

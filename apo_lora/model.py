@@ -97,6 +97,14 @@ def needs_gpu(model: ModelSection) -> str | None:
     )
 
 
+def import_engine(model: ModelSection) -> None:
+    """Unsloth, where it is the engine, comes before trl, transformers and peft: it rewrites them. Raises ModelError."""
+    if problem := needs_gpu(model):
+        raise ModelError(problem)
+    if choose_engine(model.engine, torch.cuda.is_available()) == "unsloth":
+        import unsloth  # noqa: F401
+
+
 def load_processor(model: ModelSection, data: DataSection) -> Any:
     """The model's processor, padding on the left, with the recipe's image size limits (aspect ratio kept)."""
     from transformers import AutoProcessor

@@ -67,6 +67,9 @@ class DataSection(Section):
     """Held-out items, measured before and after training. Same forms as `train`."""
     general: str | None = None
     """Items of another skill, never trained on: measured before and after, to see what training made it forget."""
+    benchmarks: tuple[str, ...] = ()
+    """What `apo-lora eval` measures in place of `eval` and `general`, whole: mathvista, mathverse, mmk12, mmstar, mmmu,
+    or anything that `train` takes."""
     split: str = "train"
     """Split of a Hugging Face id that `train` reads."""
     eval_split: str = "test"
@@ -89,6 +92,11 @@ class DataSection(Section):
     """Use only the first so many rows of `train`."""
     eval_limit: Count = 192
     """Use only the first so many rows of `eval` and of `general`."""
+
+    def without_columns(self) -> "DataSection":
+        """The same for data whose columns are not the recipe's."""
+        names = ("image_column", "problem_column", "answer_column", "choices_column")
+        return self.model_copy(update=dict.fromkeys(names))
 
 
 class RewardsSection(Section):

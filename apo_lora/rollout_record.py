@@ -38,16 +38,19 @@ def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, S
 
 
 def _prompt(example: Example, run_dir: RunDir) -> dict[str, object]:
-    images = [_saved(image, run_dir.images) for image in example.images]
+    images = [saved_image(image, run_dir.images, run_dir.path) for image in example.images]
     return {"row": example.row, "prompt": example.problem, "images": images}
 
 
-def _saved(image: ImageRef, folder: Path) -> str:
-    """The image's own path if it is a file, else that of a copy in the run directory."""
+def saved_image(image: ImageRef, folder: Path, root: Path) -> str:
+    """The image's own path if it is a file, else that of a copy in `folder`, from `root` (the run directory) on.
+
+    Images of different data sets may have the same name ("row 5 image 1"): each set has a folder of its own.
+    """
     if image.path is not None:
         return str(image.path)
     target = folder / (image.name.replace("/", "-").replace(" ", "-") + ".png")
     if not target.exists():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         image.open().save(target)
-    return str(target.relative_to(folder.parent))
+    return str(target.relative_to(root))

@@ -3,7 +3,8 @@
     recipe.yaml        the resolved recipe               metrics.jsonl      one line per optimizer step
     environment.json   versions and device               completions.jsonl  one line per sampled completion
     preflight.json     what was checked before step 1    images/            pictures of the completions' prompts
-    eval.json          before and after
+    eval.json          before and after                  answers.jsonl      one line per completion behind eval.json
+    evaluations/NAME/  what `apo-lora eval` measured
     adapter/           the result, in PEFT's format      plots/             PNG
     checkpoints/       checkpoint-STEP folders           README.md          model card
 
@@ -36,6 +37,8 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions.jsonl"
         self.evaluation = self.path / "eval.json"
+        self.answers = self.path / "answers.jsonl"
+        self.evaluations = self.path / "evaluations"
         self.model_card = self.path / "README.md"
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"
@@ -103,7 +106,7 @@ class RunDir:
         for path in (self.metrics, self.completions):
             if path.exists():
                 kept = [line for line in read_jsonl(path) if line["step"] <= step]
-                write_atomically(path, "".join(_json_line(line) for line in kept))
+                write_jsonl(path, kept)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -158,6 +161,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(_json_line(row) for row in rows))
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -12,6 +12,9 @@ from apo_lora.data.examples import Example
 from apo_lora.model import Policy, vision_token_ids
 from apo_lora.recipe import Recipe
 
+# No choice among tokens; None takes out what generate() would otherwise say is of no use then.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
 
 class Completion(NamedTuple):
     text: str

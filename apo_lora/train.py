@@ -52,7 +52,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     _import_engine(recipe, dry_run=dry_run)
     from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
     from apo_lora.data.examples import prompt_dataset, training_order
-    from apo_lora.evaluate import evaluate
+    from apo_lora.evaluate import measure_held_out
     from apo_lora.model import load_processor
     from apo_lora.plots import write_plots
     from apo_lora.preflight import preflight
@@ -86,10 +86,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         ranks.wait()
 
         def measure(when: str) -> None:
-            evaluation[when] = {
-                title: evaluate(policy, examples, recipe, verifier.score, title=f"{when}: {title}")
-                for title, examples in held_out.items()
-            }
+            evaluation[when] = measure_held_out(when, policy, held_out, recipe, verifier.score, run_dir)
             if ranks.is_main():
                 write_json(run_dir.evaluation, evaluation)
 

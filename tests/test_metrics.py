@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apo_lora.apo import assign_credit
-from apo_lora.evaluate import wilson_interval
+from apo_lora.evaluation.statistics import wilson_interval
 from apo_lora.metrics import TokenMeans, rollout_metrics
 
 

@@ -124,7 +124,7 @@ def load_examples(
     sample = [row for _, row in source.rows[:_COLUMN_SAMPLE] if isinstance(row, dict)]
     if not sample:
         raise DataError(f"{source.name}: {'no row is a mapping of columns' if source.rows else 'holds no rows'}")
-    columns = find_columns(sample, data, source.name)
+    columns = find_columns(sample, data.without_columns() if source.own_columns else data, source.name)
     examples: list[Example] = []
     dropped: Dropped = {}
     for number, row in source.rows:

@@ -110,6 +110,8 @@ def find_columns(rows: Sequence[Mapping[str, Any]], data: DataSection, source: s
 
 def read_row(row: Any, columns: Columns) -> Fields:
     """The fields of one row. Raises BadRow."""
+    if isinstance(row, BadRow):  # its source has refused it
+        raise row
     if not isinstance(row, Mapping):
         raise BadRow("not a mapping", f"the row is {_short(row)}")
     chat = read_problem(pick(row, columns.problem))

@@ -1,4 +1,4 @@
-"""The built-in boards, a file, a folder, or the Hub -> numbered rows, with images left where they are."""
+"""The built-in boards, a benchmark, a file, a folder, or the Hub -> numbered rows, with images left where they are."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo_lora.data.images import Cell, ImageRef
 from apo_lora.errors import DataError
+from apo_lora.evaluation.benchmarks import Benchmark, converted_rows, find_benchmark
 
 if TYPE_CHECKING:
     import datasets
@@ -27,13 +28,17 @@ class Source:
     folder: Path | None
     """Where image paths start."""
     rows: list[tuple[int, Any]]
-    """(number, row) each: numbers count from 1, and are those of the lines in JSONL."""
+    """(number, row) each: numbers count from 1, and are those of the lines in JSONL. A row may be a BadRow already."""
+    own_columns: bool = False
+    """Its columns are ours, whatever a recipe calls those of its own data."""
 
 
 def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir: Path | None) -> Source:
     """The first `limit` rows of a data set. Relative paths start at `base_dir`, or else at the working directory."""
     if spec in ("boards", "boards:reasoning", "boards:general"):
         return _boards(spec, split, limit or BOARDS_ROWS, seed)
+    if (found := find_benchmark(spec)) is not None:
+        return _benchmark(*found, limit, base_dir)
     path = _local_path(spec, base_dir)
     if path is None:
         return _from_hub(spec, split, limit)
@@ -68,7 +73,23 @@ def _boards(spec: str, split: str, num_rows: int, seed: int) -> Source:
     for number, row in enumerate(make_rows(num_rows, split=split, seed=seed), start=1):
         image = row["image"]
         rows.append((number, {**row, "image": ImageRef(f"{spec}/{split}/{number}", image.size, image)}))
-    return Source(f"{spec} ({split})", None, rows)
+    return Source(f"{spec} ({split})", None, rows, own_columns=True)
+
+
+def _benchmark(benchmark: Benchmark, path: str | None, limit: int | None, base_dir: Path | None) -> Source:
+    """All its parts from the Hub, or a file or folder of the same schema; numbered on from part to part."""
+    specs = (
+        [path] if path else [f"{benchmark.hub_id}:{part}" if part else benchmark.hub_id for part in benchmark.configs]
+    )
+    rows: list[tuple[int, Any]] = []
+    for spec in specs:
+        if limit is not None and len(rows) >= limit:
+            break
+        left = None if limit is None else limit - len(rows)
+        source = open_source(spec, split=benchmark.split, limit=left, seed=0, base_dir=base_dir)
+        rows += [(len(rows) + place, row) for place, (_, row) in enumerate(source.rows, start=1)]
+    name = f"{benchmark.title} ({path or benchmark.hub_id}, {benchmark.split})"
+    return Source(name, source.folder, converted_rows(benchmark, rows, name), own_columns=True)
 
 
 # --- files and folders -----------------------------------------------------------------------------------------------

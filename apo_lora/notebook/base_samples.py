@@ -13,9 +13,9 @@ def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[s
     """Greedy answers into folder/answers.jsonl, their pictures beside it. Raises UserError."""
     recipe = load_recipe(find_recipe(recipe_name), overrides)
     prepare_process()
-    from apo_lora.train import import_engine, load_policy_of
+    from apo_lora.model import import_engine, load_policy
 
-    import_engine(recipe)
+    import_engine(recipe.model)
     from apo_lora.data.examples import load_examples
     from apo_lora.evaluation.measure import answer_row, measure
     from apo_lora.rewards.verifier import Verifier
@@ -24,7 +24,7 @@ def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[s
     data, title = recipe.data, "reasoning"
     spec, split = (data.eval, data.eval_split) if data.eval else (data.train, data.split)
     examples = load_examples(spec, data, split=split, limit=count, seed=recipe.train.seed).examples
-    policy = load_policy_of(recipe)
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
         answers = measure(policy, examples, recipe, verifier.score, seed=recipe.train.seed, greedy=True)
     images = [[saved_image(image, folder / "images", folder) for image in example.images] for example in examples]

@@ -1,0 +1,115 @@
+"""The measuring loop: items -> completions -> verdicts. Training's before and after and `apo-lora eval` share it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apo_lora.answers.text import final_answer
+from apo_lora.data.examples import Example
+from apo_lora.model import Policy
+from apo_lora.recipe import Recipe
+from apo_lora.rewards.scores import format_reward
+from apo_lora.sampling import GREEDY, sample
+
+ITEMS_PER_BATCH = 64
+
+Score = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
+"""(completions, gold answers, choices) -> 1.0 where right; Verifier.score is one."""
+
+
+class Answer(NamedTuple):
+    """One completion, judged."""
+
+    text: str
+    length: int
+    """Tokens, the end token included."""
+    truncated: bool
+    correct: bool
+    entropy: float
+    """Nats per token, mean over the completion: of the policy's whole distribution at temperature 1."""
+
+
+def measure(
+    policy: Policy,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    score: Score,
+    *,
+    seed: int,
+    greedy: bool = False,
+    batch_size: int = ITEMS_PER_BATCH,
+    progress: Callable[[int], object] = lambda items: None,
+) -> list[Answer]:
+    """One completion per example: the likeliest tokens, or sampled at the recipe's temperature.
+
+    Draws from its own random state, seeded once at the start: training around it is not disturbed, and the same
+    examples in the same batches give the same answers. The adapters count as they are switched.
+    """
+    answers: list[Answer] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            entropies = EntropyRecorder()
+            changes = GREEDY if greedy else {}
+            sampled = sample(policy, batch, recipe, logits_processor=[entropies], **changes)
+            verdicts = score(
+                [completion.text for completion in sampled],
+                [example.answer for example in batch],
+                [list(example.choices) if example.choices else None for example in batch],
+            )
+            means = entropies.means([completion.length for completion in sampled])
+            answers += [
+                Answer(completion.text, completion.length, completion.truncated, verdict == 1, mean)
+                for completion, verdict, mean in zip(sampled, verdicts, means, strict=True)
+            ]
+            progress(len(batch))
+    return answers
+
+
+class EntropyRecorder:
+    """A logits processor that changes nothing and keeps the entropy of what it is shown, a number per sequence.
+
+    generate() shows it every step's logits before temperature, top-p and top-k, in shape (B, V); vision tokens, which
+    are never sampled, are already out. So no second pass is needed, and no (B, T, V) tensor exists.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(torch.special.entr(torch.softmax(scores.float(), dim=-1)).sum(dim=-1))
+        return scores
+
+    def means(self, lengths: Sequence[int]) -> list[float]:
+        """Mean over each sequence's own tokens; what comes after its end is padding."""
+        entropies_TB = torch.stack(self.steps)
+        return [entropies_TB[:length, i].mean().item() for i, length in enumerate(lengths)]
+
+
+def answer_row(
+    title: str, model: str, sample: int, example: Example, answer: Answer, images: list[str], *, greedy: bool = False
+) -> dict[str, Any]:
+    """A line of answers.jsonl. `model` is base or tuned; `images` are paths as a reader of the run finds them."""
+    found = final_answer(answer.text)
+    return {
+        "set": title,
+        "model": model,
+        "row": example.row,
+        "sample": sample,
+        "greedy": greedy,
+        "problem": example.problem,
+        "gold": example.answer,
+        "choices": list(example.choices) if example.choices else None,
+        "category": example.category,
+        "images": images,
+        "text": answer.text,
+        "answer": found.text if found else None,
+        "correct": answer.correct,
+        "length": answer.length,
+        "truncated": answer.truncated,
+        "well_formatted": format_reward(answer.text) > 0,
+        "entropy": answer.entropy,
+    }

@@ -1,0 +1,131 @@
+"""RUN/evaluations/NAME: what was asked for (settings.json), every answer (answers.jsonl), the figures (eval.json).
+
+Items are answered in batches. A batch counts only as a whole, and has a seed of its own, so an evaluation that was cut
+anywhere goes on to what it would have been.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apo_lora.data.examples import Example
+from apo_lora.errors import RunDirError
+from apo_lora.run_dir import append_jsonl, read_jsonl, write_json, write_jsonl
+
+MODELS = ("base", "tuned")
+Key = tuple[str, str, int, int]
+
+
+class Batch(NamedTuple):
+    model: str
+    title: str
+    """Of the set."""
+    sample: int
+    """0 is the greedy completion, 1 and on are sampled ones."""
+    examples: Sequence[Example]
+
+    @property
+    def keys(self) -> list[Key]:
+        return [(self.title, self.model, example.row, self.sample) for example in self.examples]
+
+    def seed(self, seed: int) -> int:
+        """The same for both models: they are told apart by what they do, not by their luck."""
+        words = f"{seed}/{self.title}/{self.sample}/{self.examples[0].row}"
+        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big")
+
+
+def planned(sets: Mapping[str, Sequence[Example]], samples: int, batch_size: int) -> list[Batch]:
+    """Every batch, in the order in which they are answered."""
+    return [
+        Batch(model, title, sample, examples[start : start + batch_size])
+        for model in MODELS
+        for title, examples in sets.items()
+        for sample in range(samples + 1)
+        for start in range(0, len(examples), batch_size)
+    ]
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Of what is asked and what counts as right."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.row, example.problem, example.answer, example.choices]).encode())
+    return digest.hexdigest()
+
+
+class Record:
+    """The files of one evaluation."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings = folder / "settings.json"
+        self.answers = folder / "answers.jsonl"
+        self.figures = folder / "eval.json"
+        self.gallery = folder / "gallery.html"
+        self.images = folder / "images"
+
+    def open(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Makes the folder, or finds it made with the same settings. Raises RunDirError for other ones.
+
+        `settings["tuned"]` is left out where the base alone is measured; the other model can join it later. Returns
+        the settings with what the folder knows of it.
+        """
+        has_answers = self.answers.is_file() and next(read_jsonl(self.answers), None) is not None
+        if has_answers:
+            there = self._read_settings()
+            now = {"tuned": there.get("tuned"), **settings} if there.get("tuned") else settings
+            there = {"tuned": now.get("tuned"), **there} if now.get("tuned") else there
+            if changed := _differences(there, now):
+                raise RunDirError(
+                    f"{self.folder}: measured with other settings ({'; '.join(changed[:3])}); give this one another "
+                    "place with --name NAME, or remove that folder"
+                )
+            settings = now
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirError(f"{self.folder}: cannot be made ({error.strerror}); choose another --name") from None
+        write_json(self.settings, settings)
+        return settings
+
+    def _read_settings(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise RunDirError(
+                f"{self.folder}: has answers and no readable {self.settings.name}; remove the folder"
+            ) from None
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(read_jsonl(self.answers)) if self.answers.is_file() else []
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        append_jsonl(self.answers, rows)
+
+    def drop_parts(self, plan: Sequence[Batch]) -> set[Key]:
+        """Takes out what a kill left of a batch. Returns the keys of all answers that stay."""
+        rows = {_key(row): row for row in self.rows()}
+        whole = {key for batch in plan if all(key in rows for key in batch.keys) for key in batch.keys}
+        kept = [row for key, row in rows.items() if key in whole]
+        if self.answers.is_file():  # also without its unfinished last line
+            write_jsonl(self.answers, kept)
+        return whole
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["set"], row["model"], row["row"], row["sample"]
+
+
+def _differences(there: Any, now: Any, name: str = "") -> list[str]:
+    """`recipe.grpo.temperature: 1.0 there, 0.7 now`, for every value that is not the same."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*there, *now]))
+        return [d for key in keys for d in _differences(there.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if there == now else [f"{name}: {_short(there)} there, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
