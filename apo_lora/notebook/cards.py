@@ -12,7 +12,8 @@ LARGEST_SIDE = 224  # pixels of a picture in the page; the model has seen the wh
 
 # Inherited colours and half-transparent lines are readable on a light page and on a dark one.
 _CARD = "display:flex;gap:1em;flex-wrap:wrap;padding:.8em 0;border-top:1px solid rgba(128,128,128,.5)"
-_ANSWER = "flex:1 1 18em;min-width:0"
+_QUESTION = "flex:0 1 12em;min-width:0"
+_ANSWER = "flex:1 1 14em;min-width:0"
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:16em;overflow-y:auto;margin:.3em 0"
 
 
@@ -25,8 +26,8 @@ def _card(answers: list[Mapping[str, Any]], folder: Path) -> str:
     item = answers[0]
     pictures = "".join(_picture(folder / path) for path in item["images"])
     return (
-        f'<div style="{_CARD}"><div style="flex:0 1 {LARGEST_SIDE}px">{pictures}</div>'
-        f'<div style="{_ANSWER}"><b>{html.escape(item["problem"])}</b><p>right: {html.escape(item["gold"])}</p></div>'
+        f'<div style="{_CARD}"><div style="flex:0 0 auto">{pictures}</div>'
+        f'<div style="{_QUESTION}"><b>{html.escape(item["problem"])}</b><p>right: {html.escape(item["gold"])}</p></div>'
         + "".join(_answer(answer) for answer in answers)
         + "</div>"
     )
