@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -121,12 +120,9 @@ class Session:
         self._train(*([f"train.max_steps={last + more_steps}"] if more_steps else []))
 
     def _train(self, *overrides: str) -> None:
-        if self._begun_without_checkpoint():
-            print(f"{self.run.path} was cut before its first checkpoint: begun anew.")
-            shutil.rmtree(self.run.path)
         curves = Curves(self.run)
-        resume = ["--resume", "auto"] if self.run.valid_checkpoints() else []
-        arguments = ["--recipe", self.recipe_name, *resume, "output.logging_steps=5", *self.overrides, *overrides]
+        arguments = ["--recipe", self.recipe_name, "--resume", "auto", "output.logging_steps=5"]
+        arguments += [*self.overrides, *overrides]
         run_verb("train", *arguments, meanwhile=curves.redraw, secrets=_secrets())
         curves.redraw()
 
@@ -177,9 +173,6 @@ class Session:
     def _finished(self) -> bool:
         steps = self.recipe.train.max_steps
         return bool(steps and self.run.adapter.is_dir() and any(r["step"] >= steps for r in _rows(self.run.metrics)))
-
-    def _begun_without_checkpoint(self) -> bool:
-        return self.run.recipe.is_file() and not self.run.valid_checkpoints() and not self.run.adapter.exists()
 
 
 class Curves:
