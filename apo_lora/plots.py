@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apo_lora.run_dir import RunDir, read_jsonl
+from apo_lora.run_dir import RunDir, read_jsonl, replacing
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ def write_plots(run_dir: RunDir) -> list[Path]:
     rows = list(read_jsonl(run_dir.metrics)) if run_dir.metrics.exists() else []
     if not rows:
         return []
-    run_dir.plots.mkdir(exist_ok=True)
     return [_draw(plot, rows, run_dir.plots / plot.file) for plot in PLOTS]
 
 
@@ -94,7 +93,8 @@ def _draw(plot: Plot, rows: list[dict], path: Path) -> Path:
         more_handles, more_labels = other.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
     return path
 
 
