@@ -1,7 +1,10 @@
 """What happens around the optimizer steps: the record, the screen, the guard against NaN, and an orderly stop."""
 
 import math
+import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -10,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from apo_lora import ranks
-from apo_lora.errors import TrainingStopped
+from apo_lora.errors import Interrupted, TrainingStopped
 from apo_lora.run_dir import RunDir, append_jsonl
 
 SIGNAL_ALARM_STEPS = 10
@@ -31,12 +34,25 @@ class MetricsWriter(TrainerCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Skips an optimizer step whose loss or gradient is not finite, counts it, and stops after several in a row."""
+    """Skips an optimizer step whose loss or gradient is not finite, counts it, and stops after several in a row.
 
-    def __init__(self, model: torch.nn.Module, max_in_a_row: int):
+    A float16 gradient that only its loss scale made infinite is no such fault: GradScaler skips the step and lowers the
+    scale, so it is counted as skipped and not towards the stop.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        max_in_a_row: int,
+        *,
+        skipped_before: int = 0,
+        scaler: Callable[[], Any] = lambda: None,
+    ):
+        """`skipped_before`: by the run that is continued. `scaler()` gives the torch.amp.GradScaler, or None."""
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_in_a_row = max_in_a_row
-        self.skipped = 0
+        self.skipped = skipped_before
+        self.scaler = scaler
         self.in_a_row = 0
         self.loss_is_finite = True
 
@@ -46,15 +62,24 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs: Any):
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        is_finite = self.loss_is_finite and all(torch.isfinite(norm) for norm in norms)
+        bad_loss, bad_gradient = ranks.summed(
+            {"loss": not self.loss_is_finite, "gradient": not all(torch.isfinite(norm) for norm in norms)}
+        ).values()
         self.loss_is_finite = True
-        if not ranks.any_rank(not is_finite):
+        if not (bad_loss or bad_gradient):
             self.in_a_row = 0
             return
         for parameter in self.parameters:
             parameter.grad = None  # an optimizer leaves a parameter without gradient alone, its state too
         self.skipped += 1
-        self.in_a_row += 1
+        scale = scaler.get_scale() if (scaler := self.scaler()) else 0
+        if bad_loss or scale <= 1:
+            self.in_a_row += 1
+            reason = f"its {'loss' if bad_loss else 'gradient'} is not finite (NaN or infinite)"
+        else:
+            reason = f"its float16 gradient overflowed at loss scale {scale:.0f}, which is halved; usual in first steps"
+        if ranks.is_main():
+            tqdm.write(f"step {state.global_step + 1:>4}  skipped: {reason}; {self.skipped} so far")
 
     @property
     def gave_up(self) -> bool:
@@ -71,15 +96,42 @@ class NonFiniteGuard(TrainerCallback):
         )
 
 
+class TimedSave(TrainerCallback):
+    """A checkpoint at the first rollout border after so many minutes without one. The main process's clock decides."""
+
+    def __init__(self, minutes: float, steps_per_rollout: int, clock: Callable[[], float] = time.monotonic):
+        self.seconds = 60 * minutes
+        self.steps_per_rollout = steps_per_rollout
+        self.clock = clock
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        self.saved = self.clock()
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        is_due = ranks.is_main() and self.clock() - self.saved >= self.seconds
+        if state.global_step % self.steps_per_rollout == 0 and ranks.any_rank(is_due):
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs: Any):
+        self.saved = self.clock()
+
+
+ECHO_SECONDS = 1.0
+"""A launcher may pass on a signal that its processes have had already: so soon after the first it is the same one."""
+
+
 class OrderlyStop(TrainerCallback):
     """Ctrl-C or SIGTERM finishes the step (and the rollout it belongs to), saves a checkpoint and ends the run.
 
     A second signal stops at once, with the last checkpoint kept. A signal to one process stops them all.
     """
 
-    def __init__(self, steps_per_rollout: int):
+    def __init__(self, steps_per_rollout: int, clock: Callable[[], float] = time.monotonic):
         self.steps_per_rollout = steps_per_rollout
+        self.clock = clock
         self.requested = False
+        self.number = signal.SIGTERM  # also where another process was asked
+        self.asked: float | None = None
 
     def __enter__(self) -> "OrderlyStop":
         self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -90,15 +142,24 @@ class OrderlyStop(TrainerCallback):
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.asked is None:
+            self.requested, self.number, self.asked = True, signal.Signals(number), self.clock()
+            if ranks.is_main():  # past Python's streams: one of them may be in the middle of a write
+                os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
+        elif self.clock() - self.asked >= ECHO_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True
-        tqdm.write("Stopping after this step, with a checkpoint; once more to stop at once.")
 
     def on_step_end(self, args, state, control, **kwargs: Any):
         if state.global_step % self.steps_per_rollout == 0 and ranks.any_rank(self.requested):
             self.requested = True
             control.should_save = control.should_training_stop = True
+
+    def stopped(self, step: int, steps: int) -> Interrupted:
+        return Interrupted(
+            self.number,
+            f"Stopped by {self.number.name} after step {step} of {steps}, with a checkpoint; continue with "
+            "--resume auto",
+        )
 
 
 class Screen(TrainerCallback):

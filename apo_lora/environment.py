@@ -19,7 +19,8 @@ def installed(package: str) -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
+def environment(engine: str | None = None) -> dict[str, Any]:
+    """`engine`: who computes, where a model is loaded."""
     import torch
 
     gpu = None
@@ -36,6 +37,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: installed(name) for name in PACKAGES},
         "gpu": gpu,
+        "engine": engine,
         "processes": ranks.num_processes(),
         "cpu_threads": torch.get_num_threads(),
     }

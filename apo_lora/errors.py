@@ -43,3 +43,11 @@ class TrainingStopped(UserError):
     """A run that ended early by itself; what it had learned is kept."""
 
     exit_code = 1
+
+
+class Interrupted(TrainingStopped):
+    """A run that a signal ended in order; the exit code is the shell's for that signal."""
+
+    def __init__(self, signal_number: int, *problems: str):
+        super().__init__(*problems)
+        self.exit_code = 128 + signal_number

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from apo_lora import ranks
 from apo_lora.data.examples import Example
 from apo_lora.evaluation.figures import summary
-from apo_lora.evaluation.measure import Answer, Score, answer_row, measure
+from apo_lora.evaluation.measure import ITEMS_PER_BATCH, Answer, Score, answer_row, measure
 from apo_lora.model import Policy
 from apo_lora.recipe import Recipe
 from apo_lora.rollout_record import saved_image
@@ -66,6 +66,7 @@ def shared_out(
             recipe,
             score,
             seed=recipe.train.seed + ranks.rank(),
+            batch_size=min(ITEMS_PER_BATCH, recipe.completions_per_step),  # what fits in training fits here
             progress=bar.update,
         )
     # Answers alone are pickled: examples hold images and places in tables.

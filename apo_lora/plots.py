@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apo_lora.run_dir import RunDir, read_jsonl
+from apo_lora.run_dir import RunDir, read_jsonl, replacing
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def write_plots(run_dir: RunDir) -> list[Path]:
     rows = _rows(run_dir)
     if not rows:
         return []
-    run_dir.plots.mkdir(exist_ok=True)
     for plot in PLOTS:
-        (run_dir.plots / plot.file).write_bytes(_png([plot], rows))
+        with replacing(run_dir.plots / plot.file) as temporary:
+            temporary.write_bytes(_png([plot], rows))
     return [run_dir.plots / plot.file for plot in PLOTS]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from apo_lora.errors import TrainingStopped
+
 Item = TypeVar("Item")
 
 
@@ -44,6 +46,24 @@ def joined() -> Iterator[None]:
     if state.backend == "gloo":
         let_gloo_finish()
     state.destroy_process_group()
+
+
+@contextmanager
+def lost_process_in_words(kept: str) -> Iterator[None]:
+    """Turns the error that a collective call raises when another process has ended into a TrainingStopped."""
+    try:
+        yield
+    except RuntimeError as error:
+        if num_processes() == 1 or not any(words in str(error) for words in _LOST):
+            raise
+        raise TrainingStopped(
+            f"another process of this run has ended, and this one cannot go on alone; its own message says why, where "
+            f"it could leave one. {kept}; continue on as many processes with --resume auto"
+        ) from error
+
+
+# As gloo says it; NCCL ends the process from a thread of its own.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 
 def wait() -> None:

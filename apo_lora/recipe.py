@@ -3,6 +3,7 @@
 Here is the schema and what may not be combined; recipe_file.py reads it from YAML.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,6 +174,8 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     save_steps: Count = 50
     """Optimizer steps between checkpoints (a whole number of rollouts)."""
+    save_minutes: Positive | None = None
+    """Also save at the first rollout border after so many minutes without a checkpoint: for sessions that end."""
     keep_checkpoints: Count = 2
     """Older valid checkpoints are removed."""
     max_nonfinite_steps: Count = 3
@@ -192,6 +195,8 @@ class OutputSection(Section):
     """Trackers, where installed."""
     log_completions: bool = True
     """Write every completion with its rewards to completions.jsonl."""
+    mirror: tuple[str, ...] = ()
+    """Second places of the run's record and last checkpoint: a folder (as of Google Drive), or `hub:ORG/NAME`."""
 
 
 class Recipe(Section):
@@ -273,6 +278,9 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             f"rewards.weights: {len(rewards.weights)} given for {len(rewards.functions)} functions; "
             "give one per function"
         )
+    for place in recipe.output.mirror:
+        if place.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", place):
+            yield f"output.mirror: {place!r} names no repository; write hub:ORG/NAME"
     if recipe.rollout.engine == "vllm":
         yield from _vllm_problems(recipe)
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):

@@ -6,7 +6,7 @@ from pathlib import Path
 from apo_lora.data.examples import Example
 from apo_lora.data.images import ImageRef
 from apo_lora.rollout import ScoredRollout
-from apo_lora.run_dir import RunDir, append_jsonl
+from apo_lora.run_dir import RunDir, append_jsonl, replacing
 
 
 def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, ScoredRollout], None]:
@@ -51,6 +51,6 @@ def saved_image(image: ImageRef, folder: Path, root: Path) -> str:
         return str(image.path)
     target = folder / (image.name.replace("/", "-").replace(" ", "-") + ".png")
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        image.open().save(target)
+        with replacing(target) as temporary:  # half a picture would never be written again
+            image.open().save(temporary)
     return str(target.relative_to(root))

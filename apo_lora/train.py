@@ -14,25 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo_lora import ranks
+from apo_lora.disk import checkpoint_bytes, full_disk_in_words, require_room
 from apo_lora.environment import environment, installed
-from apo_lora.errors import DataError, ModelError, RecipeError, RunDirError, UserError
+from apo_lora.errors import DataError, ModelError, RecipeError, UserError
+from apo_lora.finite_rewards import FiniteRewards
+from apo_lora.mirror import Mirrors
 from apo_lora.model_card import model_card
 from apo_lora.process import prepare_process
 from apo_lora.recipe import Recipe, combination_problems
-from apo_lora.recipe_file import load_recipe
-from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_json
+from apo_lora.resume import changes_of_place, checkpoint_to_continue, take_back
+from apo_lora.run_dir import RunDir, write_atomically, write_json
 from apo_lora.summary import closing_words
 
 if TYPE_CHECKING:
     from apo_lora.data.examples import Example, Loaded
     from apo_lora.model import Policy
     from apo_lora.preflight import Check
-
-# Keys that may differ when a run is continued: they change how long it goes on or what is shown, not what it computes.
-FREE_ON_RESUME = (
-    "train.max_steps", "train.epochs", "train.save_steps", "train.keep_checkpoints", "train.evaluate",
-    "train.preflight", "output.",
-)  # fmt: skip
 
 
 def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_run: bool = False) -> RunDir:
@@ -42,7 +39,12 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     """
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
     recipe = recipe.in_run_dir(run_dir.path)
-    checkpoint = _checkpoint(run_dir, recipe, resume)
+    mirrors = Mirrors(recipe.output.mirror, run_dir)
+    if resume == "auto" and run_dir.is_absent() and not dry_run:
+        _restored(mirrors, run_dir)
+    checkpoint = checkpoint_to_continue(run_dir, recipe, resume)
+    if checkpoint is None and ranks.is_main():
+        mirrors.refuse_existing()
     _check_trackers(recipe)
     if problems := list(combination_problems(recipe, ranks.num_processes())):
         raise RecipeError(*(f"{recipe_name}: {problem}" for problem in problems))
@@ -50,7 +52,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     prepare_process()
     say("Loading libraries ...")
     _import_engine(recipe, dry_run=dry_run)
-    from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen
+    from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen, TimedSave
     from apo_lora.data.examples import prompt_dataset, training_order
     from apo_lora.evaluate import measure_held_out
     from apo_lora.model import load_processor
@@ -66,8 +68,16 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     loaded, held_out = _load_data(recipe, processor)
     say(loaded.summary())
     seconds_per_item = recipe.rewards.seconds_per_item
-    with ranks.joined(), Verifier(seconds_per_item=seconds_per_item) as verifier, _trackers_in(run_dir):
-        rewards = reward_functions(recipe.rewards, verifier)
+    kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
+    with (
+        ranks.lost_process_in_words(kept),
+        full_disk_in_words(run_dir.path, kept),
+        ranks.joined(),
+        Verifier(seconds_per_item=seconds_per_item) as verifier,
+        _trackers_in(run_dir),
+    ):
+        finite = FiniteRewards()
+        rewards = [finite.watching(function) for function in reward_functions(recipe.rewards, verifier)]
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
@@ -79,8 +89,14 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             failed = report_checks(checks)
             if failed:
                 raise ModelError(*failed)
+        require_room(
+            run_dir.path,
+            checkpoint_bytes(run_dir, [p for p in policy.model.parameters() if p.requires_grad]),
+            "a checkpoint",
+            "Nothing was written",
+        )
         if ranks.is_main():
-            _open_run(run_dir, given, checkpoint)
+            _open_run(run_dir, given, checkpoint, resume, policy.engine)
             if recipe.train.preflight:
                 write_json(run_dir.preflight, [asdict(check) for check in checks])
         ranks.wait()
@@ -98,13 +114,23 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         num_rollouts = -(-steps // recipe.steps_per_rollout)
         order = training_order(len(loaded.examples), num_rollouts * recipe.prompts_per_rollout, recipe.train.seed)
         stop = OrderlyStop(recipe.steps_per_rollout)
+
+        def checkpoint_saved() -> None:
+            mirrors.copy()
+            run_dir.remove_old_checkpoints(recipe.train.keep_checkpoints, spare=mirrors.in_use)
+
         trainer = APOTrainer(
             recipe=recipe,
             run_dir=run_dir,
             record_rollout=rollout_writer(run_dir, loaded.examples) if recipe.output.log_completions else None,
             more_figures=lambda: ranks.summed(
-                {"verifier_timeouts": verifier.timeouts, "verifier_crashes": verifier.crashes}
+                {
+                    "verifier_timeouts": verifier.timeouts,
+                    "verifier_crashes": verifier.crashes,
+                    "nonfinite_rewards": finite.replaced,
+                }
             ),
+            checkpoint_saved=checkpoint_saved,
             model=policy.model,
             processing_class=policy.processor,
             args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
@@ -112,13 +138,14 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             reward_funcs=rewards,
             callbacks=[
                 *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
+                *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),
                 stop,
             ],
         )
         started = time.perf_counter()
         with stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds, steps = time.perf_counter() - started, trainer.state.global_step
+        seconds, done = time.perf_counter() - started, trainer.state.global_step
 
         if ranks.is_main():
             _save_adapter(policy.model, run_dir)
@@ -126,35 +153,17 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             measure("after")
         troubles = trainer.more_figures() | {"steps skipped as not finite": trainer.nonfinite_guard.skipped}
     if ranks.is_main():
-        plots = write_plots(run_dir)
-        versions = json.loads(run_dir.environment.read_text())
-        write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, steps, versions))
-        say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
+        with full_disk_in_words(run_dir.path, kept):
+            plots = write_plots(run_dir)
+            versions = json.loads(run_dir.environment.read_text())
+            write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, done, versions))
+        say(closing_words(run_dir, evaluation, plots, seconds, done, troubles))
+        mirrors.finish()
     if trainer.nonfinite_guard.gave_up:
-        raise trainer.nonfinite_guard.stopped(steps)
+        raise trainer.nonfinite_guard.stopped(done)
+    if stop.requested:
+        raise stop.stopped(done, steps)
     return run_dir
-
-
-def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | None:
-    """The checkpoint to continue from; None for a fresh run, whose folder must not hold one yet."""
-    if resume is None:
-        run_dir.refuse_existing()
-        return None
-    checkpoint = run_dir.checkpoint_to_resume(resume)
-    before, after = load_recipe(run_dir.recipe).model_dump(), recipe.model_dump()
-    changed = [
-        f"{section}.{key}: {before[section][key]!r} there, {value!r} now"
-        for section, keys in after.items()
-        for key, value in keys.items()
-        if value != before[section][key] and not f"{section}.{key}".startswith(FREE_ON_RESUME)
-    ]
-    if changed:
-        raise RunDirError(
-            f"--resume: {run_dir.path} was made by another recipe; give the same values, or start a new run with "
-            "output.dir=DIR",
-            *changed,
-        )
-    return checkpoint
 
 
 @contextmanager
@@ -208,17 +217,25 @@ def _plan(recipe: Recipe, num_prompts: int) -> str:
     )
 
 
-def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None) -> None:
+def _restored(mirrors: Mirrors, run_dir: RunDir) -> None:
+    """Brings a run back whose directory is gone. The main process does it; the others see it done."""
+    if ranks.is_main():
+        if place := mirrors.restore():
+            say(f"{run_dir.path} was gone and is restored from {place}.")
+    else:
+        mirrors.wait_for_restored()
+
+
+def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None, resume: str | None, engine: str) -> None:
     """Makes the run directory, or takes its record back to the checkpoint."""
-    if checkpoint is None:
+    here = environment(engine)
+    if resume is None:
         run_dir.create()
     else:
-        for unfinished in run_dir.remove_unfinished_checkpoints():
-            say(f"{unfinished.name} was unfinished and is left out.")
-        run_dir.rewind(checkpoint_step(checkpoint))
-        say(f"Continuing from {checkpoint}.")
+        for line in [*take_back(run_dir, checkpoint), *changes_of_place(run_dir, here)]:
+            say(line)
     write_atomically(run_dir.recipe, recipe.to_yaml())
-    write_json(run_dir.environment, environment())
+    write_json(run_dir.environment, here)
 
 
 def run_preflight(recipe: Recipe) -> bool:
@@ -271,12 +288,14 @@ def report_checks(checks: list["Check"]) -> list[str]:
 
 def _save_adapter(model: Any, run_dir: RunDir) -> None:
     """Into a folder beside it first: adapter/ is always whole."""
-    temporary = run_dir.path / ".adapter.tmp"
+    temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the card of the run says more
-    shutil.rmtree(run_dir.adapter, ignore_errors=True)
+    if run_dir.adapter.exists():
+        run_dir.adapter.rename(old)
     temporary.rename(run_dir.adapter)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def say(text: str) -> None:

@@ -33,6 +33,7 @@ from apo_lora import ranks
 from apo_lora.apo import apo_loss
 from apo_lora.batches import row_slices
 from apo_lora.callbacks import NonFiniteGuard
+from apo_lora.disk import room_for_checkpoint
 from apo_lora.memory.peak import peak_memory
 from apo_lora.model import reference_mode
 from apo_lora.passes import Pass, PassSize, StepFigures, out_of_memory
@@ -59,10 +60,11 @@ class APOTrainer(GRPOTrainer):
         run_dir: RunDir,
         record_rollout: Callable[[int, ScoredRollout], None] | None = None,
         more_figures: Callable[[], dict[str, float]] = dict,
+        checkpoint_saved: Callable[[], None] = lambda: None,
         **trainer_arguments: Any,
     ):
-        """`record_rollout(step, scored)` is called once per rollout, on the main process alone, and `more_figures()`
-        once per optimizer step."""
+        """`record_rollout(step, scored)` is called once per rollout, on the main process alone, `more_figures()` once
+        per optimizer step, and `checkpoint_saved()` on the main process when one is whole."""
         asked = dict(vars(trainer_arguments["args"]))
         super().__init__(**trainer_arguments)
         changed = changed_values(self.args, asked)  # Unsloth's trainer decides precision again, for example
@@ -73,6 +75,7 @@ class APOTrainer(GRPOTrainer):
         self.run_dir = run_dir
         self.record_rollout = record_rollout
         self.more_figures = more_figures
+        self.checkpoint_saved = checkpoint_saved
         self.pass_size = PassSize(recipe.grpo.completions_per_pass)
         self.shares_prompts = recipe.grpo.shared_prompt
         if self.shares_prompts and (reason := obstacle(self.model)):
@@ -80,7 +83,12 @@ class APOTrainer(GRPOTrainer):
             self.shares_prompts = False
         self.rollout_features: list[Tensor | None] | None = None
         self.trained_parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.nonfinite_guard = NonFiniteGuard(self.model, recipe.train.max_nonfinite_steps)
+        self.nonfinite_guard = NonFiniteGuard(
+            self.model,
+            recipe.train.max_nonfinite_steps,
+            skipped_before=run_dir.last_metrics().get("skipped_nonfinite_steps", 0),
+            scaler=lambda: self.accelerator.scaler,
+        )
         self.add_callback(self.nonfinite_guard)
         self.rollout_figures: dict[str, float | None] = {}
         self._start_step()
@@ -331,10 +339,13 @@ class APOTrainer(GRPOTrainer):
         """Ours is written once, at the end, into the run directory."""
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with room_for_checkpoint(self.run_dir, folder, self.trained_parameters):
+            super()._save_checkpoint(model, trial)
+            if ranks.is_main():
+                seal_checkpoint(folder)
         if ranks.is_main():
-            seal_checkpoint(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            self.run_dir.remove_old_checkpoints(self.recipe.train.keep_checkpoints)
+            self.checkpoint_saved()
         ranks.wait()  # nobody trains on, or ends, beside a checkpoint that is half there
 
     def _save_rng_state(self, output_dir):

@@ -44,7 +44,9 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
 def generation_values(recipe: Recipe, never_sampled: list[int]) -> dict[str, Any]:
     """GRPOConfig's keys on who samples; the tokens `never_sampled` are held back in either one's own words."""
     if recipe.rollout.engine != "vllm":
-        return {"use_vllm": False, "generation_kwargs": {"suppress_tokens": never_sampled}}
+        # Sampling from logits with a NaN raises (on a GPU it ends the process); scored, they cost one step alone.
+        kwargs = {"suppress_tokens": never_sampled, "remove_invalid_values": True}
+        return {"use_vllm": False, "generation_kwargs": kwargs}
     return {
         "use_vllm": True,
         "vllm_mode": "colocate",

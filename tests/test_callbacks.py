@@ -1,12 +1,23 @@
 """What is said on the screen: readable lines, and alarms that come once and name a way out."""
 
+import contextlib
+import io
 import os
 import signal
 from types import SimpleNamespace
 
 import pytest
 
-from apo_lora.callbacks import SIGNAL_ALARM_STEPS, OrderlyStop, Screen, no_signal_warning, step_line
+from apo_lora import ranks
+from apo_lora.callbacks import (
+    ECHO_SECONDS,
+    SIGNAL_ALARM_STEPS,
+    OrderlyStop,
+    Screen,
+    TimedSave,
+    no_signal_warning,
+    step_line,
+)
 
 FIGURES = {
     "reward": 1.234, "accuracy": 0.75, "length_correct": 41.6, "length_wrong": None, "kl": 0.00123, "entropy": 0.2,
@@ -53,16 +64,78 @@ def test_the_alarm_points_at_the_reward_check_when_all_is_wrong():
     assert "check-rewards" in no_signal_warning({"all_right_groups": 0.0, "all_wrong_groups": 0.9})
 
 
+# --- stopping and saving ---------------------------------------------------------------------------------------------
+
+
+def control():
+    return SimpleNamespace(should_save=False, should_training_stop=False)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_the_end_of_the_rollout(number, capsys):
-    before = signal.getsignal(number)
-    stop = OrderlyStop(steps_per_rollout=2)
+def test_a_signal_waits_for_the_end_of_the_rollout(number):
+    before, now = signal.getsignal(number), [0.0]
+    stop = OrderlyStop(steps_per_rollout=2, clock=lambda: now[0])
     with stop:
         os.kill(os.getpid(), number)
-        first, second = (SimpleNamespace(should_save=False, should_training_stop=False) for _ in range(2))
+        now[0] = ECHO_SECONDS - 0.01
+        os.kill(os.getpid(), number)  # a launcher passing it on
+        first, second = control(), control()
         stop.on_step_end(None, SimpleNamespace(global_step=3), first)
         stop.on_step_end(None, SimpleNamespace(global_step=4), second)
+        now[0] = ECHO_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert not first.should_training_stop and second.should_training_stop and second.should_save
     assert signal.getsignal(number) == before
+    stopped = stop.stopped(4, 10)
+    assert stopped.exit_code == 128 + number and f"by {number.name} after step 4 of 10" in str(stopped)
+
+
+def test_a_signal_inside_a_write_to_the_screen_is_no_error(capfd):
+    """Python's buffered streams refuse to be entered twice."""
+    stop = OrderlyStop(steps_per_rollout=1)
+
+    class Interrupting(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return len(content)
+
+    stream = io.TextIOWrapper(io.BufferedWriter(Interrupting()))
+    with stop, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        print("a line", flush=True)
+    assert stop.requested and "Stopping after this step" in capfd.readouterr().err
+
+
+def saves(minutes, steps_per_rollout, seconds_per_step, steps, saved_by_others=()):
+    """The steps after which TimedSave asks for a checkpoint."""
+    now, asked = [1000.0], []
+    timed = TimedSave(minutes, steps_per_rollout, clock=lambda: now[0])
+    timed.on_train_begin(None, None, None)
+    for step in range(1, steps + 1):
+        now[0] += seconds_per_step
+        decision = control()
+        timed.on_step_end(None, SimpleNamespace(global_step=step), decision)
+        if decision.should_save:
+            asked.append(step)
+        if decision.should_save or step in saved_by_others:
+            timed.on_save(None, None, None)
+    return asked
+
+
+def test_minutes_save_at_rollout_borders():
+    assert saves(1, 1, seconds_per_step=20, steps=9) == [3, 6, 9]
+    assert saves(1, 2, seconds_per_step=20, steps=9) == [4, 8]  # step 3 lies inside a rollout
+    assert saves(1, 1, seconds_per_step=20, steps=9, saved_by_others=(2,)) == [5, 8]  # save_steps saves too
+    assert saves(0.01, 3, seconds_per_step=20, steps=9) == [3, 6, 9]
+
+
+def test_the_main_process_decides_when_to_save(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ranks, "any_rank", lambda flag: asked.append(flag) or flag)
+    assert saves(1, 1, 100, 1) == [1]
+    monkeypatch.setenv("RANK", "1")
+    assert saves(1, 1, 100, 1) == []
+    assert asked == [True, False]  # both took part

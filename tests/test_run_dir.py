@@ -58,6 +58,8 @@ def test_the_last_whole_checkpoint_is_resumed(run):
     [
         (lambda path: (path / "complete.json").unlink(), "has no complete.json"),
         (lambda path: (path / "complete.json").write_text('{"adapter'), "cannot be read"),
+        (lambda path: (path / "complete.json").write_text("[]"), "cannot be read"),
+        (lambda path: (path / "complete.json").write_bytes(b"\xff{}"), "cannot be read"),
         (lambda path: (path / "trainer_state.json").unlink(), "trainer_state.json is missing"),
         (lambda path: (path / "adapter_model.safetensors").write_bytes(bytes(range(99))), "changed or cut short"),
         (lambda path: (path / "adapter_model.safetensors").write_bytes(bytes(range(99)) + b"x"), "changed or cut"),
@@ -73,11 +75,55 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(run, damage
         run.checkpoint_to_resume(str(damaged))
 
 
-def test_nothing_to_resume_is_one_line(tmp_path, run):
-    for run_dir in (run, RunDir(tmp_path / "nowhere")):
-        with pytest.raises(RunDirError) as error:
-            run_dir.checkpoint_to_resume("auto")
-        assert len(error.value.problems) == 1
+def test_before_the_first_checkpoint_there_is_none_to_resume(tmp_path, run):
+    assert run.checkpoint_to_resume("auto") is None
+    checkpoint(run, 1, sealed=False)  # killed inside the first save
+    assert run.checkpoint_to_resume("auto") is None
+    assert RunDir(tmp_path / "nowhere").checkpoint_to_resume("auto") is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run):
+    (checkpoint(run, 5) / "trainer_state.json").unlink()
+    with pytest.raises(RunDirError) as error:
+        run.checkpoint_to_resume("auto")
+    assert "holds no whole checkpoint any more" in str(error.value) and "trainer_state.json is missing" in str(
+        error.value
+    )
+
+
+def test_a_folder_of_other_files_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirError, match="holds other files and no run"):
+        RunDir(tmp_path).checkpoint_to_resume("auto")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="is a file"):
+        RunDir(tmp_path / "file").checkpoint_to_resume("auto")
+
+
+def test_starting_again_drops_the_record(run):
+    append_jsonl(run.metrics, [{"step": 1}])
+    run.evaluation.write_text("{}")
+    run.start_again()
+    assert list(read_jsonl(run.metrics)) == [] and not run.evaluation.exists()
+
+
+def test_going_back_removes_what_comes_later(run):
+    for step in (2, 4, 6):
+        checkpoint(run, step)
+    assert [path.name for path in run.remove_later_checkpoints(2)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
+
+
+def test_temporaries_of_a_kill_go_and_files_stay(run):
+    run.images.mkdir()
+    (run.path / ".adapter.tmp").mkdir()
+    litter = [run.path / ".recipe.tmp.yaml", run.images / ".boards-1.tmp.png", run.path / ".adapter.tmp/weights"]
+    for path in litter:
+        path.write_text("")
+    append_jsonl(run.metrics, [{"step": 1}])
+    run.remove_temporaries()
+    assert not [path for path in litter if path.exists()]
+    assert {path.name for path in run.path.iterdir()} == {"checkpoints", "images", "metrics.jsonl"}
 
 
 def test_old_checkpoints_go_and_whole_ones_stay(run):
@@ -86,7 +132,7 @@ def test_old_checkpoints_go_and_whole_ones_stay(run):
     unfinished = checkpoint(run, 5, sealed=False)
     run.remove_old_checkpoints(keep=2)
     assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-3", "checkpoint-4"]
-    assert run.remove_unfinished_checkpoints() == [unfinished]
+    assert run.remove_all_but_whole_checkpoints() == {unfinished.name: "it has no complete.json: its writing was cut"}
     assert all(is_whole(path) for path in run.checkpoints.iterdir())
 
 

@@ -29,7 +29,8 @@ def test_it_is_off_by_default(name):
     recipe = recipe_of(name=name)
     assert recipe.rollout.engine == "transformers"
     assert vllm_problem(recipe, has_gpu=False) is None and loading_options(recipe) == {}
-    assert generation_values(recipe, [7]) == {"use_vllm": False, "generation_kwargs": {"suppress_tokens": [7]}}
+    kwargs = {"suppress_tokens": [7], "remove_invalid_values": True}
+    assert generation_values(recipe, [7]) == {"use_vllm": False, "generation_kwargs": kwargs}
 
 
 @pytest.mark.parametrize(

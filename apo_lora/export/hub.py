@@ -38,7 +38,7 @@ def push(
     if not sys.stderr.isatty():
         disable_progress_bars()
     logging.set_verbosity_error()  # its warnings on the way show upload addresses, which are signed
-    with _one_line_errors(repo):
+    with one_line_errors(repo):
         token = get_token()
         if not token:
             raise HubError(f"{repo}: no token for the Hub; make one with write access at {TOKENS}, put it in HF_TOKEN")
@@ -98,7 +98,7 @@ def _check_name(repo: str) -> None:
 
 
 @contextmanager
-def _one_line_errors(repo: str) -> Iterator[None]:
+def one_line_errors(repo: str) -> Iterator[None]:
     """Turns what huggingface_hub raises into one line that says what to do."""
     import httpx
 
