@@ -39,6 +39,19 @@ def tiny_policy(load_tiny):
     return load_tiny()
 
 
+@pytest.fixture(scope="session")
+def real_3b():
+    """The real configuration on the meta device: every parameter, no memory."""
+    import torch
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = SHARED_DATA / "qwen2.5-vl-3b-processor"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    with torch.device("meta"):
+        return Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
+
+
 @pytest.fixture
 def stir_adapter():
     """Gives a fresh adapter (whose B is zero) values, so that it changes the model."""

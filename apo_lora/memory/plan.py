@@ -1,6 +1,6 @@
 """How much GPU memory a recipe needs: an analytic estimate from the model's sizes. No torch, no GPU, no weights.
 
-Weights, adapters, optimizer state and KV cache are exact (tests/test_memory_plan.py counts them on real objects).
+Weights, adapters, optimizer state and KV cache are exact (tests/test_memory_bytes.py counts them on real objects).
 Activations are formulas with these assumptions:
 
 - the longest prompt the recipe admits, one image of `data.max_pixels` in it, every completion at full length;
@@ -296,7 +296,7 @@ def kept_activations(shape: ModelShape, recipe: Recipe, load: Load, patches: int
 
 # --- one layer -------------------------------------------------------------------------------------------------------
 # Values per token that are live together, fitted to within a few percent to transformers' own layers with LoRA on them,
-# bf16 under autocast on a CPU, allocator watched (tests/test_memory_plan.py repeats it).
+# bf16 under autocast on a CPU, allocator watched (tests/test_activation_memory.py repeats it).
 
 
 def layer_forward(shape: ModelShape, tokens: int, size: int) -> int:
