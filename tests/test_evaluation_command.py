@@ -8,6 +8,8 @@ import time
 
 import pytest
 import torch
+from conftest import PROJECT
+from unsloth_on_cpu import run_script
 
 from apo_lora.cli import main
 from apo_lora.evaluation import answering
@@ -305,3 +307,17 @@ def test_an_export_in_place_of_the_adapter(run, capsys):
     base = [[row["text"] for row in rows if row["model"] == "base"] for rows in (of_adapter, of_export)]
     assert texts[0] == texts[1] and base[0] == base[1] and base[0] != texts[0]
     assert "sign test p" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_unsloths_generate_gives_the_same_answers_and_entropies(run, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("Unsloth on a CPU is for hosts without a GPU")
+    arguments = [str(run.path), "--batch-size", "3", "--name", "unsloth"]
+    finished = run_script(PROJECT / "tests" / "unsloth_eval.py", *arguments, folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "through unsloth" in finished.stdout
+    assert evaluate(run) == 0
+    plain, unsloth = answers(run), answers(run, "unsloth")
+    assert [row["text"] for row in plain] == [row["text"] for row in unsloth]
+    assert [row["entropy"] for row in plain] == pytest.approx([row["entropy"] for row in unsloth], rel=1e-3)

@@ -35,6 +35,7 @@ def test_summary_counts():
     assert figures["entropy"] == pytest.approx(0.4)
     assert {name: of["accuracy"] for name, of in figures["categories"].items()} == {"a": 1.0, "b": 0.5}
     assert list(figures["categories"]) == ["a", "b"] and figures["categories"]["b"]["items"] == 2
+    assert figures["categories"]["b"]["length_wrong"] == 60 and figures["categories"]["a"]["truncated"] == 1
 
 
 def test_nothing_right_has_no_length():
@@ -85,13 +86,13 @@ def figures_of(answers, titles, **about):
 
 
 def test_table_of_two_models():
-    rows = [row(n, n == 1, category="easy", sample=s) for n in (1, 2) for s in (0, 1, 2)]
-    rows += [row(n, True, model="tuned", category="easy", sample=s, length=7) for n in (1, 2) for s in (0, 1, 2)]
+    rows = [row(n, n == 1, category=f"kind {n}", sample=s) for n in (1, 2) for s in (0, 1, 2)]
+    rows += [row(n, True, model="tuned", category=f"kind {n}", sample=s, length=7) for n in (1, 2) for s in (0, 1, 2)]
     text = "\n".join(table(figures_of(rows, ["reasoning"])))
     assert re.search(r"reasoning +2 +0.500 \(0.09-0.91\) +1.000 \(0.34-1.00\) +\+0.500 \(.*\) +1 / 0 +1$", text, re.M)
     assert re.search(r"reasoning +tuned +7 +- +0.000 +0.000 +0.500", text)
     assert re.search(r"reasoning +2 +0.500 .* 1.000 .* \+0.500", text.split("pass@k")[1])
-    assert "reasoning: easy" in text and "paper" not in text
+    assert re.search(r"reasoning: kind 2 +1 +0.000 .* +1.000 .* \+1.000", text) and "paper" not in text
 
 
 def test_table_of_the_base_alone():

@@ -85,6 +85,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
         with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
             switched = policies(recipe, source, exported, {batch.model for batch in todo})
             answer(todo, wanted, switched, recipe, verifier.score, record, run)
+            if given_up := verifier.timeouts + verifier.crashes:
+                print(f"{given_up} answers could not be verified (time or memory) and count as wrong.")
     except KeyboardInterrupt:
         print(f"Stopped. What was answered is kept in {record.answers}; the same command goes on.", file=sys.stderr)
         return 130
