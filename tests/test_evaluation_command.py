@@ -214,6 +214,29 @@ def test_data_of_ones_own(run, tmp_path, capsys):
     assert figures["sets"]["own"]["dropped"] == {"image missing": 1} and figures["sets"]["own"]["rows"] == 5
 
 
+def test_pictures_are_copied_small_and_damaged_ones_left_out(run, tmp_path, capsys):
+    import io
+
+    import pandas
+    from PIL import Image
+
+    def png(size):
+        stream = io.BytesIO()
+        Image.effect_noise(size, 50).save(stream, "PNG")
+        return stream.getvalue()
+
+    pictures = [png((1600, 900)), png((84, 84)), png((84, 84))[:-2000]]  # the last one has its header still
+    table = pandas.DataFrame({"problem": ["How many?"] * 3, "answer": ["1"] * 3, "image": pictures})
+    table.to_parquet(tmp_path / "own.parquet")
+    assert evaluate(run, "--data", str(tmp_path / "own.parquet"), "--set", "data.max_pixels=50176") == 0
+    assert "1 dropped (1 image unreadable: row 3)" in capsys.readouterr().out
+    sizes = []
+    for row in answers(run, "own")[:2]:
+        with Image.open(run.path / row["images"][0]) as picture:
+            sizes.append((picture.format, picture.size))
+    assert sizes == [("WEBP", (768, 432)), ("WEBP", (84, 84))]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

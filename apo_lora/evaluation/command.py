@@ -191,10 +191,13 @@ def _import_engine(recipe: Recipe) -> None:
 
 
 def _load(spec: SetSpec, recipe: Recipe, processor: Any) -> "Loaded":
-    from apo_lora.data import drop_long_prompts, load_examples
+    from apo_lora.data import drop_long_prompts, drop_undecodable, load_examples
 
     rows = load_examples(spec.spec, recipe.data, split=spec.split, limit=spec.limit, seed=recipe.train.seed)
-    loaded = drop_long_prompts(rows, processor, recipe.data)
+    # A damaged picture must not stop an evaluation after hours.
+    loaded = drop_undecodable(drop_long_prompts(rows, processor, recipe.data))
+    if not loaded.examples:
+        raise DataError(f"{loaded.summary()}; nothing is left to measure")
     print(loaded.summary(), flush=True)
     return loaded
 
