@@ -5,6 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,6 +333,27 @@ def test_an_export_in_place_of_the_adapter(run, capsys):
     base = [[row["text"] for row in rows if row["model"] == "base"] for rows in (of_adapter, of_export)]
     assert texts[0] == texts[1] and base[0] == base[1] and base[0] != texts[0]
     assert "sign test p" in capsys.readouterr().out
+
+
+def test_the_base_is_gone_before_an_export_is_loaded(monkeypatch):
+    """Two models of three billion parameters would not fit."""
+    loaded = []
+
+    class Model:
+        summary, model = "a model", None
+
+    def load(model, *arguments, **options):
+        assert not [name for name, reference in loaded if reference() is not None]
+        policy = Model()
+        loaded.append((model.name, weakref.ref(policy)))
+        return policy
+
+    monkeypatch.setattr(answering, "load_policy", load)
+    monkeypatch.setattr(answering, "reference_mode", lambda model: nullcontext())
+    recipe = load_recipe(find_recipe("tiny_cpu"), ["model.load_in_4bit=true"])
+    models = answering.policies(recipe, None, Path("an/export"), {"base", "tuned"})
+    answering.answer([], [], models, recipe, None, None, None)
+    assert [name for name, _ in loaded] == ["tiny", "an/export"]
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def answer(
                 bar.set_description(f"{model}: {batch.title}, {'sampled' if batch.sample else 'greedy'}")
                 record.add(_answered(batch, policy, recipe, score, record, run))
                 bar.update(len(batch.examples))
+        del policy  # before the next model is loaded
 
 
 def _answered(

@@ -131,7 +131,7 @@ def sets_to_measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Se
         specs = [(title_of(spec), SetSpec(spec, split, options.limit)) for spec in named]
     else:
         held_out = {"reasoning": data.eval, "general": data.general}
-        limit = min(options.limit or data.eval_limit, data.eval_limit)
+        limit = options.limit or data.eval_limit
         specs = [(title, SetSpec(spec, split, limit)) for title, spec in held_out.items() if spec]
     if not specs:
         raise DataError("data.eval: the run's recipe names no held-out data; give some with --data D")
