@@ -128,7 +128,9 @@ def _with_evaluation(parser: argparse.ArgumentParser) -> None:
         "(mathvista, mathverse, mmk12, mmstar, mmmu); may be given several times",
     )
     parser.add_argument("--split", metavar="S", help="split of a Hugging Face id; else data.eval_split")
-    parser.add_argument("--limit", metavar="N", type=_count, help="the first N rows of each data set alone")
+    parser.add_argument(
+        "--limit", metavar="N", type=_count, help="the first N rows of each; else data.eval_limit, or all of --data"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--base", action="store_true", help="measure the base model alone; the tuned one can follow")
     which.add_argument("--model", metavar="FOLDER", help="an exported (merged) model in place of the run's adapter")

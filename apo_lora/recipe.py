@@ -63,7 +63,8 @@ class LoraSection(Section):
 
 class DataSection(Section):
     train: str
-    """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder holding one, or a Hugging Face id."""
+    """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder holding one, a Hugging Face id, or a
+    benchmark's name (`apo-lora eval --help` lists them)."""
     eval: str | None = None
     """Held-out items, measured before and after training. Same forms as `train`."""
     general: str | None = None

@@ -42,15 +42,19 @@ def _prompt(example: Example, run_dir: RunDir) -> dict[str, object]:
     return {"row": example.row, "prompt": example.problem, "images": images}
 
 
-def saved_image(image: ImageRef, folder: Path, root: Path) -> str:
+def saved_image(image: ImageRef, folder: Path, root: Path, *, longest: int | None = None) -> str:
     """The image's own path if it is a file, else that of a copy in `folder`, from `root` (the run directory) on.
 
-    Images of different data sets may have the same name ("row 5 image 1"): each set has a folder of its own.
+    Images of different data sets may have the same name ("row 5 image 1"): each set has a folder of its own. `longest`
+    makes the copy one to look at, of so many pixels at most and compressed: of a benchmark there are thousands.
     """
     if image.path is not None:
         return str(image.path)
-    target = folder / (image.name.replace("/", "-").replace(" ", "-") + ".png")
+    target = folder / (image.name.replace("/", "-").replace(" ", "-") + (".webp" if longest else ".png"))
     if not target.exists():
+        picture = image.open()
+        if longest:
+            picture.thumbnail((longest, longest))
         with replacing(target) as temporary:  # half a picture would never be written again
-            image.open().save(temporary)
+            picture.save(temporary)
     return str(target.relative_to(root))

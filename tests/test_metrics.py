@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from apo_lora.apo import assign_credit
-from apo_lora.evaluation.statistics import wilson_interval
 from apo_lora.metrics import TokenMeans, rollout_metrics
 
 
@@ -49,12 +48,3 @@ def test_token_means_add_over_micro_batches():
     assert figures["kl_positives"] == pytest.approx(k3[0] / 2, rel=1e-4)
     assert figures["kl_negatives"] == pytest.approx(k3[1], rel=1e-4)
     assert figures["kl"] == pytest.approx((k3[0] + 3 * k3[1]) / 5, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("right", "total", "low", "high"),
-    # worked from Wilson's formula with z = 1.96
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
-)
-def test_wilson_interval(right, total, low, high):
-    assert wilson_interval(right, total) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))

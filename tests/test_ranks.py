@@ -110,6 +110,9 @@ def test_the_record_is_whole(run_of_two):
     assert [row["step"] for row in completions] == [1] * 12 + [2] * 12 + [3] * 12
     assert all(len({row["prompt"] for row in completions[i : i + 4]}) == 1 for i in range(0, 36, 4))
     assert json.loads((folder / "run" / "eval.json").read_text())["after"]["reasoning"]["items"] == 9
+    answers = rows(folder / "run" / "answers.jsonl")
+    assert [(row["model"], row["row"]) for row in answers] == [(m, n) for m in ("base", "tuned") for n in range(1, 10)]
+    assert all((folder / "run" / image).is_file() for row in answers for image in row["images"])
     assert json.loads((folder / "run" / "environment.json").read_text())["processes"] == 2
     assert run.stdout.count("3 per pass of each of 2 processes") == 1  # said once
 

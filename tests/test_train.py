@@ -70,6 +70,20 @@ def test_a_run_is_a_record(finished_run):
     assert environment["packages"]["trl"] and environment["python"]
     evaluation = json.loads(run.evaluation.read_text())
     assert {"before", "after"} == evaluation.keys() and evaluation["before"]["reasoning"]["items"] == 8
+    answers = list(read_jsonl(run.answers))
+    assert sorted((row["set"], row["model"], row["row"], row["sample"]) for row in answers) == [
+        (title, model, row, 0)
+        for title in ("general", "reasoning")
+        for model in ("base", "tuned")
+        for row in range(1, 9)
+    ]
+    for row in answers:
+        assert {"problem", "gold", "choices", "category", "text", "answer", "length", "truncated", "well_formatted",
+                "entropy"} <= row.keys()  # fmt: skip
+        assert row["images"] and all((run.path / image).is_file() for image in row["images"])
+    for when, model in (("before", "base"), ("after", "tuned")):
+        right = [row["correct"] for row in answers if (row["set"], row["model"]) == ("reasoning", model)]
+        assert evaluation[when]["reasoning"]["accuracy"] == sum(right) / 8
     card = run.model_card.read_text()
     assert card.startswith("---\nlibrary_name: peft") and "| reasoning | accuracy (95 % interval) |" in card
     assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-2", "checkpoint-4"]
@@ -124,6 +138,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(finished_run, tmp_path):
         for r in (run, finished_run)
     ]
     assert rows[0] == rows[1]
+    assert run.answers.read_text() == finished_run.answers.read_text()  # its first "after" gave way to the second
 
 
 def test_a_resume_on_the_border_of_two_epochs(tmp_path):

@@ -18,6 +18,9 @@ from apo_lora.recipe import Recipe
 from apo_lora.rollout_record import saved_image
 from apo_lora.run_dir import RunDir
 
+COPY_PIXELS = 768
+"""Longest side of a copied picture."""
+
 
 def policies(
     recipe: Recipe, source: AdapterSource | None, exported: Path | None, models: set[str]
@@ -81,6 +84,7 @@ def answer(
                 bar.set_description(f"{model}: {batch.title}, {'sampled' if batch.sample else 'greedy'}")
                 record.add(_answered(batch, policy, recipe, score, record, run))
                 bar.update(len(batch.examples))
+        del policy  # before the next model is loaded
 
 
 def _answered(
@@ -96,7 +100,10 @@ def _answered(
             "where there are answers already)"
         ) from None
     folder = record.images / batch.title
-    images = [[saved_image(image, folder, run.path) for image in example.images] for example in batch.examples]
+    images = [
+        [saved_image(image, folder, run.path, longest=COPY_PIXELS) for image in example.images]
+        for example in batch.examples
+    ]
     return [
         answer_row(batch.title, batch.model, batch.sample, example, answer, paths, greedy=greedy)
         for example, answer, paths in zip(batch.examples, answers, images, strict=True)

@@ -86,6 +86,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
         with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
             switched = policies(recipe, source, exported, {batch.model for batch in todo})
             answer(todo, wanted, switched, recipe, verifier.score, record, run)
+            if given_up := verifier.timeouts + verifier.crashes:
+                print(f"{given_up} answers could not be verified (time or memory) and count as wrong.")
     except KeyboardInterrupt:
         print(f"Stopped. What was answered is kept in {record.answers}; the same command goes on.", file=sys.stderr)
         return 130
@@ -130,7 +132,7 @@ def sets_to_measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Se
         specs = [(title_of(spec), SetSpec(spec, split, options.limit)) for spec in named]
     else:
         held_out = {"reasoning": data.eval, "general": data.general}
-        limit = min(options.limit or data.eval_limit, data.eval_limit)
+        limit = options.limit or data.eval_limit
         specs = [(title, SetSpec(spec, split, limit)) for title, spec in held_out.items() if spec]
     if not specs:
         raise DataError("data.eval: the run's recipe names no held-out data; give some with --data D")
@@ -178,10 +180,13 @@ def _fingerprint_of_tuned(source: AdapterSource | None, exported: Path | None) -
 
 
 def _load(spec: SetSpec, recipe: Recipe, processor: Any) -> "Loaded":
-    from apo_lora.data.examples import drop_long_prompts, load_examples
+    from apo_lora.data.examples import drop_long_prompts, drop_undecodable, load_examples
 
     rows = load_examples(spec.spec, recipe.data, split=spec.split, limit=spec.limit, seed=recipe.train.seed)
-    loaded = drop_long_prompts(rows, processor, recipe.data)
+    # A damaged picture must not stop an evaluation after hours.
+    loaded = drop_undecodable(drop_long_prompts(rows, processor, recipe.data))
+    if not loaded.examples:
+        raise DataError(f"{loaded.summary()}; nothing is left to measure")
     print(loaded.summary(), flush=True)
     return loaded
 

@@ -50,16 +50,24 @@ def all_figures(rows: Sequence[Row], items: Mapping[str, int]) -> dict[str, Any]
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Of one completion per item: accuracy with its interval, mean tokens when right and when wrong, and fractions.
 
-    `entropy` is the mean over completions of their nats per token.
+    `entropy` is the mean over completions of their nats per token. `categories` has the same for each of them.
     """
+    return _figures(rows) | {"categories": {name: _figures(members) for name, members in _by_category(rows).items()}}
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Any]:
+    right = sum(row["correct"] for row in rows)
+    low, high = wilson_interval(right, len(rows))
     return {
-        **_accuracy(rows),
+        "items": len(rows),
+        "accuracy": right / len(rows),
+        "accuracy_95_low": low,
+        "accuracy_95_high": high,
         "length_correct": _mean([row["length"] for row in rows if row["correct"]]),
         "length_wrong": _mean([row["length"] for row in rows if not row["correct"]]),
         "truncated": _mean([row["truncated"] for row in rows]),
         "well_formatted": _mean([row["well_formatted"] for row in rows]),
         "entropy": _mean([row["entropy"] for row in rows if row.get("entropy") is not None]),
-        "categories": {category: _accuracy(members) for category, members in _by_category(rows).items()},
     }
 
 
@@ -99,12 +107,6 @@ def passes_compared(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dict
 def powers_up_to(most: int) -> list[int]:
     """1, 2, 4, ... and `most` itself."""
     return sorted({2**i for i in range(most.bit_length())} | {most}) if most else []
-
-
-def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
-    right = sum(row["correct"] for row in rows)
-    low, high = wilson_interval(right, len(rows))
-    return {"items": len(rows), "accuracy": right / len(rows), "accuracy_95_low": low, "accuracy_95_high": high}
 
 
 def _pairs(base: Sequence[Row], tuned: Sequence[Row]) -> Pairs:

@@ -81,7 +81,8 @@ def _categories(figures: Figures) -> list[str]:
     models = _models(figures)
     rows = []
     for title in figures["sets"]:
-        for category, of_category in figures[models[0]][title]["categories"].items():
+        categories = figures[models[0]][title]["categories"]
+        for category, of_category in categories.items() if len(categories) > 1 else ():
             shares = [_share(figures[model][title]["categories"][category]) for model in models]
             compared = figures.get("difference", {}).get(title, {}).get("categories", {}).get(category)
             rows.append([f"{title}: {category}", str(of_category["items"]), *shares, *_difference(compared)])
