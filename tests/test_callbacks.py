@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo_lora.callbacks import SIGNAL_ALARM_STEPS, OrderlyStop, Screen, no_signal_warning, step_line
+from apo_lora.callbacks import OrderlyStop, Screen, step_line
+from apo_lora.learning_signal import SIGNAL_ALARM_STEPS, no_signal_warning
 
 FIGURES = {
     "reward": 1.234, "accuracy": 0.75, "length_correct": 41.6, "length_wrong": None, "kl": 0.00123, "entropy": 0.2,
