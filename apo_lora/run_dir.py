@@ -6,6 +6,7 @@
     eval.json          before and after
     adapter/           the result, in PEFT's format      plots/             PNG
     checkpoints/       checkpoint-STEP folders           README.md          model card
+    report.html        what `apo-lora report` makes of all this
 
 A checkpoint counts only with its complete.json, which is written last and lists every file's size and hash. So a kill
 at any moment leaves either a whole checkpoint or one that is recognised as unfinished.
@@ -36,11 +37,14 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions.jsonl"
         self.evaluation = self.path / "eval.json"
+        self.answers = self.path / "answers.jsonl"
+        self.evaluations = self.path / "evaluations"
         self.model_card = self.path / "README.md"
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"
         self.images = self.path / "images"
         self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
 
     def refuse_existing(self) -> None:
         """Raises RunDirError if something is already there: nothing is ever overwritten."""

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -56,6 +57,8 @@ def test_a_step_without_a_value_is_a_gap_and_long_runs_are_thinned(tmp_path):
     (run,) = read_runs([write_run(tmp_path / "run", steps=7)])
     assert [len(stretch) for stretch in curve([run], "length_wrong").raw] == [4, 2]  # none at step 5
     run.steps[:] = [metrics_row(step) for step in range(1, 2002)]
+    (line,) = curve([run], "length_wrong").line  # none at every fifth step, which no thinning may pick out
+    assert MOST_POINTS / 2 < len(line) <= MOST_POINTS
     (line,) = curve([run], "accuracy").line
     assert MOST_POINTS / 2 < len(line) <= MOST_POINTS and line[-1][0] == 2001
 
@@ -146,7 +149,7 @@ def test_time_is_shared_out_and_memory_is_the_highest(run_folder):
     run.steps[3]["peak_memory_bytes"] = 3 * 2**30
     spent = cost([run])
     assert [phase.share for phase in spent.phases] == [0.5, 0.0, 0.25, 0.25]
-    assert (spent.seconds, spent.hours, spent.tokens_per_second) == (4.0, "48 s", 1000.0)
+    assert (spent.seconds, spent.whole, spent.tokens_per_second) == (4.0, "48 s", 1000.0)
     assert spent.peak_memory == "3.00"
     run.environment["gpu"] = {"name": "some GPU", "memory_bytes": 8 * 2**30}
     assert cost([run]).peak_memory == "3.00 of 8.0"
@@ -179,14 +182,15 @@ def test_pictures_are_kept_once_and_a_lost_one_is_no_error(run_folder):
     assert by_row["reasoning 2, level1"]["choices"] == ["2", "3", "4"]
 
 
-def test_what_changed_comes_first_where_not_all_fits(run_folder):
+def test_every_outcome_is_shown_where_not_all_fits(run_folder):
     everything = gallery(read_runs([run_folder]), most_bytes=10**6)
     most = len(everything.to_json()) // 2
     some = gallery(read_runs([run_folder]), most_bytes=most)
     (source,) = some.sources
     assert len(some.to_json().encode("utf-8", "replace")) <= most + 200
     assert 16 <= len(source.items) < source.total == 40
-    assert [item["outcome"] for item in source.items].count("fixed") == 12
+    outcomes = Counter(item["outcome"] for item in source.items)
+    assert outcomes["broken"] == outcomes["wrong"] == 4 and outcomes["fixed"] >= 4 and outcomes["right"] >= 4
     assert gallery(read_runs([run_folder]), most_bytes=10).pictures == []
 
 

@@ -31,10 +31,12 @@ class Pair:
 
 
 def paired(rows: Iterable[Row]) -> list[Pair]:
-    """In the order of the file. Rows are paired by set, row and sample."""
+    """In the order of the file. Rows are paired by set, row and sample; the likeliest answer is no sample."""
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault((row["set"], row["row"], row.get("sample", 0)), {})[row["model"]] = row
+        found.setdefault((row["set"], row["row"], row.get("sample", 0), row.get("greedy", False)), {})[row["model"]] = (
+            row
+        )
     return [Pair(models.get("base"), models.get("tuned")) for models in found.values()]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from apo_lora.report.curves import Curve, Points
 
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 48, 20, 10, 38
 """Margins of the plotting area."""
 
 

@@ -28,12 +28,16 @@ class Cost:
     phases: list[Phase]
     seconds: float
     """Mean of a step."""
-    hours: str
+    whole: str
     """All recorded steps of a run, in words; of several runs, the mean."""
     tokens_per_second: float | None
     """Sampled, mean over steps."""
     peak_memory: str | None
     """GiB; of the GPU where there is one, else of the process."""
+
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{phase.words} {100 * phase.share:.0f} %" for phase in self.phases)
 
 
 def cost(runs: Sequence[Run]) -> Cost | None:
@@ -49,7 +53,7 @@ def cost(runs: Sequence[Run]) -> Cost | None:
             Phase(name, PHASES[name], value, value / (sum(spent.values()) or 1.0)) for name, value in spent.items()
         ],
         seconds=seconds,
-        hours=duration(seconds * len(timed) / len(runs)),
+        whole=duration(seconds * len(timed) / len(runs)),
         tokens_per_second=_mean(speeds) if speeds else None,
         peak_memory=_peak_memory(runs),
     )

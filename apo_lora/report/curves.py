@@ -45,12 +45,12 @@ def curve(runs: Sequence[Run], metric: str) -> Curve:
     measured = [values for run in runs if (values := run.values(metric))]
     if not measured:
         return Curve([])
-    means, steps = [running_mean(values) for values in measured], _steps(runs)
+    means, chunks = [running_mean(values) for values in measured], _chunks(runs)
     shared = {step: [mean[step] for mean in means] for step in set.intersection(*map(set, means))}
-    line = _stretches({step: (sum(values) / len(values),) for step, values in shared.items()}, steps)
+    line = _stretches({step: (sum(values) / len(values),) for step, values in shared.items()}, chunks)
     if len(measured) > 1:
-        return Curve(line, band=_stretches({step: (min(v), max(v)) for step, v in shared.items()}, steps))
-    return Curve(line, raw=_stretches({step: (value,) for step, value in measured[0].items()}, steps))
+        return Curve(line, band=_stretches({step: (min(v), max(v)) for step, v in shared.items()}, chunks))
+    return Curve(line, raw=_stretches({step: (value,) for step, value in measured[0].items()}, chunks))
 
 
 def last_value(runs: Sequence[Run], metric: str) -> list[float]:
@@ -68,17 +68,19 @@ def running_mean(values: dict[int, float], window: int = WINDOW) -> dict[int, fl
     return means
 
 
-def _steps(runs: Sequence[Run]) -> list[int]:
-    """Every recorded step, thinned evenly to what a panel can show; the last one always."""
+def _chunks(runs: Sequence[Run]) -> list[list[int]]:
+    """Every recorded step, in as many chunks as a panel can show."""
     steps = sorted({row["step"] for run in runs for row in run.steps})
-    every = -(-len(steps) // MOST_POINTS)
-    return steps[:: -every or 1][::-1]
+    size = -(-len(steps) // MOST_POINTS)
+    return [steps[start : start + size] for start in range(0, len(steps), size or 1)]
 
 
-def _stretches(values: dict[int, tuple[float, ...]], steps: Sequence[int]) -> list[list[tuple]]:
+def _stretches(values: dict[int, tuple[float, ...]], chunks: Sequence[Sequence[int]]) -> list[list[tuple]]:
+    """Of each chunk the last step that has a value; a chunk without one is a gap."""
     stretches: list[list[tuple]] = [[]]
-    for step in steps:
-        if step in values:
+    for chunk in chunks:
+        step = next((step for step in reversed(chunk) if step in values), None)
+        if step is not None:
             stretches[-1].append((step, *values[step]))
         elif stretches[-1]:
             stretches.append([])

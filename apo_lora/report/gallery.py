@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from apo_lora.data_images import ImageRef
 from apo_lora.errors import DataError
-from apo_lora.report.answers import Pair, Tally, paired, tallies
-from apo_lora.report.runs import OWN_ANSWERS, Row, Run, answer_files, prompt_groups, read_answers
+from apo_lora.report.answers import OUTCOMES, Pair, Tally, paired, tallies
+from apo_lora.report.runs import OWN_ANSWERS, Row, Run, answer_files, is_number, prompt_groups, read_answers
 from apo_lora.rewards import FORMAT_REWARD
 
 LONGEST_SIDE = 320
@@ -57,11 +57,12 @@ def _json(value: object) -> str:
 
 
 def gallery(runs: Sequence[Run], most_bytes: int) -> Gallery:
-    """What fits into `most_bytes`, source by source in turn; answers that changed come before others."""
+    """What fits into `most_bytes`, source by source and outcome by outcome in turn."""
     found = [(run, title, pairs) for run in runs for title, pairs in _recorded(run)]
     items: list[dict[int, Row]] = [{} for _ in found]
     pictures, size = _Pictures(), 0
-    for number, place in tqdm(_in_turn([pairs for _, _, pairs in found]), "pictures", delay=2, leave=False):
+    order = _in_turn([pairs for _, _, pairs in found])
+    for number, place in tqdm(order, "pictures", sum(len(p) for _, _, p in found), delay=2, leave=False):
         run, _, pairs = found[number]
         num_pictures = len(pictures.urls)
         item = _item(pairs[place], run, pictures)
@@ -89,14 +90,18 @@ def _source_title(run: Run, title: str, num_runs: int) -> str:
     return run.name if title in (OWN_ANSWERS, _TRAINING) else f"{run.name}, {title}"
 
 
-def _in_turn(sources: Sequence[Sequence[Pair]]) -> list[tuple[int, int]]:
-    """(source, place of the pair), one of each source and then the next of each; in a source what changed first."""
+def _in_turn(sources: Sequence[Sequence[Pair]]) -> Iterator[tuple[int, int]]:
+    """(source, place of the pair): one of each source and then the next of each, and so with the outcomes of a source.
 
-    def changed_first(pairs: Sequence[Pair]) -> list[int]:
-        return sorted(range(len(pairs)), key=lambda place: pairs[place].outcome not in ("fixed", "broken"))
+    Where not all fit, every filter has something to show.
+    """
 
-    turns = zip_longest(*map(changed_first, sources))
-    return [(number, place) for turn in turns for number, place in enumerate(turn) if place is not None]
+    def by_outcome(pairs: Sequence[Pair]) -> Iterator[int]:
+        places = ([n for n, pair in enumerate(pairs) if pair.outcome == outcome] for outcome in OUTCOMES)
+        return (place for turn in zip_longest(*places) for place in turn if place is not None)
+
+    turns = zip_longest(*map(by_outcome, sources))
+    return ((number, place) for turn in turns for number, place in enumerate(turn) if place is not None)
 
 
 _TRAINING = "training, last steps"
@@ -165,6 +170,10 @@ def _facts(row: Row, run: Run) -> Iterator[str]:
     else:
         form = FORMAT_REWARD if row.get("well_formatted") else 0
         yield f"rewards: accuracy {int(bool(row['correct']))}, format {form:g}"
+    if row.get("greedy"):
+        yield "greedy"
+    if is_number(row.get("entropy")):
+        yield f"entropy {row['entropy']:.3f} nats per token"
     if "advantage" in row:
         yield f"advantage {row['advantage']:+.2f}"
         yield f"KL weight {row['kl_weight']:.2f}"

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from tqdm.auto import tqdm
 
 from apo_lora import __version__
 from apo_lora.errors import RunDirError
@@ -69,7 +70,7 @@ def render(runs: Sequence[Run]) -> str:
         "signal_curves": list(_panels(SIGNAL_CURVES, groups)),
         "signal": [_signal(run) for group in groups for run in group.runs],
         "costs": [(group, cost(group.runs)) for group in groups],
-        "credit": [_credit(group) for group in groups],
+        "credit": [_credit(group) for group in tqdm(groups, "completions", delay=2, leave=False)],
         "record": [_record(group) for group in groups],
     }
     size = len(_filled(content, Gallery([], [])).encode("utf-8", "replace"))

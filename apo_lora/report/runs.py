@@ -138,11 +138,10 @@ OWN_ANSWERS = "before and after training"
 
 def answer_files(run: Run) -> dict[str, Path]:
     """Title to file of every record of held-out answers: the run's own, then those of `apo-lora eval`."""
-    own = {OWN_ANSWERS: run.folder.path / "answers.jsonl"}
-    later = {
-        f"evaluation {path.parent.name}": path for path in sorted(run.folder.path.glob("evaluations/*/answers.jsonl"))
-    }
-    return {title: path for title, path in (own | later).items() if path.is_file()}
+    folder = run.folder
+    later = sorted(folder.evaluations.glob(f"*/{folder.answers.name}"))
+    found = {OWN_ANSWERS: folder.answers} | {f"evaluation {path.parent.name}": path for path in later}
+    return {title: path for title, path in found.items() if path.is_file()}
 
 
 def read_answers(path: Path) -> list[Row]:

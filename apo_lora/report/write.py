@@ -6,7 +6,7 @@ from pathlib import Path
 from apo_lora.errors import RunDirError
 from apo_lora.report.page import GENERATOR, render
 from apo_lora.report.runs import read_runs
-from apo_lora.run_dir import write_atomically
+from apo_lora.run_dir import RunDir, write_atomically
 
 
 def report(paths: Sequence[str], out: str | None = None) -> Path:
@@ -14,7 +14,7 @@ def report(paths: Sequence[str], out: str | None = None) -> Path:
 
     Raises RunDirError before anything is written. An earlier report is replaced, no other file is.
     """
-    target = Path(out) if out else (Path(paths[0]) if len(paths) == 1 else Path()) / "report.html"
+    target = Path(out) if out else RunDir(paths[0] if len(paths) == 1 else "").report
     _check(target)
     page = render(read_runs(paths)).encode("utf-8", "replace").decode()  # half a character must not spoil the file
     try:

@@ -105,7 +105,7 @@ function update() {
 function sayCoverage() {
   const { items, total } = data.sources[byId("source").value] ?? { items: [], total: 0 };
   byId("coverage").textContent =
-    items.length < total ? `${items.length} of ${total} recorded fit into this page; those that changed come first.` : "";
+    items.length < total ? `${items.length} of ${total} recorded fit into this page, some of every outcome.` : "";
 }
 
 byId("source").closest("label").hidden = data.sources.length < 2;
