@@ -14,10 +14,8 @@ from transformers import TrainerCallback
 
 from apo_lora import ranks
 from apo_lora.errors import Interrupted, TrainingStopped
+from apo_lora.learning_signal import SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 from apo_lora.run_dir import RunDir, append_jsonl
-
-SIGNAL_ALARM_STEPS = 10
-"""Steps in a row with little reward variance, or mostly truncated, before a word is said."""
 
 
 class MetricsWriter(TrainerCallback):
@@ -181,7 +179,7 @@ class Screen(TrainerCallback):
             return
         if state.global_step % self.logging_steps == 0 or state.global_step in (1, state.max_steps):
             self.bar.write(step_line(state.global_step, logs))
-        self.steps_without_signal = self.steps_without_signal + 1 if logs["zero_variance_groups"] > 0.5 else 0
+        self.steps_without_signal = self.steps_without_signal + 1 if is_without_signal(logs) else 0
         self.steps_truncated = self.steps_truncated + 1 if logs["truncated"] > 0.5 else 0
         if self.steps_without_signal == SIGNAL_ALARM_STEPS:
             self.bar.write(no_signal_warning(logs))
@@ -193,17 +191,6 @@ class Screen(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs: Any):
         self.bar.close()
-
-
-def no_signal_warning(logs: dict[str, float]) -> str:
-    """What to do when most groups are all alike, which depends on which way they are alike."""
-    start = f"warning: most groups have had no reward variance for {SIGNAL_ALARM_STEPS} steps, so they teach nothing. "
-    if logs["all_right_groups"] >= logs["all_wrong_groups"]:
-        return start + "They are all right: the data is too easy by now. Stop here, or use harder data."
-    return start + (
-        "They are all wrong: the data is too hard, answers are cut, or right answers are scored wrong. "
-        "Run `apo-lora check-rewards`, look at completions.jsonl, or use easier data."
-    )
 
 
 def step_line(step: int, logs: dict[str, float | None]) -> str:

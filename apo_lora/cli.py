@@ -152,6 +152,11 @@ def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
 
 
+def _with_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; seeds of one recipe become one line")
+    parser.add_argument("--out", metavar="FILE", help="else RUN/report.html, or ./report.html for several runs")
+
+
 EXPORT_TARGETS = ("merged", "gguf", "ollama", "hub")  # export.TARGETS, whose module wants no import for --help
 
 
@@ -301,6 +306,13 @@ def _export(options: argparse.Namespace) -> int:
     return export(options)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from apo_lora.report.write import report
+
+    print(f"Report       {report(options.runs, options.out)}")
+    return 0
+
+
 class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -328,6 +340,7 @@ VERBS = {
         (_with_evaluation,),
         _eval,
     ),
+    "report": Verb("make one HTML page of a run, or of several compared", (_with_runs,), _report),
     "export": Verb("make of an adapter what people deploy, and check it", (_with_export,), _export),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }

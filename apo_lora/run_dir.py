@@ -7,6 +7,7 @@
     evaluations/NAME/  what `apo-lora eval` measured
     adapter/           the result, in PEFT's format      plots/             PNG
     checkpoints/       checkpoint-STEP folders           README.md          model card
+    report.html        what `apo-lora report` makes of all this
 
 A checkpoint counts only with its complete.json, which is written last and lists every file's size and hash. So a kill
 at any moment leaves either a whole checkpoint or one that is recognised as unfinished.
@@ -47,6 +48,7 @@ class RunDir:
         self.plots = self.path / "plots"
         self.images = self.path / "images"
         self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
 
     def refuse_existing(self) -> None:
         """Raises RunDirError if something is already there: nothing is ever overwritten."""

@@ -9,15 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from apo_lora import ranks
-from apo_lora.callbacks import (
-    ECHO_SECONDS,
-    SIGNAL_ALARM_STEPS,
-    OrderlyStop,
-    Screen,
-    TimedSave,
-    no_signal_warning,
-    step_line,
-)
+from apo_lora.callbacks import ECHO_SECONDS, OrderlyStop, Screen, TimedSave, step_line
+from apo_lora.learning_signal import SIGNAL_ALARM_STEPS, no_signal_warning
 
 FIGURES = {
     "reward": 1.234, "accuracy": 0.75, "length_correct": 41.6, "length_wrong": None, "kl": 0.00123, "entropy": 0.2,

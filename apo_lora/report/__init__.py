@@ -1,0 +1,8 @@
+"""One self-contained HTML page of a run, or of several compared. No torch.
+
+runs.py      run directories as they were recorded      curves.py  metrics over steps: running means, bands of seeds
+groups.py    runs that differ only in their seed         credit.py  what DADS and STCR did
+chart.py     numbers into places of an SVG               cost.py    where time and memory went
+answers.py   held-out answers, base beside tuned         gallery.py what the page shows of them, within a size
+page.py      all of it into page/report.html             write.py   the verb
+"""

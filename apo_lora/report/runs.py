@@ -1,0 +1,156 @@
+"""Run directories as they were recorded, whole or cut short."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from apo_lora.errors import RecipeError, RunDirError
+from apo_lora.recipe import Recipe
+from apo_lora.recipe_file import load_recipe
+from apo_lora.run_dir import RunDir, read_jsonl
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    folder: RunDir
+    recipe: Recipe
+    environment: Row
+    steps: list[Row]
+    """Rows of metrics.jsonl, each with `groups_with_variance`."""
+    evaluation: Row
+    """eval.json: `before` and `after`, by task."""
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.train.seed
+
+    @property
+    def progress(self) -> str:
+        """In words: how far it came."""
+        done, planned = (self.steps[-1]["step"] if self.steps else 0), self.recipe.train.max_steps
+        steps = f"{done} of {planned} steps" if planned else f"{done} steps"
+        if "after" in self.evaluation or self.folder.adapter.is_dir():
+            return steps
+        return f"{steps}; still going, or stopped"
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Step to value, where there is a finite one."""
+        return {row["step"]: row[metric] for row in self.steps if is_number(row.get(metric))}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Raises RunDirError with a line for every path that is not a run, or is given twice."""
+    runs, problems, seen = [], [], set()
+    for path in map(Path, paths):
+        if path.resolve() in seen:
+            problems.append(f"{path}: given twice; a run is compared with others")
+            continue
+        seen.add(path.resolve())
+        try:
+            runs.append(_read_run(path))
+        except (RunDirError, RecipeError) as error:
+            problems += error.problems
+    if problems:
+        raise RunDirError(*problems)
+    return _with_different_names(runs)
+
+
+def _read_run(path: Path) -> Run:
+    folder = RunDir(path)
+    if not path.is_dir():
+        raise RunDirError(f"{path}: there is no such folder; give run directories")
+    if not folder.recipe.is_file():
+        raise RunDirError(f"{path}: this is no run directory (it has no {folder.recipe.name})")
+    try:
+        recipe = load_recipe(folder.recipe)
+    except RecipeError as error:
+        raise RunDirError(*(f"{path}: {problem}" for problem in error.problems)) from None
+    return Run(
+        name=path.resolve().name,
+        folder=folder,
+        recipe=recipe,
+        environment=_read_json(folder.environment),
+        steps=[_with_variance(row) for row in _rows(folder.metrics) if isinstance(row.get("step"), int)],
+        evaluation=_read_json(folder.evaluation),
+    )
+
+
+def _with_variance(row: Row) -> Row:
+    """The step with what the record holds the other way around: the share of groups that teach something."""
+    lacking = row.get("zero_variance_groups")
+    return {**row, "groups_with_variance": 1.0 - lacking if is_number(lacking) else None}
+
+
+def _read_json(path: Path) -> Row:
+    """Empty where the file is absent."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirError(f"{path}: cannot be read ({error}); remove it, or the run") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Rows of a file that may be absent or cut short."""
+    if path.is_file():
+        yield from (row for row in read_jsonl(path) if isinstance(row, dict))
+
+
+def _with_different_names(runs: list[Run]) -> list[Run]:
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return runs
+    return [replace(run, name=str(run.folder.path)) for run in runs]
+
+
+COMPLETION_KEYS = frozenset({"correct", "length", "advantage", "kl_weight", "stcr_multiplier"})
+ANSWER_KEYS = frozenset({"set", "model", "row", "text", "correct"})
+
+
+def prompt_groups(run: Run) -> Iterator[list[Row]]:
+    """The completions of one prompt in one rollout, group by group, as completions.jsonl holds them.
+
+    A group that a kill cut short is left out.
+    """
+    size = run.recipe.grpo.num_generations
+    rows = _rows_with(COMPLETION_KEYS, run.folder.completions)
+    for _, alike in groupby(rows, key=lambda row: (row.get("step"), row.get("prompt"))):
+        rows = list(alike)  # one step can hold a prompt twice, one group after the other
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        yield from (group for group in groups if len(group) == size)
+
+
+OWN_ANSWERS = "before and after training"
+
+
+def answer_files(run: Run) -> dict[str, Path]:
+    """Title to file of every record of held-out answers: the run's own, then those of `apo-lora eval`."""
+    folder = run.folder
+    later = sorted(folder.evaluations.glob(f"*/{folder.answers.name}"))
+    found = {OWN_ANSWERS: folder.answers} | {f"evaluation {path.parent.name}": path for path in later}
+    return {title: path for title, path in found.items() if path.is_file()}
+
+
+def read_answers(path: Path) -> list[Row]:
+    return list(_rows_with(ANSWER_KEYS, path))
+
+
+def _rows_with(keys: frozenset[str], path: Path) -> Iterator[Row]:
+    """Raises RunDirError where a row lacks one of them."""
+    for number, row in enumerate(_rows(path), start=1):
+        if missing := sorted(keys - row.keys()):
+            raise RunDirError(f"{path} line {number}: no {', '.join(missing)}; another program wrote it, or remove it")
+        yield row
