@@ -17,6 +17,7 @@ from pathlib import Path
 from apo_lora.errors import ModelError
 from apo_lora.recipe import Recipe
 
+_PROGRAM = ("-m", "apo_lora.export_unsloth")
 _RESULT = "files.json"
 
 
@@ -37,7 +38,7 @@ def convert(merged: Path, folder: Path, name: str, quantization: str) -> list[Pa
     work = folder / "unsloth"
     work.mkdir()
     # There, since Unsloth writes its intermediate files into the working directory.
-    command = [sys.executable, "-m", __spec__.name, str(merged.absolute()), quantization]
+    command = [sys.executable, *_PROGRAM, str(merged.absolute()), quantization]
     finished = subprocess.run(command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace")
     if finished.returncode:
         said = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
@@ -74,6 +75,7 @@ def main(merged: str, quantization: str) -> None:
         merged,
         load_in_4bit=True,  # what is converted is the folder; the loaded model needs only to be small
         use_exact_model_name=True,
+        use_gradient_checkpointing=False,
         trust_remote_code=False,
     )
     made = model.save_pretrained_gguf("made", processor, quantization_method=quantization.lower())

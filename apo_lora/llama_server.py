@@ -121,10 +121,12 @@ def _wait_for(url: str, process: subprocess.Popen, log: Any, gguf: Gguf) -> None
 
 
 class Answer:
-    """One streamed answer: iterate for its text, piece by piece; then `length` and `truncated` are known."""
+    """One streamed answer: iterate for its text, piece by piece; then its lengths are known."""
 
     length = 0
     """Tokens, the end token included."""
+    prompt_length = 0
+    """Tokens, those of images included."""
     truncated = False
 
     def __init__(self, url: str, messages: list[dict[str, Any]], **options: Any):
@@ -153,7 +155,8 @@ class Answer:
     def _read(self, event: dict[str, Any]) -> Iterator[str]:
         if "error" in event:
             raise ModelError(f"llama.cpp did not answer: {event['error'].get('message', event['error'])}")
-        self.length = (event.get("usage") or {}).get("completion_tokens", self.length)
+        if usage := event.get("usage"):
+            self.length, self.prompt_length = usage["completion_tokens"], usage["prompt_tokens"]
         for choice in event["choices"]:
             self.truncated = choice["finish_reason"] == "length" or self.truncated
             if text := choice["delta"].get("content"):
