@@ -29,7 +29,9 @@ def require_disk(*needs: Need) -> None:
     for on_disk in disks.values():
         needed = sum(need.num_bytes for need in on_disk) + SPARE_BYTES
         free = shutil.disk_usage(on_disk[0].place).free
-        parts = ", ".join(f"{need.what} {need.num_bytes / 1e9:.2f}" for need in on_disk)
+        parts = ", ".join(
+            f"{what} {size / 1e9:.2f}" for what, _, size in [*on_disk, Need("spare", Path(), SPARE_BYTES)]
+        )
         line = f"{on_disk[0].place}: {needed / 1e9:.2f} GB needed ({parts}), {free / 1e9:.2f} GB free"
         lines.append(line)
         if free < needed:

@@ -66,8 +66,10 @@ class LlamaCpp:
 
 
 def find_program(name: str, llama_cpp: str | None) -> Path | None:
-    """In `llama_cpp` (a folder of llama.cpp), or on the PATH."""
+    """In `llama_cpp` (a folder of llama.cpp), or on the PATH. Raises ModelError if there is no such folder."""
     top = Path(llama_cpp) if llama_cpp else None
+    if top and not top.is_dir():
+        raise ModelError(f"--llama-cpp {llama_cpp}: there is no such folder")
     places = [top, top / "bin", top / "build" / "bin"] if top else []
     beside = next((place / name for place in places if (place / name).is_file()), None)
     return beside or (Path(found) if (found := shutil.which(name)) else None)

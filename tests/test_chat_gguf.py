@@ -211,7 +211,7 @@ def test_two_files_are_found_with_and_without_a_report(folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--gguf", "--llama-cpp", "nowhere", "--recipe", "tiny_cpu"], "no llama-server in nowhere"),
+        (["--gguf", "--llama-cpp", "nowhere", "--recipe", "tiny_cpu"], "--llama-cpp nowhere: there is no such folder"),
         (["--gguf"], "give a recipe as --recipe R"),
         (["--gguf", "--recipe", "nowhere"], "no such file"),
         (["--gguf", "--recipe", "tiny_cpu", "--base-gguf", "nowhere"], "nowhere: there is no such folder"),

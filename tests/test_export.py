@@ -282,7 +282,7 @@ def test_room_for_base_and_export_is_asked_for_before_the_download(free_gb, code
     assert export(adapter, adapter.parent / "merged") == code
     written = capsys.readouterr()
     said = written.err if code else written.out
-    assert f"30.27 GB needed (download 10.00, merged 20.00), {free_gb}.00 GB free" in said
+    assert f"30.27 GB needed (download 10.00, merged 20.00, spare 0.27), {free_gb}.00 GB free" in said
     assert fetched == ([] if code else ["some/base"])
 
 
