@@ -11,6 +11,9 @@ from apo_lora.run_dir import RunDir
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+# Not recipe.yaml, by which a run directory is known: what a pull brings is an adapter's (or a GGUF's) folder.
+RECIPE_ON_HUB = "apo_lora_recipe.yaml"
+
 
 @dataclass(frozen=True)
 class AdapterSource:
@@ -23,7 +26,18 @@ class AdapterSource:
 
     @property
     def recipe(self) -> Recipe | None:
-        return load_recipe(self.run.recipe) if self.run else None
+        """The run's; of a folder, the one that a push put beside it."""
+        return load_recipe(self.run.recipe) if self.run else recipe_beside(self.folder)
+
+    @property
+    def name(self) -> str:
+        return (self.run.path if self.run else self.folder).resolve().name
+
+
+def recipe_beside(folder: Path) -> Recipe | None:
+    """What a push left in a folder, where it is there."""
+    path = folder / RECIPE_ON_HUB
+    return load_recipe(path) if path.is_file() else None
 
 
 def find_adapter(path: str | Path) -> AdapterSource:

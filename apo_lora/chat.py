@@ -12,6 +12,7 @@ from apo_lora.data.examples import Example
 from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, read_row
 from apo_lora.data.images import image_refs
 from apo_lora.errors import DataError, ModelError
+from apo_lora.lone_adapter import recipe_for
 from apo_lora.model import Policy, choose_engine, load_policy, reference_mode
 from apo_lora.recipe import Recipe
 from apo_lora.sampling import GREEDY, Completion, sample
@@ -26,15 +27,15 @@ def chat(
     image: str | None = None,
     sampled: bool = False,
     max_tokens: int | None = None,
+    recipe: Recipe | None = None,
 ) -> tuple[Completion, Completion]:
     """Writes the answers of base and tuned model to `out` as they come, and returns them.
 
-    The question is put as the run's recipe puts one (system prompt, instruction, image size). Greedy, or `sampled` as
-    in training; at most `max_tokens`, or the recipe's max_completion_length. Raises DataError, ModelError in one line.
+    The question is put as the recipe puts one (system prompt, instruction, image size): `recipe`, else the run's.
+    Greedy, or `sampled` as in training; at most `max_tokens`, or the recipe's max_completion_length. Raises DataError,
+    ModelError in one line.
     """
-    if source.run is None:
-        raise ModelError(f"{source.folder}: an adapter alone does not say how it was asked; give the run directory")
-    example, recipe = _example(question, image), source.recipe
+    example, recipe = example_of(question, image), recipe_for(source, recipe)
     policy = load_tuned(source, recipe)
     if sampled:
         torch.seed()  # loading has seeded the fresh adapter, and every sample would be the same one
@@ -44,13 +45,13 @@ def chat(
     column = screen.first(f"base: {Path(source.base_name).name}")
     with reference_mode(policy.model):
         base = _answer(policy, example, recipe, changes, column)
-    column = screen.second(f"tuned: {source.run.path.name}")
+    column = screen.second(f"tuned: {source.name}")
     tuned = _answer(policy, example, recipe, changes, column)
     screen.end(column)
     return base, tuned
 
 
-def _example(question: str, image: str | None) -> Example:
+def example_of(question: str, image: str | None) -> Example:
     """Under the rules for a row of data: no reserved token, an image that can be read."""
     # The gold answer is for nobody; a row has to have one.
     row = {"problem": question, "answer": "0", "image": image and str(Path(image).expanduser().absolute())}
@@ -79,14 +80,14 @@ def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
         raise ModelError(f"{source.folder}: the adapter cannot be loaded ({first_line})") from error
     if loaded.missing_keys or loaded.unexpected_keys:
         raise ModelError(
-            f"{source.folder}: not the adapter of {source.run.recipe}: {len(loaded.missing_keys)} of its weights are "
+            f"{source.folder}: not the adapter of this recipe: {len(loaded.missing_keys)} of its weights are "
             f"missing and {len(loaded.unexpected_keys)} belong elsewhere"
         )
     return policy
 
 
 def _answer(policy: Policy, example: Example, recipe: Recipe, changes: dict[str, Any], column: Column) -> Completion:
-    """The completion, written to the column word by word, then what a verifier would read in it and its length."""
+    """The completion, written to the column word by word."""
     from transformers import TextStreamer
 
     class IntoColumn(TextStreamer):
@@ -95,7 +96,12 @@ def _answer(policy: Policy, example: Example, recipe: Recipe, changes: dict[str,
 
     streamer = IntoColumn(policy.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     completion = sample(policy, [example], recipe, streamer=streamer, **changes)[0]
+    close(column, completion)
+    return completion
+
+
+def close(column: Column, completion: Completion) -> None:
+    """Writes what a verifier would read in it, and its length."""
     answer = final_answer(completion.text)
     cut = ", cut there (--max-tokens)" if completion.truncated else ""
     column.put(f"\n\nanswer  {answer.text if answer else 'none found'}\nlength  {completion.length} tokens{cut}")
-    return completion

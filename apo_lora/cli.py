@@ -5,6 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from apo_lora import __version__, ranks
@@ -88,12 +89,24 @@ def _gigabytes(text: str) -> float:
 
 
 def _with_question(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory, or an adapter's or a GGUF's folder (see --recipe)")
     parser.add_argument("question")
     parser.add_argument("--image", metavar="FILE", help="what the question is about")
     parser.add_argument("--sample", action="store_true", help="sample as in training, in place of the likeliest tokens")
     parser.add_argument(
         "--max-tokens", metavar="N", type=_tokens, help="cut the answers there; else the recipe's limit"
+    )
+    parser.add_argument("--recipe", metavar="R", help="how to ask; else the run's, or the one that a push left")
+    parser.add_argument("--gguf", action="store_true", help="ask the run's exported GGUF, through llama.cpp")
+    parser.add_argument(
+        "--base-gguf",
+        metavar="DIR",
+        help="with --gguf: the base's GGUF; else that of `export --to base-gguf`, or the tuned answer stands alone",
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        metavar="DIR",
+        help="with --gguf: a llama.cpp folder; else llama-server on the PATH, or the package xllamacpp",
     )
 
 
@@ -157,7 +170,8 @@ def _with_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="else RUN/report.html, or ./report.html for several runs")
 
 
-EXPORT_TARGETS = ("merged", "gguf", "ollama", "hub")  # export.TARGETS, whose module wants no import for --help
+# export.verb.TARGETS, whose module wants no import for --help
+EXPORT_TARGETS = ("merged", "gguf", "ollama", "base-gguf", "hub")
 
 
 def _with_export(parser: argparse.ArgumentParser) -> None:
@@ -276,21 +290,27 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from apo_lora.adapter_source import find_adapter
     from apo_lora.process import prepare_process
+    from apo_lora.recipe_file import find_recipe, load_recipe
 
-    source = find_adapter(options.run)
+    recipe = load_recipe(find_recipe(options.recipe)) if options.recipe else None
+    how = {"image": options.image, "sampled": options.sample, "max_tokens": options.max_tokens}
+    if not options.gguf:
+        from apo_lora.adapter_source import find_adapter
+
+        if options.base_gguf or options.llama_cpp:
+            raise UserError("chat: --base-gguf and --llama-cpp go with --gguf")
+        source = find_adapter(options.run)
+        prepare_process()
+        from apo_lora.chat import chat
+
+        chat(source, options.question, sys.stdout, recipe=recipe, **how)
+        return 0
     prepare_process()
-    from apo_lora.chat import chat
+    from apo_lora.chat_gguf import chat_gguf, files_to_ask
 
-    chat(
-        source,
-        options.question,
-        sys.stdout,
-        image=options.image,
-        sampled=options.sample,
-        max_tokens=options.max_tokens,
-    )
+    tuned, base, recipe = files_to_ask(Path(options.run), options.base_gguf, recipe)
+    chat_gguf(tuned, base, recipe, options.question, sys.stdout, llama_cpp=options.llama_cpp, **how)
     return 0
 
 

@@ -1,13 +1,14 @@
 """The README.md of a run, there and on the Hub: a model card made of what the run recorded."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from apo_lora import __version__
-from apo_lora.export.base_licence import licence_of
+from apo_lora.export.base_licence import Licence, licence_of
 from apo_lora.recipe import Recipe
 from apo_lora.summary import evaluation_table
 
@@ -100,25 +101,15 @@ def model_card(
     `place`: what is typed to load it, a folder or ORG/NAME.
     """
     tiny = recipe.model.name == "tiny"
-    name = "apo-lora tiny base" if tiny else _as_known_elsewhere(base)
-    imports = "from apo_lora.tiny import BASE_DIR\n" if tiny else ""
+    name = "apo-lora tiny base" if tiny else as_known_elsewhere(base)
     licence = licence_of("tiny" if tiny else base)
-    # The Hub checks that base_model and datasets are ids of its own: a name or path of this machine is left out.
-    base_keys = {"base_model": base, "base_model_relation": RELATIONS[what]} if _is_hub_id(base) else {}
-    front_matter = {
-        **base_keys,
-        **LIBRARIES[what],
-        "pipeline_tag": "image-text-to-text",
-        **licence.front_matter,
-        **({"datasets": [recipe.data.train]} if _is_hub_id(recipe.data.train) else {}),
-        "tags": ["lora", "grpo", "apo", "apo-lora", "vision-language", *(["gguf"] if what == "gguf" else [])],
-    }
+    datasets = {"datasets": [recipe.data.train]} if _is_hub_id(recipe.data.train) else {}
     rows = evaluation_table(evaluation)
     table = "\n".join(
         ["| task | figure | before | after |", "|---|---|---|---|"] + [f"| {' | '.join(row)} |" for row in rows]
     )
     return CARD.format(
-        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        front_matter=front_matter(base, what, licence, datasets, tags=["grpo", "apo", "apo-lora"]),
         title=f"{name} + {recipe.method}",
         kind=KINDS[what],
         base=name,
@@ -127,14 +118,34 @@ def model_card(
         steps=steps,
         prompts=recipe.grpo.prompts_per_step,
         generations=recipe.grpo.num_generations,
-        data=_as_known_elsewhere(recipe.data.train),
+        data=as_known_elsewhere(recipe.data.train),
         table=table if rows else "Not measured (no held-out data in the recipe).",
         temperature=recipe.grpo.temperature,
-        use=USE[what].format(imports=imports, base="BASE_DIR" if tiny else f'"{name}"', place=place),
+        use=how_to_use(name, what, place, tiny),
         licence=licence.words,
         recipe=recipe.to_yaml(),
         versions=_versions(environment),
     )
+
+
+def front_matter(base: str, what: What, licence: Licence, datasets: dict[str, Any], tags: Sequence[str] = ()) -> str:
+    """The card's head, as YAML."""
+    # The Hub checks that base_model and datasets are ids of its own: a name or path of this machine is left out.
+    base_keys = {"base_model": base, "base_model_relation": RELATIONS[what]} if _is_hub_id(base) else {}
+    keys = {
+        **base_keys,
+        **LIBRARIES[what],
+        "pipeline_tag": "image-text-to-text",
+        **licence.front_matter,
+        **datasets,
+        "tags": ["lora", *tags, "vision-language", *(["gguf"] if what == "gguf" else [])],
+    }
+    return yaml.safe_dump(keys, sort_keys=False)
+
+
+def how_to_use(name: str, what: What, place: str, tiny: bool) -> str:
+    imports = "from apo_lora.tiny import BASE_DIR\n" if tiny else ""
+    return USE[what].format(imports=imports, base="BASE_DIR" if tiny else f'"{name}"', place=place)
 
 
 def _versions(environment: dict[str, Any]) -> str:
@@ -143,7 +154,7 @@ def _versions(environment: dict[str, Any]) -> str:
     return f"Python {environment['python']} on {gpu['name'] if gpu else 'a CPU'}; {packages}."
 
 
-def _as_known_elsewhere(text: str) -> str:
+def as_known_elsewhere(text: str) -> str:
     """Of a file or folder its name alone: its path says nothing on another machine."""
     return text if _is_hub_id(text) else Path(text).name
 

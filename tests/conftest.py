@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from gguf_model import gguf_adapter, llama_cpp, llama_quantize  # noqa: F401  # fixtures
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other on a busy machine

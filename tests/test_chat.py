@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from conftest import PROJECT
 from PIL import Image
 
-from apo_lora.adapter_source import WEIGHTS, find_adapter
+from apo_lora.adapter_source import CONFIG, RECIPE_ON_HUB, WEIGHTS, find_adapter
 from apo_lora.answers.text import final_answer
 from apo_lora.chat import chat
 from apo_lora.cli import main
@@ -193,8 +194,6 @@ def test_a_question_that_is_none_is_one_line(run, question, says, capsys):
 
 
 def test_an_adapter_of_another_recipe_is_refused(run, tmp_path):
-    import shutil
-
     other = RunDir(shutil.copytree(run.path, tmp_path / "other"))
     other.recipe.write_text(load_recipe(run.recipe, ["lora.target_modules=[q_proj]"]).to_yaml())
     with pytest.raises(ModelError, match="belong elsewhere"):
@@ -204,9 +203,42 @@ def test_an_adapter_of_another_recipe_is_refused(run, tmp_path):
         ask(other)
 
 
-def test_an_adapter_alone_is_refused(run):
-    with pytest.raises(ModelError, match="give the run directory"):
-        chat(find_adapter(run.adapter), QUESTION, io.StringIO())
+def test_an_adapter_alone_wants_a_recipe(run, capsys):
+    assert main(["chat", str(run.adapter), QUESTION]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "--recipe R" in error and len(error.splitlines()) == 1
+
+
+def test_an_adapter_alone_answers_as_its_run_does(run, board, tmp_path):
+    """Rank, alpha and layers are its own, whatever the recipe says of them; a pulled folder brings its recipe."""
+    answers = ask(run, image=str(board))[:2]
+    alone = RunDir(shutil.copytree(run.adapter, tmp_path / "alone"))
+    other = load_recipe(run.recipe, ["lora.r=2", "lora.alpha=1", "lora.target_modules=[q_proj]", "lora.vision=true"])
+    assert ask(alone, image=str(board), recipe=other)[:2] == answers
+    (alone.path / RECIPE_ON_HUB).write_text(other.to_yaml())
+    base, tuned, text = ask(alone, image=str(board))
+    assert (base, tuned) == answers and "tuned: alone\n" in text
+
+
+def edit_config(adapter, **values):
+    path = adapter / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda adapter: edit_config(adapter, use_rslora=True), "use_rslora; load it with PEFT"),
+        (lambda adapter: (adapter / WEIGHTS).write_bytes(b"cut short"), "cannot be read"),
+        (lambda adapter: (adapter / CONFIG).write_text('{"base_model_name_or_path": "x/y"}'), "cannot be read"),
+    ],
+)
+def test_an_adapter_alone_that_cannot_be_loaded_is_one_line(spoil, says, run, tmp_path, capsys):
+    alone = shutil.copytree(run.adapter, tmp_path / "alone")
+    spoil(alone)
+    assert main(["chat", str(alone), QUESTION, "--recipe", "tiny_cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and len(error.splitlines()) == 1
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------

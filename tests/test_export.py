@@ -1,6 +1,7 @@
 """A merged export is the adapter model, and an export that is not one is neither kept nor called done."""
 
 import errno
+import inspect
 import json
 import shutil
 
@@ -241,13 +242,48 @@ def test_a_four_bit_folder_leads_to_its_sibling(adapter, tmp_path):
 
 def test_the_base_of_the_hub_comes_with_the_adapters_revision_but_its_sibling_does_not(adapter, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, revision, **_: asked.append((name, revision)) or str(BASE_DIR)
-    )
+
+    def download(name, revision, dry_run=False, **_):
+        asked.append((name, revision))
+        return [] if dry_run else str(BASE_DIR)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for name in ("some/base", "some/base-bnb-4bit"):
         edit_config(adapter, base_model_name_or_path=name, revision="abc")
         export_merged.base_folder(find_adapter(adapter))
-    assert asked == [("some/base", "abc"), ("some/base", None)]
+    assert set(asked) == {("some/base", "abc"), ("some/base-bnb-4bit".removesuffix("-bnb-4bit"), None)}
+
+
+@pytest.mark.parametrize(("free_gb", "code"), [(29, 2), (31, 0)])
+def test_room_for_base_and_export_is_asked_for_before_the_download(free_gb, code, adapter, monkeypatch, capsys):
+    """10 GB to fetch of 20, and 20 to write."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.file_download import DryRunFileInfo
+
+    assert (
+        "dry_run" in inspect.signature(snapshot_download).parameters
+    )  # what stands in below is called as the real one
+    files = [
+        DryRunFileInfo("abc", 10**10, f"model-{i}.safetensors", "", is_cached=not i, will_download=bool(i))
+        for i in (0, 1)
+    ]
+    fetched = []
+
+    def download(name, dry_run=False, **_):
+        if not dry_run:
+            fetched.append(name)
+        return files if dry_run else str(BASE_DIR)
+
+    edit_config(adapter, base_model_name_or_path="some/base")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    usage = type("Usage", (), {"free": free_gb * 10**9})
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(adapter.parent))
+    assert export(adapter, adapter.parent / "merged") == code
+    written = capsys.readouterr()
+    said = written.err if code else written.out
+    assert f"30.27 GB needed (download 10.00, merged 20.00, spare 0.27), {free_gb}.00 GB free" in said
+    assert fetched == ([] if code else ["some/base"])
 
 
 def lm_head_pair(adapter):

@@ -186,6 +186,31 @@ def test_a_base_and_data_of_this_machine_are_no_ids(hub, run):
     assert front_matter["license"] == "unknown" and "does not know the licence" in card
 
 
+def test_the_card_of_a_lone_adapter_says_what_is_unknown(hub, run):
+    config = {"base_model_name_or_path": QWEN_3B, "r": 16, "lora_alpha": 32}
+    (run.adapter / CONFIG).write_text(json.dumps(config))
+    (run.adapter / "README.md").write_text("PEFT's: [More Information Needed]")
+    lone = RunDir(run.path)
+    lone.path = run.adapter
+    front_matter, card = card_of(hub, lone)
+    assert set(hub.repos["me/counts"]["files"]) == {CONFIG, WEIGHTS, "README.md"}
+    assert front_matter["base_model"] == QWEN_3B and front_matter["license"] == "other"
+    assert "(rank 16, alpha 32)" in card and 'from_pretrained(base, "me/counts")' in card
+    assert "nothing was measured" in card and "More Information Needed" not in card
+    assert "apo" not in front_matter["tags"]  # by what it was trained, nobody knows
+
+
+def test_what_a_push_made_goes_up_again_with_its_card(hub, run, tmp_path):
+    assert push_in_child(hub, run).returncode == 0
+    first = dict(hub.repos["me/counts"]["files"])
+    pulled = RunDir(tmp_path / "pulled")
+    pulled.path.mkdir()
+    for name, content in first.items():
+        (pulled.path / name).write_bytes(content)
+    assert push_in_child(hub, pulled, repo="lab/counts").returncode == 0
+    assert hub.repos["lab/counts"]["files"] == first
+
+
 def test_a_card_that_the_hub_refuses_is_one_line(hub, run):
     hub.refused["/api/validate-yaml"] = 400
     assert_one_line(push_in_child(hub, run), "does not accept the card")
@@ -297,11 +322,6 @@ def test_no_token(hub, run):
 def test_a_name_that_is_none(run, repo):
     with pytest.raises(HubError, match=f"--repo {repo}"):
         push(find_adapter(run.path), repo=repo)
-
-
-def test_a_lone_adapter_has_no_record_for_a_card(run):
-    with pytest.raises(HubError, match="give the run directory"):
-        push(find_adapter(run.adapter), repo="me/counts")
 
 
 def test_a_run_without_its_record(run):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
+
+REPORT = "export_report.json"
+BASE_GGUF = "base_gguf"
+"""The folder, beside that of the export, with the base's own GGUF."""
 
 CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
@@ -25,6 +30,8 @@ BYTES_PER_16_BIT_BYTE = {"F32": 2.0, "F16": 1.0, "Q8_0": 0.6, "Q4_K_M": 1.4}
 VISION_TYPES = {"F32", "F16", "BF16", "Q8_0"}
 """Coarser ones cost a small vision tower what it sees."""
 
+_FALLBACKS = {"Q5_0", "Q5_1", "Q8_0", "F16"}  # in place of Q4_K, Q5_K, Q6_K, and of whatever has odd rows
+
 
 @dataclass(frozen=True)
 class LlamaCpp:
@@ -34,21 +41,43 @@ class LlamaCpp:
     quantizer: Path | None
     """Only for Q4_K_M."""
 
-    @property
-    def gguf_py(self) -> Path:
-        """Its reader of GGUF files; an installed `gguf` serves where it is not beside the converter."""
-        return self.converter.parent / "gguf-py"
+    def convert(self, merged: Path, folder: Path, name: str, quantization: str) -> list[Path]:
+        """Writes [text model, mmproj] of `merged` into `folder`. Raises ModelError."""
+        vision_type = "F32" if quantization == "F32" else "F16"
+        text = folder / f"{name}-{quantization}.gguf"
+        mmproj = folder / f"mmproj-{name}-{vision_type}.gguf"
+        with tqdm(total=2 + (quantization == "Q4_K_M"), desc="converting", unit="file") as bar:
+            self._convert_one(merged, mmproj, vision_type, "--mmproj")
+            bar.update()
+            if quantization == "Q4_K_M":
+                unquantised = folder / f"{name}-F16.gguf"
+                self._convert_one(merged, unquantised, "F16")
+                bar.update()
+                run([str(self.quantizer), str(unquantised), str(text), quantization], makes=text)
+                unquantised.unlink()
+            else:
+                self._convert_one(merged, text, quantization)
+            bar.update()
+        return [text, mmproj]
+
+    def _convert_one(self, merged: Path, file: Path, file_type: str, *options: str) -> None:
+        command = [sys.executable, str(self.converter), str(merged), "--outfile", str(file)]
+        run([*command, "--outtype", file_type.lower(), *options], makes=file)
+
+
+def find_program(name: str, llama_cpp: str | None) -> Path | None:
+    """In `llama_cpp` (a folder of llama.cpp), or on the PATH. Raises ModelError if there is no such folder."""
+    top = Path(llama_cpp) if llama_cpp else None
+    if top and not top.is_dir():
+        raise ModelError(f"--llama-cpp {llama_cpp}: there is no such folder")
+    places = [top, top / "bin", top / "build" / "bin"] if top else []
+    beside = next((place / name for place in places if (place / name).is_file()), None)
+    return beside or (Path(found) if (found := shutil.which(name)) else None)
 
 
 def find_llama_cpp(folder: str | None, quantization: str) -> LlamaCpp:
-    """In `folder` (a llama.cpp checkout), or on the PATH. Raises ModelError, before anything heavy is done."""
-    where = [Path(folder), Path(folder) / "bin", Path(folder) / "build" / "bin"] if folder else []
-
-    def find(name: str) -> Path | None:
-        beside = next((place / name for place in where if (place / name).is_file()), None)
-        return beside or (Path(found) if (found := shutil.which(name)) else None)
-
-    converter, quantizer = find(CONVERTER), find(QUANTIZER)
+    """What an export needs of it. Raises ModelError, before anything heavy is done."""
+    converter, quantizer = find_program(CONVERTER, folder), find_program(QUANTIZER, folder)
     if converter is None:
         raise ModelError(
             f"--to gguf: no {CONVERTER} {f'in {folder}' if folder else 'on the PATH'}; "
@@ -62,32 +91,8 @@ def find_llama_cpp(folder: str | None, quantization: str) -> LlamaCpp:
     return LlamaCpp(converter, quantizer)
 
 
-def convert(merged: Path, folder: Path, name: str, quantization: str, tools: LlamaCpp) -> list[Path]:
-    """Writes [text model, mmproj] of `merged` into `folder`. Raises ModelError."""
-    vision_type = "F32" if quantization == "F32" else "F16"
-    text = folder / f"{name}-{quantization}.gguf"
-    mmproj = folder / f"mmproj-{name}-{vision_type}.gguf"
-    with tqdm(total=2 + (quantization == "Q4_K_M"), desc="converting", unit="file") as bar:
-        _convert_one(merged, mmproj, vision_type, tools, "--mmproj")
-        bar.update()
-        if quantization == "Q4_K_M":
-            unquantised = folder / f"{name}-F16.gguf"
-            _convert_one(merged, unquantised, "F16", tools)
-            bar.update()
-            _run([str(tools.quantizer), str(unquantised), str(text), quantization], makes=text)
-            unquantised.unlink()
-        else:
-            _convert_one(merged, text, quantization, tools)
-        bar.update()
-    return [text, mmproj]
-
-
-def _convert_one(merged: Path, file: Path, file_type: str, tools: LlamaCpp, *options: str) -> None:
-    command = [sys.executable, str(tools.converter), str(merged), "--outfile", str(file)]
-    _run([*command, "--outtype", file_type.lower(), *options], makes=file)
-
-
-def _run(command: list[str], makes: Path) -> None:
+def run(command: list[str], makes: Path) -> None:
+    """Raises ModelError with the last line that a program said, unless it makes that file."""
     finished = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if finished.returncode or not makes.is_file():
         said = [line for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
@@ -97,10 +102,14 @@ def _run(command: list[str], makes: Path) -> None:
         )
 
 
-def describe(file: Path, tools: LlamaCpp) -> dict[str, Any]:
-    """Name, size and how many tensors of each type; for mmproj as well whether it holds a vision tower."""
-    if tools.gguf_py.is_dir() and str(tools.gguf_py) not in sys.path:
-        sys.path.insert(0, str(tools.gguf_py))
+def describe(file: Path, llama_cpps: Sequence[Path] = ()) -> dict[str, Any]:
+    """Name, size and how many tensors of each type; for mmproj as well whether it holds a vision tower.
+
+    `llama_cpps`: folders of llama.cpp, whose reader of GGUF files serves; else an installed `gguf`.
+    """
+    for reader in (folder / "gguf-py" for folder in llama_cpps):
+        if reader.is_dir() and str(reader) not in sys.path:
+            sys.path.insert(0, str(reader))
     try:
         reader = importlib.import_module("gguf").GGUFReader(file)
     except ImportError as error:
@@ -130,11 +139,21 @@ def problems(text: dict[str, Any], mmproj: dict[str, Any], quantization: str) ->
     return found
 
 
-def commands(text: str, mmproj: str, name: str) -> dict[str, str]:
-    """How to run the two files, from inside their folder."""
+def notes(text: dict[str, Any], quantization: str) -> list[str]:
+    """What llama.cpp did without a word: rows whose size is no multiple of 256 get another type than Q4_K or Q6_K."""
+    fallen = {kind: count for kind, count in text["tensor_types"].items() if kind in _FALLBACKS}
+    if quantization != "Q4_K_M" or not fallen:
+        return []
+    counts = ", ".join(f"{count} {kind}" for kind, count in fallen.items())
+    return [f"{text['file']}: {counts} in place of Q4_K or Q6_K, for rows whose size is no multiple of 256"]
+
+
+def commands(text: str, mmproj: str, name: str, image_tokens: dict[str, int]) -> dict[str, str]:
+    """How to run the two files, from inside their folder, with images bounded as in training."""
+    files = " ".join([f"-m {text} --mmproj {mmproj}", *(f"{option} {n}" for option, n in image_tokens.items())])
     return {
-        "llama-mtmd-cli": f'llama-mtmd-cli -m {text} --mmproj {mmproj} --image picture.png -p "What is this?"',
-        "llama-server": f"llama-server -m {text} --mmproj {mmproj}",
+        "llama-mtmd-cli": f'llama-mtmd-cli {files} --image picture.png -p "What is this?"',
+        "llama-server": f"llama-server {files}",
         "ollama": f"ollama create {name.lower()} -f Modelfile && ollama run {name.lower()}",
     }
 

@@ -1,4 +1,4 @@
-"""Onto the Hugging Face Hub: what an export wrote, the card made of the run's record, and the recipe.
+"""Onto the Hugging Face Hub: what an export wrote, its card (made of the run's record, where there is one), the recipe.
 
 Everything goes in one commit, so that a repository never holds half of it. Where a push was interrupted, the Hub knows
 which large files (or, with hf_xet, which parts of them) have arrived; the next push does not send those again. No state
@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apo_lora.adapter_source import AdapterSource
+from apo_lora.adapter_source import RECIPE_ON_HUB, AdapterSource
 from apo_lora.errors import HubError
+from apo_lora.export.lone_card import lone_card
 from apo_lora.model_card import What, model_card
 from apo_lora.run_dir import RunDir, read_jsonl
-
-# Not recipe.yaml, by which a run directory is known: what a pull brings is an adapter's folder.
-RECIPE_ON_HUB = "apo_lora_recipe.yaml"
 
 TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -56,10 +54,6 @@ def push(
 
 def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) -> dict[str, Path | bytes]:
     """What lies in the repository afterwards: path in it -> file here, or content."""
-    if source.run is None:
-        raise HubError(
-            f"{source.folder}: the card is made of a run's record and an adapter alone has none; give the run directory"
-        )
     folder = source.folder if what == "adapter" else folder
     if folder is None:
         raise ValueError(f"push(what={what!r}) needs the folder to upload")
@@ -70,8 +64,14 @@ def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) ->
     }
     if not files:
         raise HubError(f"{folder}: holds no file to push; export again")
-    card = hub_card(source, source.run, repo, what)
-    return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.run.recipe}
+    if source.run:
+        card = hub_card(source, source.run, repo, what)
+        return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.run.recipe}
+    recipe = source.folder / RECIPE_ON_HUB
+    beside = {RECIPE_ON_HUB: recipe} if recipe.is_file() else {}
+    if what == "adapter" and beside and "README.md" in files:
+        return files  # as it was pushed once: its card knows more than could be said here
+    return {**files, "README.md": lone_card(source, what, repo).encode(), **beside}
 
 
 def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What) -> str:

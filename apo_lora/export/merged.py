@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from apo_lora.adapter_source import CONFIG, WEIGHTS, AdapterSource
 from apo_lora.errors import ModelError
+from apo_lora.export.image_limits import write_image_limits
 
 # What stands beside the weights and is needed to run them: config, generation config, tokenizer, processor.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model")
 _INDEX = "model.safetensors.index.json"
 _FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit$")
-_SPARE_BYTES = 2**28  # left free on the disk, for the small files and the file system itself
 
 # Ways of training that plain B A does not describe: attribute of the adapter's config, what it is called.
 _NOT_PLAIN = {
@@ -39,19 +39,26 @@ _NOT_PLAIN = {
 }
 
 
+BeforeDownload = Callable[[int, int], None]
+
+
 def sixteen_bit_name(name: str) -> str:
     """The repository with the weights that a 4-bit one was made of; a name without that ending stays as it is."""
     return _FOUR_BIT_NAME.sub("", name)
 
 
-def base_folder(source: AdapterSource) -> Path:
-    """The unquantised base of an adapter, downloaded where it is not here yet. Raises ModelError."""
+def base_folder(source: AdapterSource, before_download: BeforeDownload = lambda fetched, weights: None) -> Path:
+    """The unquantised base of an adapter, downloaded where it is not here yet. Raises ModelError.
+
+    `before_download` gets the bytes to fetch and the bytes of the base's weights, and may raise.
+    """
     name = sixteen_bit_name(source.base_name)
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith("."):
             raise ModelError(f"{source.folder}: its base {name} is not here; put it there, or mend {CONFIG}")
-        folder = _download(name, _config(source)["revision"] if name == source.base_name else None)
+        revision = _config(source)["revision"] if name == source.base_name else None
+        folder = _download(name, revision, before_download)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; an export needs the base's whole Hugging Face folder")
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
@@ -62,12 +69,21 @@ def base_folder(source: AdapterSource) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, before_download: BeforeDownload) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
 
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        try:
+            files = snapshot_download(name, dry_run=True, **wanted)
+        except DryRunError:
+            files = []  # no connection: the cache may serve, and if not, the next call says why
+        fetched = sum(file.file_size or 0 for file in files if file.will_download)
+        if fetched:
+            weights = [file.file_size or 0 for file in files if file.filename.endswith(".safetensors")]
+            before_download(fetched, sum(weights))
+        return Path(snapshot_download(name, **wanted))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -80,18 +96,6 @@ def refuse_existing(out: Path) -> None:
     """Nothing is overwritten."""
     if out.exists():
         raise ModelError(f"--out {out}: already there; remove it, or choose another folder")
-
-
-def require_disk(place: Path, needed: int) -> None:
-    """Raises ModelError unless `needed` bytes fit on the disk of `place`, which may not exist yet."""
-    while not place.exists():
-        place = place.absolute().parent
-    free = shutil.disk_usage(place).free
-    if free < needed + _SPARE_BYTES:
-        raise ModelError(
-            f"{place}: {free / 1e9:.1f} GB free, and the export takes {(needed + _SPARE_BYTES) / 1e9:.1f} GB; "
-            "free some, or choose another disk with --out DIR"
-        )
 
 
 @contextmanager
@@ -125,6 +129,10 @@ def weight_files(base: Path) -> list[Path]:
     return files
 
 
+def weight_bytes(base: Path) -> int:
+    return sum(path.stat().st_size for path in weight_files(base))
+
+
 def merge(source: AdapterSource, base: Path, folder: Path) -> None:
     """Writes base + adapter into the existing `folder`: weights, configs, tokenizer, processor. Raises ModelError."""
     from safetensors import safe_open
@@ -132,7 +140,7 @@ def merge(source: AdapterSource, base: Path, folder: Path) -> None:
 
     deltas = Deltas(source, base)
     files = weight_files(base)
-    with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="merging") as bar:
+    with tqdm(total=weight_bytes(base), unit="B", unit_scale=True, desc="merging") as bar:
         for path in files:
             with safe_open(path, "pt") as shard:
                 tensors = {name: deltas.added(name, shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
@@ -146,6 +154,8 @@ def merge(source: AdapterSource, base: Path, folder: Path) -> None:
     for path in base.iterdir():
         if path.suffix in _COMPANIONS and path.is_file():
             shutil.copyfile(path, folder / path.name)
+    if recipe := source.recipe:
+        write_image_limits(folder, recipe.data)
 
 
 class Deltas:
