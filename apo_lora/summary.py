@@ -58,6 +58,8 @@ def closing_words(
         *([f"Plots        {run_dir.plots}/{', '.join(plot.name for plot in plots)}"] if plots else []),
         "",
         "Next:",
+        f"  apo-lora report {run_dir.path}    # all of it on one page",
+        f"  apo-lora eval {run_dir.path}    # base and tuned on held-out items, greedy, with the difference",
         f"  apo-lora train --recipe {run_dir.recipe} --resume auto train.max_steps={2 * steps}    # go on from here",
         f"  apo-lora train --recipe {run_dir.recipe} apo.dads=null apo.stcr=null output.dir={run_dir.path}-grpo"
         "    # the same as plain GRPO",
