@@ -24,7 +24,7 @@ LONGEST_SIDE = 320
 LONGEST_TEXT = 12_000
 """Characters of one completion on the page."""
 TRAINING_GROUPS = 24
-"""Prompts of the last steps, where no held-out answer was recorded."""
+"""Prompts of the last steps that are shown."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Source:
     """Items that there are; `items` may be fewer."""
     tallies: list[Tally] = field(default_factory=list)
     is_training: bool = False
-    """Completions of the last steps, in the place of held-out answers."""
+    """Completions of the last steps, where the tuned model has no held-out answers."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def gallery(runs: Sequence[Run], most_bytes: int) -> Gallery:
             _source_title(run, title, len(runs)),
             [of_source[place] for place in sorted(of_source)],
             total=len(pairs),
-            tallies=[] if title == _TRAINING else tallies(pairs),
+            tallies=tallies(pairs),
             is_training=title == _TRAINING,
         )
         for of_source, (run, title, pairs) in zip(items, found, strict=True)
@@ -87,7 +87,7 @@ def gallery(runs: Sequence[Run], most_bytes: int) -> Gallery:
 def _source_title(run: Run, title: str, num_runs: int) -> str:
     if num_runs == 1:
         return title
-    return run.name if title in (OWN_ANSWERS, _TRAINING) else f"{run.name}, {title}"
+    return run.name if title == OWN_ANSWERS else f"{run.name}, {title}"
 
 
 def _in_turn(sources: Sequence[Sequence[Pair]]) -> Iterator[tuple[int, int]]:
@@ -108,10 +108,9 @@ _TRAINING = "training, last steps"
 
 
 def _recorded(run: Run) -> Iterator[tuple[str, list[Pair]]]:
-    files = answer_files(run)
-    for title, path in files.items():
-        yield title, paired(read_answers(path))
-    if not files:
+    answers = {title: paired(read_answers(path)) for title, path in answer_files(run).items()}
+    yield from answers.items()
+    if not any(pair.tuned for pairs in answers.values() for pair in pairs):
         last: list[list[Row]] = []
         for group in prompt_groups(run):
             last = [*last[-TRAINING_GROUPS + 1 :], group]
