@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from apo_lora import ranks
 from apo_lora.errors import Interrupted, TrainingStopped
-from apo_lora.learning_signal import SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
+from apo_lora.learning_signal import ALARM_SHARE, SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 from apo_lora.run_dir import RunDir, append_jsonl
 
 
@@ -180,7 +180,7 @@ class Screen(TrainerCallback):
         if state.global_step % self.logging_steps == 0 or state.global_step in (1, state.max_steps):
             self.bar.write(step_line(state.global_step, logs))
         self.steps_without_signal = self.steps_without_signal + 1 if is_without_signal(logs) else 0
-        self.steps_truncated = self.steps_truncated + 1 if logs["truncated"] > 0.5 else 0
+        self.steps_truncated = self.steps_truncated + 1 if logs["truncated"] > ALARM_SHARE else 0
         if self.steps_without_signal == SIGNAL_ALARM_STEPS:
             self.bar.write(no_signal_warning(logs))
         if self.steps_truncated == SIGNAL_ALARM_STEPS:

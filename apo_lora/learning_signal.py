@@ -6,12 +6,15 @@ from typing import NamedTuple
 SIGNAL_ALARM_STEPS = 10
 """Steps in a row with little reward variance, or mostly truncated, before a word is said."""
 
+ALARM_SHARE = 0.5
+"""Of the groups without reward variance, or of the completions that were truncated: more than that is too many."""
+
 Figures = Mapping[str, float | None]
 
 
 def is_without_signal(figures: Figures) -> bool:
     """Of one step: most groups have no reward variance."""
-    return (figures.get("zero_variance_groups") or 0.0) > 0.5
+    return (figures.get("zero_variance_groups") or 0.0) > ALARM_SHARE
 
 
 def no_signal_warning(figures: Figures) -> str:

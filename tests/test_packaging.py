@@ -1,4 +1,4 @@
-"""The wheel carries the recipes and the embedded base, and works away from the checkout."""
+"""The wheel carries the recipes, the embedded base and the report's page, and works away from the checkout."""
 
 import subprocess
 import sys
@@ -18,6 +18,8 @@ def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
         f"assert t.__file__.startswith({str(tmp_path)!r}), t.__file__\n"
         "r.load_recipe(r.find_recipe('tiny_cpu.yaml'))\n"
         "assert (t.BASE_DIR / 'model.safetensors').is_file()\n"
+        "import apo_lora.report.page as p\n"
+        "assert all(p._own_file(name) for name in ('report.html', 'figures.html', 'style.css', 'gallery.js'))\n"
         "import apo_lora.doctor.host as d\n"
         "assert d.tested_versions()['torch']\n"
         "print(sorted(r.shipped_recipes()))"

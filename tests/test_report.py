@@ -214,8 +214,16 @@ def test_without_held_out_answers_the_last_training_completions_are_shown(tmp_pa
     folder = write_run(tmp_path / "run", answers=False)
     html = render(read_runs([folder]))
     (source,) = embedded(html)["sources"]
-    assert source["items"][0]["heading"] == "step 12, row 8" and "no record of held-out answers" in html
+    assert source["items"][0]["heading"] == "step 12, row 8" and "no held-out answers of the tuned model" in html
     assert source["items"][0]["answers"][0]["facts"][0] == "rewards: accuracy 1, format 0.5"
+
+
+def test_a_run_in_the_middle_shows_its_base_and_its_last_training_completions(tmp_path):
+    folder = write_run(tmp_path / "run", answers=False)
+    append_jsonl(folder / "answers.jsonl", [answer_row(1, "base", False), answer_row(2, "base", True)])
+    base, training = embedded(render(read_runs([folder])))["sources"]
+    assert [item["outcome"] for item in base["items"]] == ["wrong", "right"]
+    assert training["items"][0]["heading"] == "step 12, row 8"
 
 
 def test_later_evaluations_are_shown_too(run_folder):

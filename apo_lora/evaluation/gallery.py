@@ -1,15 +1,11 @@
 """gallery.html: items with their pictures and both models' answers, in one file, without a script. No torch."""
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from apo_lora.data.images import IMAGE_FORMATS, to_rgb
+from apo_lora.data.thumbnails import thumbnail_url
 from apo_lora.run_dir import write_atomically
 
 ITEMS_PER_GROUP = 24
@@ -110,13 +106,6 @@ def _text(text: str) -> str:
 
 
 def _picture(path: Path) -> str:
-    """A thumbnail as a data URI; a word where the file is gone or damaged."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            small = to_rgb(image)
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        data = io.BytesIO()
-        small.save(data, "WEBP", quality=80)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return f"<small>(no picture at {html.escape(str(path))})</small>"
-    return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    """A thumbnail; a word where the file is gone or damaged."""
+    url = thumbnail_url(path, THUMBNAIL)
+    return f'<img alt="" src="{url}">' if url else f"<small>(no picture at {html.escape(str(path))})</small>"

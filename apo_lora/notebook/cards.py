@@ -1,12 +1,12 @@
 """Held-out items with their picture and the models' answers side by side, as HTML for a cell's output."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from apo_lora.data.thumbnails import thumbnail_url
 
 LARGEST_SIDE = 224  # pixels of a picture in the page; the model has seen the whole
 
@@ -43,12 +43,5 @@ def _answer(answer: Mapping[str, Any]) -> str:
 
 
 def _picture(path: Path) -> str:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    data = base64.b64encode(png.getvalue()).decode()
-    return f'<img alt="picture of the item" src="data:image/png;base64,{data}">'
+    url = thumbnail_url(path, LARGEST_SIDE)
+    return f'<img alt="picture of the item" src="{url}">' if url else "(no picture)"

@@ -3,8 +3,6 @@
 Everything is plain JSON, which page/gallery.js turns into cards by textContent alone.
 """
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from apo_lora.data.images import ImageRef
-from apo_lora.errors import DataError
+from apo_lora.data.thumbnails import thumbnail_url
 from apo_lora.report.answers import OUTCOMES, Pair, Tally, paired, tallies
 from apo_lora.report.runs import OWN_ANSWERS, Row, Run, answer_files, is_number, prompt_groups, read_answers
 from apo_lora.rewards.scores import FORMAT_REWARD
@@ -24,7 +21,7 @@ LONGEST_SIDE = 320
 LONGEST_TEXT = 12_000
 """Characters of one completion on the page."""
 TRAINING_GROUPS = 24
-"""Prompts of the last steps, where no held-out answer was recorded."""
+"""Prompts of the last steps that are shown."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Source:
     """Items that there are; `items` may be fewer."""
     tallies: list[Tally] = field(default_factory=list)
     is_training: bool = False
-    """Completions of the last steps, in the place of held-out answers."""
+    """Completions of the last steps, where the tuned model has no held-out answers."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def gallery(runs: Sequence[Run], most_bytes: int) -> Gallery:
             _source_title(run, title, len(runs)),
             [of_source[place] for place in sorted(of_source)],
             total=len(pairs),
-            tallies=[] if title == _TRAINING else tallies(pairs),
+            tallies=tallies(pairs),
             is_training=title == _TRAINING,
         )
         for of_source, (run, title, pairs) in zip(items, found, strict=True)
@@ -87,7 +84,7 @@ def gallery(runs: Sequence[Run], most_bytes: int) -> Gallery:
 def _source_title(run: Run, title: str, num_runs: int) -> str:
     if num_runs == 1:
         return title
-    return run.name if title in (OWN_ANSWERS, _TRAINING) else f"{run.name}, {title}"
+    return run.name if title == OWN_ANSWERS else f"{run.name}, {title}"
 
 
 def _in_turn(sources: Sequence[Sequence[Pair]]) -> Iterator[tuple[int, int]]:
@@ -108,10 +105,9 @@ _TRAINING = "training, last steps"
 
 
 def _recorded(run: Run) -> Iterator[tuple[str, list[Pair]]]:
-    files = answer_files(run)
-    for title, path in files.items():
-        yield title, paired(read_answers(path))
-    if not files:
+    answers = {title: paired(read_answers(path)) for title, path in answer_files(run).items()}
+    yield from answers.items()
+    if not any(pair.tuned for pairs in answers.values() for pair in pairs):
         last: list[list[Row]] = []
         for group in prompt_groups(run):
             last = [*last[-TRAINING_GROUPS + 1 :], group]
@@ -202,7 +198,7 @@ class _Pictures:
             return None
         file = file.resolve()
         if file not in self._places:
-            self._places[file] = self._place_of_url(_data_url(file))
+            self._places[file] = self._place_of_url(thumbnail_url(file, LONGEST_SIDE))
         return self._places[file]
 
     def keep_first(self, number: int) -> None:
@@ -219,14 +215,3 @@ class _Pictures:
             self._urls[url] = len(self._urls)
             self.size += len(url) + _AROUND_A_URL
         return self._urls[url]
-
-
-def _data_url(file: Path) -> str | None:
-    try:
-        image = ImageRef(file.name, (0, 0), file).open()
-    except DataError:
-        return None
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    content = io.BytesIO()
-    image.save(content, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()

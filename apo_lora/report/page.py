@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from apo_lora import __version__
 from apo_lora.errors import RunDirError
-from apo_lora.learning_signal import verdict
+from apo_lora.learning_signal import ALARM_SHARE, verdict
 from apo_lora.report.chart import Chart, rounded_range, scatter_chart, step_chart
 from apo_lora.report.cost import cost
 from apo_lora.report.credit import CreditSeen, credit_seen, dads_curve, stcr_curve
@@ -48,7 +48,7 @@ SIGNAL_CURVES = (
     ("One-sided groups", "share of groups", {"all_right_groups": "all right", "all_wrong_groups": "all wrong"}, SHARE),
     ("Truncated", "share of completions", {"truncated": ""}, SHARE),
 )
-ALARM_LINE = {"groups_with_variance": 0.5, "truncated": 0.5}
+ALARM_LINE = {"groups_with_variance": 1 - ALARM_SHARE, "truncated": ALARM_SHARE}
 """Where the screen's alarms begin."""
 
 
