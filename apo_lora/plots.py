@@ -82,19 +82,19 @@ def write_plots(run_dir: RunDir) -> list[Path]:
 def overview(run_dir: RunDir) -> bytes | None:
     """The first four plots in one picture, as PNG; None if no step was recorded."""
     rows = _rows(run_dir)
-    return _png(PLOTS[:4], rows, columns=2) if rows else None
+    return _png(PLOTS[:4], rows, columns=2, dpi=80) if rows else None
 
 
 def _rows(run_dir: RunDir) -> list[dict]:
     return list(read_jsonl(run_dir.metrics)) if run_dir.metrics.exists() else []
 
 
-def _png(plots: Sequence[Plot], rows: list[dict], columns: int = 1) -> bytes:
+def _png(plots: Sequence[Plot], rows: list[dict], columns: int = 1, dpi: int = 120) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not pyplot: a figure of our own leaves the state of a notebook alone.
-    figure = Figure(figsize=(7 * columns, 4 * len(plots) // columns), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7 * columns, 4 * len(plots) // columns), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(plots) // columns, columns, squeeze=False).flat
     for plot, part in zip(plots, parts, strict=True):

@@ -33,10 +33,23 @@ def executed(folder: Path, form: Mapping[str, Any] | None = None) -> nbformat.No
     client.execute(env={**os.environ, "PATH": path})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which are nobody's business
-        for output in cell.get("outputs", ()):
-            if output.output_type == "stream":
-                output.text = as_a_screen_shows(output.text)
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
     return notebook
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Pieces of text between two pictures become one."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            output.text = as_a_screen_shows(output.text)
+    return joined
 
 
 def as_a_screen_shows(text: str) -> str:
