@@ -120,13 +120,8 @@ def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
 
 
-EXPORT_TARGETS = (
-    "merged",
-    "gguf",
-    "ollama",
-    "base-gguf",
-    "hub",
-)  # export.TARGETS, whose module wants no import for --help
+# export.TARGETS, whose module wants no import for --help
+EXPORT_TARGETS = ("merged", "gguf", "ollama", "base-gguf", "hub")
 
 
 def _with_export(parser: argparse.ArgumentParser) -> None:
