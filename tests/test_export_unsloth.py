@@ -133,4 +133,4 @@ def test_the_real_unsloth_exports(gguf_adapter, llama_cpp, llama_quantize, as_pr
     text, mmproj = report["files"]
     assert text["file"] == "adapter-Q8_0.gguf" and "Q8_0" in text["tensor_types"]
     assert set(mmproj["vision_matrices"]) <= {"F16", "F32"} and mmproj["vision_matrices"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(["export_report.json", text["file"], mmproj["file"]])
+    assert {path.name for path in out.iterdir()} == {"export_report.json", "Modelfile", text["file"], mmproj["file"]}

@@ -17,7 +17,7 @@ from pathlib import Path
 from apo_lora.errors import ModelError
 from apo_lora.recipe import Recipe
 
-_PROGRAM = ("-m", "apo_lora.export.by_unsloth")
+_PROGRAM = ("-m", __name__)
 _RESULT = "files.json"
 
 

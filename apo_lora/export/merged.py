@@ -76,7 +76,7 @@ def _download(name: str, revision: str | None, before_download: BeforeDownload) 
     wanted = {"revision": revision, "allow_patterns": ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]}
     try:
         try:
-            files = snapshot_download(name, dry_run=True, **wanted)
+            files = snapshot_download(name, dry_run=True, tqdm_class=_NoBar, **wanted)
         except DryRunError:
             files = []  # no connection: the cache may serve, and if not, the next call says why
         fetched = sum(file.file_size or 0 for file in files if file.will_download)
@@ -90,6 +90,13 @@ def _download(name: str, revision: str | None, before_download: BeforeDownload) 
             f"{name}: the 16-bit base cannot be fetched ({reason}); download it once with a connection, "
             f"for instance `hf download {name}`"
         ) from error
+
+
+class _NoBar(tqdm):
+    """For what takes no time; "[dry-run] Fetching" would puzzle."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options | {"disable": True})
 
 
 def refuse_existing(out: Path) -> None:

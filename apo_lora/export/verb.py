@@ -125,11 +125,8 @@ def finish_gguf(
         raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
     limits = image_token_limits(source.recipe.data if source.recipe else None)
     commands = gguf.commands(text["file"], mmproj["file"], name, limits)
-    if options.to == "ollama":
-        modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"])
-        (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
-    else:
-        del commands["ollama"]
+    modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"])
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     if source.recipe:  # how to ask it; a push puts the same file there
         (folder / RECIPE_ON_HUB).write_text(source.recipe.to_yaml(), encoding="utf-8")
     notes = gguf.notes(text, options.quantization)
