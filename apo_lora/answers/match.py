@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from apo_lora.answers.mathematics import is_safe_math, math_equal
 from apo_lora.answers.numbers import Number, parse_number, same_number, strip_unit
-from apo_lora.answers.text import FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
+from apo_lora.answers.text import MAX_ANSWER_CHARS, FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no", "是": "yes",
 def read_gold(answer: str, choices: tuple[str, ...]) -> Gold | None:
     """The gold answer made plain; None where no answer could ever be judged against it."""
     text = plain(last_box(answer) or answer.split("####")[-1])
-    if not text or len(text) > 1000 or not (re.search(r"\w|∅|\\infty", text)) or text.count("{") != text.count("}"):
+    if (
+        not text
+        or len(text) > MAX_ANSWER_CHARS
+        or not (re.search(r"\w|∅|\\infty", text))
+        or text.count("{") != text.count("}")
+    ):
         return None
     if not choices:
         return Gold(text, None, (), letter=bool(re.fullmatch(r"\(?[A-Z]\)?", text)))
@@ -102,6 +107,8 @@ def _readings(answer: FinalAnswer) -> Iterator[tuple[str, bool]]:
     such a thing twice or has several sentences is read literally only: its end could be one of many tries.
     """
     text = plain(answer.text)
+    if len(text) > MAX_ANSWER_CHARS:  # one sign of Unicode may be eighteen once it is made plain
+        return
     yield text, False
     phrase = after_answer_phrase(text) if answer.sentence or text.lower().count("answer") < 2 else None
     if phrase:
