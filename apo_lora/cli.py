@@ -165,15 +165,19 @@ def _recipes(options: argparse.Namespace) -> int:
 
 def _check_data(options: argparse.Namespace) -> int:
     from apo_lora.check_data import report
-    from apo_lora.data import drop_long_prompts, load_examples
-    from apo_lora.model import load_processor
+    from apo_lora.data import drop_long_prompts, drop_undecodable, load_examples
     from apo_lora.process import prepare_process
 
     _, recipe = _recipe_of(options)
-    prepare_process()
     data = recipe.data
+    # Before the heavy libraries: what is wrong with the data shows at once.
+    loaded = drop_undecodable(
+        load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)
+    )
+    prepare_process()
+    from apo_lora.model import load_processor
+
     processor = load_processor(recipe.model, data)
-    loaded = load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)
     print("\n".join(report(drop_long_prompts(loaded, processor, data), data, processor).lines()))
     return 0
 

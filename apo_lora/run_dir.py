@@ -46,6 +46,12 @@ class RunDir:
         """Raises RunDirError if something is already there: nothing is ever overwritten."""
         if self.path.is_file():
             raise RunDirError(f"output.dir: {self.path} is a file; choose another with output.dir=DIR")
+        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            what = "not writable" if above.is_dir() else "a file"
+            raise RunDirError(
+                f"output.dir: {self.path} cannot be made ({above} is {what}); choose another with output.dir=DIR"
+            )
         if self.path.is_dir() and any(self.path.iterdir()):
             raise RunDirError(
                 f"output.dir: {self.path} already holds a run; continue it with --resume auto, "
@@ -128,6 +134,8 @@ def why_not_whole(path: Path) -> str | None:
     except FileNotFoundError:
         return f"{path} has no {COMPLETE}"
     except (OSError, ValueError):
+        return f"{path / COMPLETE} cannot be read"
+    if not isinstance(files, dict):
         return f"{path / COMPLETE} cannot be read"
     for name, fingerprint in files.items():
         if not (path / name).is_file():

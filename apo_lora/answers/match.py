@@ -49,12 +49,15 @@ _NEGATED = re.compile(
     r"\b(?:not|no|neither|nor|except|wrong|incorrect|eliminate[sd]?|unlike|false|cannot|rule[sd]? out)\b|n't\b", re.I
 )
 _HEDGE = re.compile(r"(?<![a-zA-Z])(?:or|either|maybe|perhaps|possibly)(?![a-zA-Z])|或", re.IGNORECASE)
+_MAX_GOLD_CHARS = 100_000  # a whole solution may come with it, after which "####" or a box gives the answer
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no", "是": "yes", "否": "no", "对": "yes", "错": "no"}
 
 
 @lru_cache(maxsize=4096)
 def read_gold(answer: str, choices: tuple[str, ...]) -> Gold | None:
     """The gold answer made plain; None where no answer could ever be judged against it."""
+    if len(answer) > _MAX_GOLD_CHARS:
+        return None
     text = plain(last_box(answer) or answer.split("####")[-1])
     if (
         not text
