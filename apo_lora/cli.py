@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from apo_lora import __version__, ranks
-from apo_lora.errors import UserError
+from apo_lora.errors import UserError, printable
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _by_rank(problem: str) -> str:
     """All processes of a run have the same to say of a bad recipe, and one of them of its own GPU."""
+    problem = printable(problem)
     return problem if ranks.is_main() else f"process {ranks.rank()}: {problem}"
 
 
@@ -178,7 +179,8 @@ def _check_data(options: argparse.Namespace) -> int:
     from apo_lora.model import load_processor
 
     processor = load_processor(recipe.model, data)
-    print("\n".join(report(drop_long_prompts(loaded, processor, data), data, processor).lines()))
+    lines = report(drop_long_prompts(loaded, processor, data), data, processor).lines()
+    print("\n".join(map(printable, lines)))
     return 0
 
 
@@ -193,7 +195,7 @@ def _check_rewards(options: argparse.Namespace) -> int:
     rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
         checks = check_rows(rows, verifier.score)
-    print("\n".join([loaded.summary(), *table(checks)]))
+    print("\n".join([printable(loaded.summary()), *table(checks)]))
     return 0 if all(check.passed == check.checked for check in checks) else 1
 
 

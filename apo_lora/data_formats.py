@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.errors import DataError
+from apo_lora.errors import DataError, printable
 from apo_lora.recipe import DataSection
 
 IMAGE_MARK = "<image>"
@@ -317,5 +317,5 @@ def _short(value: Any) -> str:
 
 
 def _one_line(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -43,3 +43,8 @@ class TrainingStopped(UserError):
     """A run that ended early by itself; what it had learned is kept."""
 
     exit_code = 1
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and broken ones spelled out: what data says must not steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

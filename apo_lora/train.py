@@ -4,6 +4,7 @@ directory is made only when all of that has worked.
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -125,7 +126,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             ],
         )
         started = time.perf_counter()
-        with stop:
+        with stop, _only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, steps = time.perf_counter() - started, trainer.state.global_step
 
@@ -164,6 +165,18 @@ def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | N
             *changed,
         )
     return checkpoint
+
+
+@contextmanager
+def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
+    """A checkpoint's optimizer and random state are unpickled as plain tensors alone; what holds more is refused."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise RunDirError(
+            f"--resume {checkpoint}: holds more than plain numbers and tensors, and nothing of that was run; "
+            "resume a checkpoint of your own, or start anew"
+        ) from None
 
 
 @contextmanager

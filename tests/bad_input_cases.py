@@ -175,6 +175,7 @@ RECIPES = [
     recipe("two documents", r"mine.yaml: line \d+, column \d+ is not valid YAML", "data: {train: boards}\n---\ndata: {train: boards}\n"),
     recipe("a section given twice", r"mine.yaml: line 2, column 1 is not valid YAML \(data is there a second time; leave one", "data: {train: boards}\ndata: {limit: 5}\n"),
     recipe("a key given twice", r"line 1, column \d+ is not valid YAML \(train is there a second time", "data: {train: boards, train: x.jsonl}\n"),
+    recipe("a key that is a list", r"mine.yaml: line 1, column \d+ is not valid YAML \(found unhashable key\)", "? [data]\n: {train: boards}\n"),
     recipe("no data", r"mine.yaml: data: missing; it has no default", "model: {name: tiny}\n"),
     recipe("no training data", r"mine.yaml: data.train: missing; it has no default", "data: {eval: boards}\n"),
     recipe("a section with a slip", r"mine.yaml: modle: unknown key; did you mean model\?", "data: {train: boards}\nmodle: {name: tiny}\n"),

@@ -96,6 +96,8 @@ A_FEW_BAD_ROWS = {
     "an image cut off": ({**GOOD, "image": "cut.png"}, r"image unreadable \(image cut.png: cannot be decoded"),
     "a bomb": ({**GOOD, "image": "bomb.png"}, r"image too large \(bomb.png has over 89,478,485 pixels\)"),
     "an image outside": ({**GOOD, "image": "../b.png"}, r"image outside the data folder \(../b.png leads to"),
+    "half a character in a path": ({**GOOD, "image": "\ud83d.png"}, r"image missing \(.*ud83d.png"),
+    "a path that clears the screen": ({**GOOD, "image": "\x1b[2J.png"}, r"image missing \(no file .*\\x1b\[2J.png\)"),
     "no gold": ({**GOOD, "image": "a.png", "answer": None}, r"no answer \(the answer is empty\)"),
     "a row that is a number": (5, r"not a mapping \(the row is 5\)"),
     "an image token": ({"problem": "<|image_pad|>", "image": "a.png", "answer": "1"}, r"reserved token"),
@@ -118,6 +120,7 @@ def test_a_bad_row_among_good_ones_is_dropped_and_named(bad, here, capsys):
     )
     assert main(shlex.split(f"{CHECK}set")) == 0
     shown = capsys.readouterr().out
+    assert "\x1b" not in shown and shown.encode()
     assert re.search(r"rows +4 \(3 usable, 1 dropped\)", shown)
     assert re.search(rf"dropped row 4: {says}", shown), shown
 
