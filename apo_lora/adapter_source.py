@@ -54,6 +54,11 @@ def find_adapter(path: str | Path) -> AdapterSource:
         raise ModelError(f"{folder}: no {' and no '.join(missing)}; give a run directory or an adapter's folder")
     try:
         base_name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base_name, str) or not base_name:
+            raise TypeError(f"base_model_name_or_path is {base_name!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / CONFIG} does not name its base model ({type(error).__name__})") from None
+        raise ModelError(
+            f"{folder / CONFIG} does not name its base model ({type(error).__name__}); copy it anew from where it was "
+            "trained"
+        ) from None
     return AdapterSource(folder, base_name, run)

@@ -13,7 +13,7 @@ from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, read_row
 from apo_lora.data.images import image_refs
 from apo_lora.errors import DataError, ModelError
 from apo_lora.lone_adapter import recipe_for
-from apo_lora.model import Policy, choose_engine, load_policy, reference_mode
+from apo_lora.model import Policy, import_engine, load_policy, reference_mode
 from apo_lora.recipe import Recipe
 from apo_lora.sampling import GREEDY, Completion, sample
 from apo_lora.terminal_columns import Column, SideBySide
@@ -68,8 +68,7 @@ def example_of(question: str, image: str | None) -> Example:
 
 def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
     """The run's base, loaded as it was trained, with the run's adapter in place of the fresh one. Raises ModelError."""
-    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
-        import unsloth  # noqa: F401  # before transformers and peft, which it rewrites
+    import_engine(recipe.model)
     from safetensors import SafetensorError
 
     policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apo_lora import __version__, ranks
-from apo_lora.errors import UserError
+from apo_lora.errors import UserError, printable
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _by_rank(problem: str) -> str:
     """All processes of a run have the same to say of a bad recipe, and one of them of its own GPU."""
+    problem = printable(problem)
     return problem if ranks.is_main() else f"process {ranks.rank()}: {problem}"
 
 
@@ -229,16 +230,21 @@ def _recipes(options: argparse.Namespace) -> int:
 
 def _check_data(options: argparse.Namespace) -> int:
     from apo_lora.data.check import report
-    from apo_lora.data.examples import drop_long_prompts, load_examples
+    from apo_lora.data.examples import drop_long_prompts, drop_undecodable, load_examples
     from apo_lora.model import load_processor
     from apo_lora.process import prepare_process
 
     _, recipe = _recipe_of(options)
-    prepare_process()
     data = recipe.data
+    # Before the heavy libraries: what is wrong with the data shows at once.
+    loaded = drop_undecodable(
+        load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)
+    )
+    prepare_process()
+
     processor = load_processor(recipe.model, data)
-    loaded = load_examples(data.train, data, split=data.split, limit=data.limit, seed=recipe.train.seed)
-    print("\n".join(report(drop_long_prompts(loaded, processor, data), data, processor).lines()))
+    lines = report(drop_long_prompts(loaded, processor, data), data, processor).lines()
+    print("\n".join(map(printable, lines)))
     return 0
 
 
@@ -253,7 +259,7 @@ def _check_rewards(options: argparse.Namespace) -> int:
     rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
         checks = check_rows(rows, verifier.score)
-    print("\n".join([loaded.summary(), *table(checks)]))
+    print("\n".join([printable(loaded.summary()), *table(checks)]))
     return 0 if all(check.passed == check.checked for check in checks) else 1
 
 

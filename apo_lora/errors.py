@@ -51,3 +51,8 @@ class Interrupted(TrainingStopped):
     def __init__(self, signal_number: int, *problems: str):
         super().__init__(*problems)
         self.exit_code = 128 + signal_number
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and broken ones spelled out: what data says must not steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

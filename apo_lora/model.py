@@ -98,9 +98,7 @@ def needs_gpu(model: ModelSection) -> str | None:
 
 
 def import_engine(model: ModelSection) -> None:
-    """Unsloth, where it is the engine, comes before trl, transformers and peft: it rewrites them. Raises ModelError."""
-    if problem := needs_gpu(model):
-        raise ModelError(problem)
+    """Unsloth, where it is the engine, comes before trl, transformers and peft are imported: it rewrites them."""
     if choose_engine(model.engine, torch.cuda.is_available()) == "unsloth":
         import unsloth  # noqa: F401
 
@@ -179,6 +177,7 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
     processor = AutoProcessor.from_pretrained(
         path, revision=model.revision, padding_side="left", trust_remote_code=False
     )
+    _require_layers(base, lora, model.name)
     if model.load_in_4bit:
         if not torch.cuda.is_available():
             mend_4bit_on_cpu(base)
@@ -215,6 +214,7 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
     )
     if (loaded_as := base.get_output_embeddings().weight.dtype) != dtype:  # its choice, with only a printed line
         raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
+    _require_layers(base, lora, model.name)
     processor.tokenizer.padding_side = "left"
     peft_model = FastVisionModel.get_peft_model(
         base,
@@ -227,6 +227,14 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         use_gradient_checkpointing=checkpointing,
     )
     return peft_model, processor
+
+
+def _require_layers(base: nn.Module, lora: LoraSection, name: str) -> None:
+    """PEFT passes over names that are in no layer, as long as one is."""
+    layers = {path.rpartition(".")[2] for path, _ in base.named_modules() if "language_model" in path}
+    if missing := [layer for layer in lora.target_modules if layer not in layers]:
+        linear = sorted({layer for layer in layers if layer.endswith("_proj")})
+        raise ModelError(f"lora.target_modules: {name} has no layer {', '.join(missing)}; it has {', '.join(linear)}")
 
 
 def lora_targets(lora: LoraSection) -> str:
@@ -261,4 +269,6 @@ def _one_line_load_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise ModelError(f"model.name: {name} cannot be loaded{offline}: {first_line}") from error
+        raise ModelError(
+            f"model.name: {name} cannot be loaded{offline}: {first_line.rstrip('.')}; check the name and the files"
+        ) from error

@@ -81,6 +81,8 @@ class DataSection(Section):
     problem_column: str | None = None
     answer_column: str | None = None
     choices_column: str | None = None
+    image_folder: str | None = None
+    """Where image paths start, if not in the folder of the data file. None may lead out of it."""
     system_prompt: str | None = None
     """System message; none leaves it to the model's own chat template."""
     instruction: str | None = None
@@ -172,7 +174,7 @@ class TrainSection(Section):
     """`auto` is 8-bit Adam on a GPU and plain AdamW on a CPU."""
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     save_steps: Count = 50
     """Optimizer steps between checkpoints (a whole number of rollouts)."""
     save_minutes: Positive | None = None
@@ -284,6 +286,8 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             yield f"output.mirror: {place!r} names no repository; write hub:ORG/NAME"
     if recipe.rollout.engine == "vllm":
         yield from _vllm_problems(recipe)
+    if not recipe.lora.target_modules:
+        yield "lora.target_modules: empty, so nothing would train; name layers, or leave the key out for all of them"
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):
         yield f"lora.target_modules: {name} is tied to the model's other end, a merge would lose it; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):

@@ -4,7 +4,7 @@ Unknown keys, wrong types and impossible combinations are all reported at once, 
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ def find_recipe(name: str) -> Path:
     """A recipe by path, or by the name of a shipped one, with or without .yaml."""
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        raise RecipeError(f"recipe {name}: a folder; name the .yaml file in it")
     shipped = shipped_recipes()
     stem = name.removesuffix(".yaml")
     if stem in shipped:
@@ -62,16 +64,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validated(tree, path.name, problems)
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML, which makes no objects; without aliases, which can blow up or run in a circle, nor double keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not read here; write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Mapping:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"{key.value} is there a second time; leave one of them out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply; a recipe has sections with keys in them") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path}:{where} is not valid YAML ({reason})") from None
+        raise RecipeError(f"{path}:{where} is not valid YAML ({reason}); mend it there") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
+        raise RecipeError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
     return tree
@@ -84,8 +107,8 @@ def _apply_override(tree: dict[str, Any], text: str) -> str | None:
     if not (equals and dot and section and name):
         return f"override {text!r}: write it as section.key=value, for instance grpo.num_generations=4"
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = yaml.load(value, Loader=_RecipeLoader)
+    except (yaml.YAMLError, RecursionError):
         return f"override {text!r}: the value is not valid YAML; quote it"
     if not isinstance(tree.get(section), dict):
         tree[section] = {}

@@ -54,6 +54,12 @@ class RunDir:
         """Raises RunDirError if something is already there: nothing is ever overwritten."""
         if self.path.is_file():
             raise RunDirError(f"output.dir: {self.path} is a file; choose another with output.dir=DIR")
+        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            what = "not writable" if above.is_dir() else "a file"
+            raise RunDirError(
+                f"output.dir: {self.path} cannot be made ({above} is {what}); choose another with output.dir=DIR"
+            )
         if self.path.is_dir() and any(self.path.iterdir()):
             raise RunDirError(
                 f"output.dir: {self.path} already holds a run; continue it with --resume auto, "

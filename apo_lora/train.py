@@ -4,6 +4,7 @@ directory is made only when all of that has worked.
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo_lora import ranks
+from apo_lora.data.examples import read_data
 from apo_lora.disk import checkpoint_bytes, full_disk_in_words, require_room
 from apo_lora.environment import environment, installed
-from apo_lora.errors import DataError, ModelError, RecipeError, UserError
+from apo_lora.errors import ModelError, RecipeError, RunDirError, UserError
 from apo_lora.finite_rewards import FiniteRewards
 from apo_lora.mirror import Mirrors
 from apo_lora.model_card import model_card
 from apo_lora.process import prepare_process
 from apo_lora.recipe import Recipe, combination_problems
 from apo_lora.resume import changes_of_place, checkpoint_to_continue, take_back
+from apo_lora.rewards.plugins import find_rewards
 from apo_lora.run_dir import RunDir, write_atomically, write_json
 from apo_lora.summary import closing_words
 
@@ -48,14 +51,19 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     _check_trackers(recipe)
     if problems := list(combination_problems(recipe, ranks.num_processes())):
         raise RecipeError(*(f"{recipe_name}: {problem}" for problem in problems))
+    find_rewards(recipe.rewards.functions)
 
     prepare_process()
+    if not dry_run:  # which may be made on another machine
+        _require_device(recipe)
+    data = read_data(recipe)
     say("Loading libraries ...")
-    _import_engine(recipe, dry_run=dry_run)
+    from apo_lora.model import import_engine, load_processor
+
+    import_engine(recipe.model)
     from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen, TimedSave
     from apo_lora.data.examples import prompt_dataset, training_order
     from apo_lora.evaluate import measure_held_out
-    from apo_lora.model import load_processor
     from apo_lora.plots import write_plots
     from apo_lora.preflight import preflight
     from apo_lora.rewards.functions import reward_functions
@@ -65,7 +73,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.trainer_config import grpo_config
 
     processor = load_processor(recipe.model, recipe.data)
-    loaded, held_out = _load_data(recipe, processor)
+    loaded, held_out = _fitting(data, recipe, processor)
     say(loaded.summary())
     seconds_per_item = recipe.rewards.seconds_per_item
     kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
@@ -143,7 +151,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             ],
         )
         started = time.perf_counter()
-        with stop:
+        with stop, _only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, done = time.perf_counter() - started, trainer.state.global_step
 
@@ -167,6 +175,18 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
 
 
 @contextmanager
+def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
+    """A checkpoint's optimizer and random state are unpickled as plain tensors alone; what holds more is refused."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise RunDirError(
+            f"--resume {checkpoint}: holds more than plain numbers and tensors, and nothing of that was run; "
+            "resume a checkpoint of your own, or start anew"
+        ) from None
+
+
+@contextmanager
 def _trackers_in(run_dir: RunDir) -> Iterator[None]:
     """Inside, what trackers write goes beside the run's own record, unless the user's environment says otherwise."""
     places = {"TENSORBOARD_LOGGING_DIR": run_dir.path / "tensorboard", "WANDB_DIR": run_dir.path}
@@ -185,26 +205,16 @@ def _check_trackers(recipe: Recipe) -> None:
         raise UserError(*(f"output.report_to: {name} is not installed; pip install {name}" for name in missing))
 
 
-def _load_data(recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
-    """Training rows, and what is measured before and after, by title."""
-    from apo_lora.data.examples import drop_long_prompts, load_examples
+def _fitting(
+    data: tuple["Loaded", dict[str, "Loaded"]], recipe: Recipe, processor: Any
+) -> tuple["Loaded", dict[str, list["Example"]]]:
+    """Of the rows of `read_data`, those whose prompt is not too long."""
+    from apo_lora.data.examples import drop_long_prompts, require_one_rollout
 
-    data = recipe.data
-
-    def load(spec: str, split: str, limit: int | None) -> "Loaded":
-        rows = load_examples(spec, data, split=split, limit=limit, seed=recipe.train.seed)
-        return drop_long_prompts(rows, processor, data)
-
-    loaded = load(data.train, data.split, data.limit)
-    if len(loaded.examples) < recipe.prompts_per_rollout:
-        raise DataError(
-            f"data.train: {len(loaded.examples)} usable rows, and one rollout takes {recipe.prompts_per_rollout}; "
-            "lower grpo.prompts_per_step or add data"
-        )
-    titles = {"reasoning": data.eval, "general": data.general} if recipe.train.evaluate else {}
-    return loaded, {
-        title: load(spec, data.eval_split, data.eval_limit).examples for title, spec in titles.items() if spec
-    }
+    train, held_out = data
+    loaded = drop_long_prompts(train, processor, recipe.data)
+    require_one_rollout(loaded, recipe)
+    return loaded, {title: drop_long_prompts(rows, processor, recipe.data).examples for title, rows in held_out.items()}
 
 
 def _plan(recipe: Recipe, num_prompts: int) -> str:
@@ -241,31 +251,31 @@ def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None, resume: 
 def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
     prepare_process()
-    _import_engine(recipe)
-    from apo_lora.model import load_processor
+    _require_device(recipe)
+    data = read_data(recipe)
+    from apo_lora.model import import_engine, load_processor
+
+    import_engine(recipe.model)
     from apo_lora.preflight import preflight
 
-    loaded, _ = _load_data(recipe, load_processor(recipe.model, recipe.data))
+    loaded, _ = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
     policy = _load_policy(recipe)
     checks, _ = preflight(policy, loaded.examples, recipe)
     return not report_checks(checks)
 
 
-def _import_engine(recipe: Recipe, *, dry_run: bool = False) -> None:
-    """Unsloth, where it is the engine, comes before trl is imported: it rewrites the trainer.
-
-    Raises ModelError for what this machine lacks; a dry run may be made on another one.
-    """
+def _require_device(recipe: Recipe) -> None:
+    """Raises ModelError for what this machine lacks, before a byte is downloaded or a library is waited for."""
+    if recipe.model.name == "tiny" and recipe.rollout.engine == "transformers":
+        return  # runs anywhere
     import torch
 
-    from apo_lora.model import choose_engine, needs_gpu
+    from apo_lora.model import needs_gpu
     from apo_lora.vllm_rollout import vllm_problem
 
     problems = needs_gpu(recipe.model), vllm_problem(recipe, has_gpu=torch.cuda.is_available())
-    if any(problems) and not dry_run:
+    if any(problems):
         raise ModelError(*filter(None, problems))
-    if choose_engine(recipe.model.engine, torch.cuda.is_available()) == "unsloth":
-        import unsloth  # noqa: F401
 
 
 def _load_policy(recipe: Recipe) -> "Policy":

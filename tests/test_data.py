@@ -521,8 +521,8 @@ def test_paths_stay_inside_the_data_folder(folder, tmp_path):
         assert reason_of(path, folder) == "image outside the data folder"
     for path in ("a.png", str(folder / "a.png"), f"file://{folder}/a.png", "x/../a.png"):
         assert image_refs(path, folder=folder, row=1)[0].open().size == (60, 30)
-    os.symlink(tmp_path, folder / "linked")  # the user's own link
-    assert image_refs("linked/outside.png", folder=folder, row=1)[0].size == (60, 30)
+    os.symlink(tmp_path, folder / "linked")  # a data set from elsewhere may bring such a link
+    assert reason_of("linked/outside.png", folder) == "image outside the data folder"
     (folder / "images").mkdir()
     (folder / "images" / "c.png").write_bytes(png("green"))
     assert image_refs("c.png", folder=folder, row=1)[0].open().getpixel((0, 0)) == (0, 128, 0)

@@ -26,22 +26,6 @@ def test_built_in_rewards(verifier, dress):
     assert form(completions=completions, **columns) == [0.5, 0.5, 0]
 
 
-def test_hostile_completions_earn_nothing_and_stop_nothing(verifier):
-    accuracy, form = reward_functions(RewardsSection(), verifier)
-    hostile = [
-        "<answer>10**10**10</answer>",
-        "<answer>" + "{" * 1_000_000 + "</answer>",
-        "<answer>\\sqrt{" * 5_000 + "}" * 5_000,
-        "<answer>\0\0\0</answer>",
-        "<answer>\ud800</answer>",
-        "<answer>__import__('os').system('true')</answer>",
-    ]
-    texts = [*hostile, RIGHT]
-    scores = accuracy(completions=texts, answer=["4"] * len(texts), choices=[None] * len(texts))
-    assert scores == [0] * len(hostile) + [1]
-    assert form(completions=texts) == [0] * len(hostile) + [0.5]
-
-
 def test_own_rewards_see_message_lists(verifier, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def length(prompts, completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from apo_lora.answers.mathematics import is_safe_math, math_equal
 from apo_lora.answers.numbers import Number, parse_number, same_number, strip_unit
-from apo_lora.answers.text import FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
+from apo_lora.answers.text import MAX_ANSWER_CHARS, FinalAnswer, after_answer_phrase, compact, last_box, plain, word_key
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,22 @@ _NEGATED = re.compile(
     r"\b(?:not|no|neither|nor|except|wrong|incorrect|eliminate[sd]?|unlike|false|cannot|rule[sd]? out)\b|n't\b", re.I
 )
 _HEDGE = re.compile(r"(?<![a-zA-Z])(?:or|either|maybe|perhaps|possibly)(?![a-zA-Z])|或", re.IGNORECASE)
+_MAX_GOLD_CHARS = 100_000  # a whole solution may come with it, after which "####" or a box gives the answer
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no", "是": "yes", "否": "no", "对": "yes", "错": "no"}
 
 
 @lru_cache(maxsize=4096)
 def read_gold(answer: str, choices: tuple[str, ...]) -> Gold | None:
     """The gold answer made plain; None where no answer could ever be judged against it."""
+    if len(answer) > _MAX_GOLD_CHARS:
+        return None
     text = plain(last_box(answer) or answer.split("####")[-1])
-    if not text or len(text) > 1000 or not (re.search(r"\w|∅|\\infty", text)) or text.count("{") != text.count("}"):
+    if (
+        not text
+        or len(text) > MAX_ANSWER_CHARS
+        or not (re.search(r"\w|∅|\\infty", text))
+        or text.count("{") != text.count("}")
+    ):
         return None
     if not choices:
         return Gold(text, None, (), letter=bool(re.fullmatch(r"\(?[A-Z]\)?", text)))
@@ -102,6 +110,8 @@ def _readings(answer: FinalAnswer) -> Iterator[tuple[str, bool]]:
     such a thing twice or has several sentences is read literally only: its end could be one of many tries.
     """
     text = plain(answer.text)
+    if len(text) > MAX_ANSWER_CHARS:  # one sign of Unicode may be eighteen once it is made plain
+        return
     yield text, False
     phrase = after_answer_phrase(text) if answer.sentence or text.lower().count("answer") < 2 else None
     if phrase:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 MAX_ANSWER_CHARS = 1000  # a longer "answer" is an essay or an attack: it earns 0
 _TAIL_CHARS = 2000  # without a tag or a box, only the end of a completion is read
 _BOX_SCAN_CHARS = 2 * MAX_ANSWER_CHARS
+_MAX_JOINED_BOXES = 50  # a megabyte of boxes side by side would take half a minute
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def last_box(text: str) -> str | None:
     if found is None:
         return None
     start, _, content = found
-    while True:
+    for _ in range(_MAX_JOINED_BOXES):
         before = _one_box(text, start)
         if before is None:
             return content.strip()
@@ -104,7 +105,8 @@ def last_box(text: str) -> str | None:
             content = before[2].strip() + word + content.strip()
         start = before[0]
         if len(content) > MAX_ANSWER_CHARS:
-            return content
+            break
+    return content
 
 
 def _one_box(text: str, end: int) -> tuple[int, int, str] | None:
@@ -132,7 +134,8 @@ _SIGNS = {
     "、": ", ", "【": "(", "】": ")", "“": '"', "”": '"', "‘": "'", "’": "'", "⁄": "/",
 }  # fmt: skip
 _SIGN_TABLE = str.maketrans(_SIGNS)
-_INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")
+# Soft hyphens, joiners, direction marks. Not the overrides U+202D and U+202E: those change what a reader sees.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202c\u2060-\u2064\u2066-\u2069\ufeff]")
 _BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # no honest text holds these: never equal
 
 

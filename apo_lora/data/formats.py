@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.errors import DataError
+from apo_lora.errors import DataError, printable
 from apo_lora.recipe import DataSection
 
 IMAGE_MARK = "<image>"
@@ -192,6 +192,8 @@ def _read_turns(turns: Sequence[Mapping[str, Any]]) -> Chat:
 
 def _read_content(content: Any) -> tuple[str, list[Any]]:
     """Text with a mark for each image part, and the images that the parts carry."""
+    if isinstance(content, Mapping):
+        raise BadRow("unsupported content", f"a turn that says {_short(content)}")
     if not isinstance(content, list):
         return as_text(content), []
     texts, images, num_parts = [], [], 0
@@ -199,6 +201,8 @@ def _read_content(content: Any) -> tuple[str, list[Any]]:
         if isinstance(part, str):
             texts.append(part)
             continue
+        if not isinstance(part, Mapping):
+            raise BadRow("unsupported content", f"a part that is {_short(part)}")
         # Arrow gives every part every key, None where it was absent: the type decides.
         kind = part.get("type") or ("image" if part.get("image") is not None else "text")
         if kind in ("image", "image_url"):
@@ -247,6 +251,8 @@ def read_choices(value: Any) -> tuple[str, ...] | None:
         value = [value[key] for key in sorted(value) if value[key] is not None]
     if not isinstance(value, list | tuple):
         return None
+    if odd := [item for item in value if isinstance(item, Mapping | list | bytes)]:
+        raise BadRow("unsupported choices", f"a choice is {_short(odd[0])}, which is no text")
     texts = [as_text(item).strip() for item in value if item is not None]
     if len(texts) > 26:
         raise BadRow("too many choices", f"{len(texts)}; letters end at 26")
@@ -313,5 +319,5 @@ def _short(value: Any) -> str:
 
 
 def _one_line(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -53,6 +53,11 @@ class ImageRef:
         """The file, where the image is one."""
         return self.source if isinstance(self.source, Path) else None
 
+    @property
+    def needs_decoding(self) -> bool:
+        """False for the pictures of the built-in task, which are pixels already."""
+        return not isinstance(self.source, Image.Image)
+
     def open(self) -> Image.Image:
         """The image, decoded now: RGB, upright, transparent parts white, of an animation the first frame."""
         try:
@@ -67,7 +72,7 @@ class ImageRef:
 def image_refs(value: Any, *, folder: Path | None, row: int) -> tuple[ImageRef, ...]:
     """References to the images of a row: a path, bytes, a mapping with either, a Cell, or a list of these.
 
-    Paths are looked up in `folder` and in `folder`/images. Raises BadRow.
+    Paths are looked up in `folder` and in `folder`/images, and lead nowhere else. Raises BadRow.
     """
     values = _single_values(value)
     return tuple(_image_ref(item, folder, f"row {row} image {n}") for n, item in enumerate(values, start=1))
@@ -117,10 +122,13 @@ def find_image(text: str, folder: Path | None) -> Path:
     path = Path(os.path.normpath(folder / text))  # an absolute path stands for itself
     try:
         is_inside = _is_inside(path, folder)
-    except (OSError, ValueError) as error:  # no path at all: a NUL inside, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # no path at all: a NUL inside, a loop of links
         raise BadRow("image missing", f"{text!r} ({error})") from None
     if not is_inside:
-        raise BadRow("image outside the data folder", f"{text} is not under {folder}; move or link it there")
+        raise BadRow(
+            "image outside the data folder",
+            f"{text} leads to {path.resolve()}, which is not under {folder}; copy it there, or set data.image_folder",
+        )
     found = next((p for p in (path, folder / "images" / text) if os.path.isfile(p)), None)
     if found is None:
         raise BadRow("image missing", f"no file {path}")
@@ -128,8 +136,12 @@ def find_image(text: str, folder: Path | None) -> Path:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    # Compared as written first: a link that the user put into the folder is the user's own doing.
-    return path.is_relative_to(folder) or path.resolve().is_relative_to(folder.resolve())
+    """Links are followed: a data set from elsewhere may bring some. Those of the Hub's cache lead to its blobs."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    target, home = path.resolve(), folder.resolve()
+    cache = Path(HF_HUB_CACHE).resolve()
+    return target.is_relative_to(home) or home.is_relative_to(cache) and target.is_relative_to(cache)
 
 
 def _data_uri_bytes(text: str) -> bytes:
@@ -146,7 +158,7 @@ def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
             width, height = image.size
             if _orientation(image) >= 5:  # a quarter turn
                 width, height = height, width
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise BadRow("image too large", f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # decoders raise anything on a damaged file
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
@@ -165,10 +177,13 @@ def _opened(source: Path | bytes | Cell | Image.Image) -> Image.Image:
     if isinstance(source, Cell):
         content = source.read()
         source = content["bytes"] if isinstance(content, Mapping) else content
-    with warnings.catch_warnings():
-        # Pillow only warns between its limit and twice that; here one limit holds.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+    # Pillow only warns between its limit and twice that; here one limit holds.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"over {Image.MAX_IMAGE_PIXELS:,} pixels")
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,11 +1,14 @@
 """The built-in boards, a benchmark, a file, a folder, or the Hub -> numbered rows, with images left where they are."""
 
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from apo_lora.data.images import Cell, ImageRef
@@ -35,6 +38,8 @@ class Source:
 
 def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir: Path | None) -> Source:
     """The first `limit` rows of a data set. Relative paths start at `base_dir`, or else at the working directory."""
+    if not spec.strip():
+        raise DataError("data: an empty name; give `boards`, a file, a folder or a Hugging Face id")
     if spec in ("boards", "boards:reasoning", "boards:general"):
         return _boards(spec, split, limit or BOARDS_ROWS, seed)
     if (found := find_benchmark(spec)) is not None:
@@ -103,7 +108,7 @@ def _from_files(paths: list[Path], limit: int | None) -> Source:
     if reader is None:
         raise DataError(f"{path}: files ending in {path.suffix or 'nothing'} are not read; use {', '.join(READERS)}")
     if any(p.stat().st_size == 0 for p in paths):
-        raise DataError(f"{name}: the file is empty")
+        raise DataError(f"{name}: the file is empty; write it again, or name another")
     return Source(name, path.parent, reader(paths, limit))
 
 
@@ -129,7 +134,8 @@ def _saved_dataset(folder: Path, split: str) -> "datasets.Dataset":
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # damaged files surface as errors of many libraries
-        raise DataError(f"{folder}: looks saved by `datasets` but cannot be read ({_first_line(error)})") from error
+        reason = _first_line(error)
+        raise DataError(f"{folder}: looks saved by `datasets` but cannot be read ({reason}); save it again") from error
     if not isinstance(saved, datasets.DatasetDict):
         return saved
     if split not in saved:
@@ -166,7 +172,7 @@ def _read_json(paths: list[Path], limit: int | None) -> list[tuple[int, Any]]:
         # Many write one object a line and call it .json.
         if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
             return _parse_lines(path, enumerate(text.split("\n"), start=1), limit)
-        raise DataError(f"{path}: not valid JSON ({_json_error(error)})") from None
+        raise DataError(f"{path}: not valid JSON ({_json_error(error)}); mend it there") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
         value = lists[0] if len(lists) == 1 else value
@@ -179,7 +185,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _json_error(error: Exception) -> str:
@@ -189,13 +195,17 @@ def _json_error(error: Exception) -> str:
 
 
 def _read_parquet(paths: list[Path], limit: int | None) -> list[tuple[int, Any]]:
-    import datasets
+    import pyarrow.parquet
 
+    datasets = _quiet_datasets()
     try:
+        if not any(pyarrow.parquet.ParquetFile(path).metadata.num_rows for path in paths):
+            return []
         # Unpacked once into the Arrow cache of `datasets`, so that images can be fetched one by one from disk.
         table = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
     except Exception as error:  # damaged files surface as errors of many libraries
-        raise DataError(f"{paths[0]}: cannot be read as Parquet ({_first_line(error.__cause__ or error)})") from error
+        reason = _first_line(error.__cause__ or error)
+        raise DataError(f"{paths[0]}: cannot be read as Parquet ({reason}); write or download it again") from error
     return table_rows(table, limit)
 
 
@@ -211,8 +221,7 @@ READERS: dict[str, Callable[[list[Path], int | None], list[tuple[int, Any]]]] = 
 
 
 def _from_hub(spec: str, split: str, limit: int | None) -> Source:
-    import datasets
-
+    datasets = _quiet_datasets()
     name, _, config = spec.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split=split)
@@ -223,6 +232,16 @@ def _from_hub(spec: str, split: str, limit: int | None) -> Source:
         ) from error
     # Image paths of a Hub data set point into the cache that it was downloaded to.
     return Source(f"{spec} ({split})", Path(datasets.config.HF_CACHE_HOME), table_rows(table, limit))
+
+
+def _quiet_datasets() -> ModuleType:
+    """The library, without bars that nobody watches, and without its own account of what we report in a line."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
 
 
 def table_rows(table: "datasets.Dataset", limit: int | None) -> list[tuple[int, dict[str, Any]]]:

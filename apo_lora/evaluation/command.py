@@ -51,8 +51,10 @@ def evaluate_run(options: argparse.Namespace) -> int:
 
     prepare_process()
     print("Loading libraries ...", flush=True)
-    from apo_lora.model import import_engine, load_processor
+    from apo_lora.model import import_engine, load_processor, needs_gpu
 
+    if problem := needs_gpu(recipe.model):
+        raise ModelError(problem)
     import_engine(recipe.model)
     from apo_lora.evaluation.answering import answer, policies
     from apo_lora.evaluation.measure import ITEMS_PER_BATCH

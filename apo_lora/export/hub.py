@@ -28,8 +28,8 @@ def push(
     The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` left. Raises HubError in one line; a private push
     into a public repository is refused before anything is sent.
     """
-    files = _files(source, repo, what, folder)
     _check_name(repo)
+    files = _files(source, repo, what, folder)
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars, logging
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from apo_lora.errors import UserError
+from apo_lora.errors import ModelError, UserError
 from apo_lora.process import prepare_process
 from apo_lora.recipe_file import find_recipe, load_recipe
 from apo_lora.run_dir import append_jsonl
@@ -13,8 +13,10 @@ def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[s
     """Greedy answers into folder/answers.jsonl, their pictures beside it. Raises UserError."""
     recipe = load_recipe(find_recipe(recipe_name), overrides)
     prepare_process()
-    from apo_lora.model import import_engine, load_policy
+    from apo_lora.model import import_engine, load_policy, needs_gpu
 
+    if problem := needs_gpu(recipe.model):
+        raise ModelError(problem)
     import_engine(recipe.model)
     from apo_lora.data.examples import load_examples
     from apo_lora.evaluation.measure import answer_row, measure

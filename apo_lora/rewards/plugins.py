@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,13 +17,32 @@ from apo_lora.errors import RewardError
 _FORM = 'write it as "module:function" or "path/to/file.py:function"'
 
 
+BUILT_IN = ("accuracy", "format")
+
+
+def find_rewards(names: Sequence[str]) -> None:
+    """Looks whether own reward functions are where `names` say, and runs none of them. Raises RewardError, all at once.
+
+    Of a module that is not imported yet only its place is looked for, which runs the packages above it.
+    """
+    problems = []
+    for spec in (name for name in names if name not in BUILT_IN):
+        try:
+            source, _ = _parts(spec)
+            _file(spec, source) if _is_file(source) else _require_module(spec, source)
+        except RewardError as error:
+            problems += error.problems
+    if problems:
+        raise RewardError(*problems)
+
+
 def load_reward(spec: str) -> Callable:
-    """The function that `spec` names, checked to be callable as f(prompts=..., completions=..., **columns)."""
-    source, separator, name = str(spec).rpartition(":")
-    if not separator or not source.strip() or not name.isidentifier():
-        raise RewardError(f"reward {spec!r} does not name a function: {_FORM}")
-    is_file = source.endswith(".py") or "/" in source or "\\" in source
-    module = _from_file(spec, Path(source).expanduser()) if is_file else _from_module(spec, source)
+    """The function that `spec` names, checked to be callable as f(prompts=..., completions=..., **columns).
+
+    This runs the module: only commands that train call it, with names that the user's own recipe or command line gives.
+    """
+    source, name = _parts(spec)
+    module = _from_file(spec, _file(spec, source)) if _is_file(source) else _from_module(spec, source)
     function = getattr(module, name, None)
     if function is None:
         raise RewardError(f"reward {spec!r}: {source} has no {name!r}; {_nearest(name, module)}")
@@ -33,11 +52,29 @@ def load_reward(spec: str) -> Callable:
     return function
 
 
-def _from_file(spec: str, path: Path) -> ModuleType:
+def _parts(spec: str) -> tuple[str, str]:
+    source, separator, name = str(spec).rpartition(":")
+    if not separator or not source.strip() or not name.isidentifier():
+        near = difflib.get_close_matches(str(spec), BUILT_IN, n=1)
+        hint = f"did you mean {near[0]}? Else " if near else ""
+        raise RewardError(f"reward {spec!r} does not name a function: {hint}{_FORM}")
+    return source, name
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(".py") or "/" in source or "\\" in source
+
+
+def _file(spec: str, source: str) -> Path:
+    path = Path(source).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"did you mean {near[0]!r}?" if near else "paths count from the current directory"
         raise RewardError(f"reward {spec!r}: no file {str(path)!r} (looked in {path.parent.resolve()}); {hint}")
+    return path
+
+
+def _from_file(spec: str, path: Path) -> ModuleType:
     loaded = importlib.util.spec_from_file_location(f"apo_lora_user_{path.stem}", path)
     if loaded is None:
         raise RewardError(f"reward {spec!r}: {str(path)!r} is not a Python file; give it the ending .py")
@@ -47,6 +84,11 @@ def _from_file(spec: str, path: Path) -> ModuleType:
 
 
 def _from_module(spec: str, name: str) -> ModuleType:
+    _require_module(spec, name)
+    return _run(spec, lambda: importlib.import_module(name))
+
+
+def _require_module(spec: str, name: str) -> None:
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -55,7 +97,6 @@ def _from_module(spec: str, name: str) -> ModuleType:
         raise RewardError(
             f"reward {spec!r}: no module named {name!r}; install it, or name its file (path/to/file.py:function)"
         )
-    return _run(spec, lambda: importlib.import_module(name))
 
 
 def _run(spec: str, load: Callable[[], ModuleType]) -> ModuleType:

@@ -2,16 +2,20 @@
 
 Cheap comparison happens in the parent (`scores.quick_verdict`). What only mathematics can decide goes, one question
 at a time, as a JSON line to `python -m apo_lora.rewards.verifier`, which answers with a JSON line. A question that
-takes too long costs its completion the reward and the worker its life; the next question starts a new one.
+takes too long costs its completion the reward and the worker its life; the next question starts a new one. So a call
+of `score` with N completions takes at most (10 + N / 10) x seconds_per_item, the starts of new workers not counted.
 
 A plain subprocess and not `multiprocessing`: that would import the user's __main__ again (a notebook and a script
 from stdin have none to import), and would fork or share nothing good with a parent that has CUDA initialised.
-The worker imports neither torch nor the rest of the kit.
+The worker imports neither torch nor the rest of the kit. It is no sandbox for hostile code, since none is ever run;
+but should a library evaluate text after all, the worker can start no program, open no connection, write no file, and
+has no token of the user's in its environment.
 """
 
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +31,23 @@ from apo_lora.rewards.scores import quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
 _MEMO_SIZE = 20_000
+_PATIENCE = 10  # time-outs in one call of `score` before the questions after them get a tenth of the time
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)  # in names of environment variables
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_REFUSED = (
+    *(
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.fork",
+        "os.startfile",
+        "subprocess.",
+        "pty.",
+        "ctypes.",
+    ),
+    *("socket.", "shutil.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
+)
 
 
 class Verifier:
@@ -44,6 +65,7 @@ class Verifier:
         self._command = [sys.executable, "-P", "-m", "apo_lora.rewards.verifier", str(memory_mb)]
         self._worker: _Worker | None = None
         self._memo: dict[MathQuestion, float] = {}
+        self._timeouts_before = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Verifier":
@@ -67,6 +89,7 @@ class Verifier:
         """One 0.0 or 1.0 per completion. Whatever a completion does, the others are scored."""
         rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
         with self._lock:
+            self._timeouts_before = self.timeouts
             return [self._score_one(*row) for row in rows]
 
     def _score_one(self, completion: str, answer: str, choices: Sequence[str] | None) -> float:
@@ -90,8 +113,9 @@ class Verifier:
             self.crashes += 1
         else:
             return 0.0
+        hurried = self.timeouts - self._timeouts_before >= _PATIENCE
         try:
-            reply = self._worker.read(self.seconds_per_item)
+            reply = self._worker.read(self.seconds_per_item / (10 if hurried else 1))
         except queue.Empty:
             self.timeouts += 1
             self._give_up_worker()
@@ -159,10 +183,11 @@ class _Worker:
 
 
 def _worker_environment() -> dict[str, str]:
-    """The parent's environment, with this package importable and no GPU in sight."""
+    """The parent's environment without its secrets, with this package importable and no GPU in sight."""
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    return {**kept, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _pump(stream, lines: "queue.Queue[str | None]") -> None:
@@ -184,6 +209,17 @@ def _limit_memory(memory_mb: int) -> None:
     except ImportError:  # Windows: time is still bounded
         return
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _refuse_side_effects() -> None:
+    """From here on this process computes and answers, and does nothing else."""
+
+    def refuse(event: str, arguments: tuple) -> None:
+        if event.startswith(_REFUSED) or event == "open" and (arguments[2] or 0) & _WRITING:
+            raise PermissionError(f"{event}: not in the verifier's worker")
+
+    sys.addaudithook(refuse)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -194,6 +230,7 @@ def main(arguments: Sequence[str]) -> None:
     # Pays for the imports before the clock of the first question runs, and proves that they fit into the memory.
     if not math_equal("1+x", "x+1"):
         sys.exit("it cannot compare 1+x with x+1")
+    _refuse_side_effects()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         answer, gold = json.loads(line)

@@ -27,7 +27,7 @@ class Attempt(NamedTuple):
 
 def measure_base(folder: Path, *, num_rows: int = 600, seed: int = 0) -> dict[str, Any]:
     """Figures of the base in `folder`, loaded in float32. Sampling is at temperature 1 except for `greedy_accuracy`."""
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(seed)
 
