@@ -3,7 +3,6 @@ directory is made only when all of that has worked.
 """
 
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -12,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from apo_lora import ranks
 from apo_lora.data.examples import read_data
 from apo_lora.disk import checkpoint_bytes, full_disk_in_words, require_room
-from apo_lora.environment import environment, installed
-from apo_lora.errors import ModelError, RecipeError, RunDirError, UserError
+from apo_lora.environment import environment
+from apo_lora.errors import ModelError, RecipeError, RunDirError
 from apo_lora.finite_rewards import FiniteRewards
 from apo_lora.mirror import Mirrors
 from apo_lora.model_card import model_card
@@ -28,11 +27,15 @@ from apo_lora.resume import changes_of_place, checkpoint_to_continue, take_back
 from apo_lora.rewards.plugins import find_rewards
 from apo_lora.run_dir import RunDir, write_atomically, write_json
 from apo_lora.summary import closing_words
+from apo_lora.trackers import require_trackers, trackers_in
 
 if TYPE_CHECKING:
+    from apo_lora.callbacks import OrderlyStop
     from apo_lora.data.examples import Example, Loaded
     from apo_lora.model import Policy
     from apo_lora.preflight import Check
+    from apo_lora.rewards.verifier import Verifier
+    from apo_lora.trainer import APOTrainer
 
 
 def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_run: bool = False) -> RunDir:
@@ -48,10 +51,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     checkpoint = checkpoint_to_continue(run_dir, recipe, resume)
     if checkpoint is None and ranks.is_main():
         mirrors.refuse_existing()
-    _check_trackers(recipe)
-    if problems := list(combination_problems(recipe, ranks.num_processes())):
-        raise RecipeError(*(f"{recipe_name}: {problem}" for problem in problems))
-    find_rewards(recipe.rewards.functions)
+    _refuse_at_once(recipe, recipe_name)
 
     prepare_process()
     if not dry_run:  # which may be made on another machine
@@ -61,117 +61,155 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.model import import_engine, load_processor
 
     import_engine(recipe.model)
-    from apo_lora.callbacks import MetricsWriter, OrderlyStop, Screen, TimedSave
-    from apo_lora.data.examples import prompt_dataset, training_order
+    from apo_lora.callbacks import OrderlyStop
     from apo_lora.evaluate import measure_held_out
-    from apo_lora.plots import write_plots
-    from apo_lora.preflight import preflight
-    from apo_lora.rewards.functions import reward_functions
     from apo_lora.rewards.verifier import Verifier
-    from apo_lora.rollout_record import rollout_writer
-    from apo_lora.trainer import APOTrainer
-    from apo_lora.trainer_config import grpo_config
 
-    processor = load_processor(recipe.model, recipe.data)
-    loaded, held_out = _fitting(data, recipe, processor)
+    loaded, held_out = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
     say(loaded.summary())
-    seconds_per_item = recipe.rewards.seconds_per_item
+    if dry_run:
+        say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
+        return run_dir
     kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
     with (
         ranks.lost_process_in_words(kept),
         full_disk_in_words(run_dir.path, kept),
         ranks.joined(),
-        Verifier(seconds_per_item=seconds_per_item) as verifier,
-        _trackers_in(run_dir),
+        Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier,
+        trackers_in(run_dir),
     ):
-        finite = FiniteRewards()
-        rewards = [finite.watching(function) for function in reward_functions(recipe.rewards, verifier)]
-        if dry_run:
-            say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
-            return run_dir
         policy = _load_policy(recipe)
         say(_plan(recipe, len(loaded.examples)))
-        given = recipe
-        if recipe.train.preflight:
-            checks, recipe = preflight(policy, loaded.examples, recipe)
-            failed = report_checks(checks)
-            if failed:
-                raise ModelError(*failed)
-        require_room(
-            run_dir.path,
-            checkpoint_bytes(run_dir, [p for p in policy.model.parameters() if p.requires_grad]),
-            "a checkpoint",
-            "Nothing was written",
-        )
+        checks, fitted = _checked(policy, loaded.examples, recipe, run_dir)
         if ranks.is_main():
-            _open_run(run_dir, given, checkpoint, resume, policy.engine)
-            if recipe.train.preflight:
+            _open_run(run_dir, recipe, checkpoint, resume, policy.engine)
+            if checks:
                 write_json(run_dir.preflight, [asdict(check) for check in checks])
         ranks.wait()
 
-        def measure(when: str) -> None:
-            evaluation[when] = measure_held_out(when, policy, held_out, recipe, verifier.score, run_dir)
+        def measure(when: Literal["before", "after"]) -> None:
+            evaluation[when] = measure_held_out(when, policy, held_out, fitted, verifier.score, run_dir)
             if ranks.is_main():
                 write_json(run_dir.evaluation, evaluation)
 
         evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
         if checkpoint is None:
             measure("before")
-        steps = recipe.total_steps(len(loaded.examples))
-        # Whole rollouts, also where the last one feeds more steps than are left.
-        num_rollouts = -(-steps // recipe.steps_per_rollout)
-        order = training_order(len(loaded.examples), num_rollouts * recipe.prompts_per_rollout, recipe.train.seed)
-        stop = OrderlyStop(recipe.steps_per_rollout)
-
-        def checkpoint_saved() -> None:
-            mirrors.copy()
-            run_dir.remove_old_checkpoints(recipe.train.keep_checkpoints, spare=mirrors.in_use)
-
-        trainer = APOTrainer(
-            recipe=recipe,
-            run_dir=run_dir,
-            record_rollout=rollout_writer(run_dir, loaded.examples) if recipe.output.log_completions else None,
-            more_figures=lambda: ranks.summed(
-                {
-                    "verifier_timeouts": verifier.timeouts,
-                    "verifier_crashes": verifier.crashes,
-                    "nonfinite_rewards": finite.replaced,
-                }
-            ),
-            checkpoint_saved=checkpoint_saved,
-            model=policy.model,
-            processing_class=policy.processor,
-            args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
-            train_dataset=prompt_dataset(loaded.examples, recipe.data, order),
-            reward_funcs=rewards,
-            callbacks=[
-                *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
-                *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),
-                stop,
-            ],
-        )
+        stop = OrderlyStop(fitted.steps_per_rollout)
+        trainer = _trainer(fitted, run_dir, policy, loaded.examples, verifier, mirrors, stop)
         started = time.perf_counter()
         with stop, _only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds, done = time.perf_counter() - started, trainer.state.global_step
+        seconds, guard = time.perf_counter() - started, trainer.nonfinite_guard
 
         if ranks.is_main():
             _save_adapter(policy.model, run_dir)
-        if not (stop.requested or trainer.nonfinite_guard.gave_up):
+        if not (stop.requested or guard.gave_up):
             measure("after")
-        troubles = trainer.more_figures() | {"steps skipped as not finite": trainer.nonfinite_guard.skipped}
+        troubles = trainer.more_figures() | {"steps skipped as not finite": guard.skipped}
+        done, steps = trainer.state.global_step, trainer.args.max_steps
     if ranks.is_main():
         with full_disk_in_words(run_dir.path, kept):
-            plots = write_plots(run_dir)
-            versions = json.loads(run_dir.environment.read_text())
-            write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, done, versions))
-        say(closing_words(run_dir, evaluation, plots, seconds, done, troubles))
+            _close_run(run_dir, fitted, policy.base_name, evaluation, seconds, done, troubles)
         mirrors.finish()
-    if trainer.nonfinite_guard.gave_up:
-        raise trainer.nonfinite_guard.stopped(done)
+    if guard.gave_up:
+        raise guard.stopped(done)
     if stop.requested:
         raise stop.stopped(done, steps)
     return run_dir
+
+
+def _refuse_at_once(recipe: Recipe, recipe_name: str) -> None:
+    """What can be seen to fail before anything heavy is loaded."""
+    require_trackers(recipe)
+    if problems := list(combination_problems(recipe, ranks.num_processes())):
+        raise RecipeError(*(f"{recipe_name}: {problem}" for problem in problems))
+    find_rewards(recipe.rewards.functions)
+
+
+def _checked(
+    policy: "Policy", examples: list["Example"], recipe: Recipe, run_dir: RunDir
+) -> tuple[list["Check"], Recipe]:
+    """The checks before step 1, and the recipe as it fits this machine. Raises ModelError, RunDirError."""
+    from apo_lora.preflight import preflight
+
+    checks, fitted = preflight(policy, examples, recipe) if recipe.train.preflight else ([], recipe)
+    if failed := report_checks(checks):
+        raise ModelError(*failed)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    require_room(run_dir.path, checkpoint_bytes(run_dir, trained), "a checkpoint", "Nothing was written")
+    return checks, fitted
+
+
+def _trainer(
+    recipe: Recipe,
+    run_dir: RunDir,
+    policy: "Policy",
+    examples: list["Example"],
+    verifier: "Verifier",
+    mirrors: Mirrors,
+    stop: "OrderlyStop",
+) -> "APOTrainer":
+    from apo_lora.callbacks import MetricsWriter, Screen, TimedSave
+    from apo_lora.data.examples import prompt_dataset, training_order
+    from apo_lora.rewards.functions import reward_functions
+    from apo_lora.rollout_record import rollout_writer
+    from apo_lora.trainer import APOTrainer
+    from apo_lora.trainer_config import grpo_config
+
+    finite = FiniteRewards()
+    steps = recipe.total_steps(len(examples))
+    # Whole rollouts, also where the last one feeds more steps than are left.
+    num_rollouts = -(-steps // recipe.steps_per_rollout)
+    order = training_order(len(examples), num_rollouts * recipe.prompts_per_rollout, recipe.train.seed)
+
+    def troubles() -> dict[str, float]:
+        return ranks.summed(
+            {
+                "verifier_timeouts": verifier.timeouts,
+                "verifier_crashes": verifier.crashes,
+                "nonfinite_rewards": finite.replaced,
+            }
+        )
+
+    def checkpoint_saved() -> None:
+        mirrors.copy()
+        run_dir.remove_old_checkpoints(recipe.train.keep_checkpoints, spare=mirrors.in_use)
+
+    return APOTrainer(
+        recipe=recipe,
+        run_dir=run_dir,
+        record_rollout=rollout_writer(run_dir, examples) if recipe.output.log_completions else None,
+        more_figures=troubles,
+        checkpoint_saved=checkpoint_saved,
+        model=policy.model,
+        processing_class=policy.processor,
+        args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
+        train_dataset=prompt_dataset(examples, recipe.data, order),
+        reward_funcs=[finite.watching(function) for function in reward_functions(recipe.rewards, verifier)],
+        callbacks=[
+            *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
+            *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),
+            stop,
+        ],
+    )
+
+
+def _close_run(
+    run_dir: RunDir,
+    recipe: Recipe,
+    base_name: str,
+    evaluation: dict[str, Any],
+    seconds: float,
+    steps: int,
+    troubles: dict[str, int],
+) -> None:
+    from apo_lora.plots import write_plots
+
+    plots = write_plots(run_dir)
+    versions = json.loads(run_dir.environment.read_text())
+    write_atomically(run_dir.model_card, model_card(recipe, base_name, evaluation, steps, versions))
+    say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
 
 
 @contextmanager
@@ -184,25 +222,6 @@ def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
             f"--resume {checkpoint}: holds more than plain numbers and tensors, and nothing of that was run; "
             "resume a checkpoint of your own, or start anew"
         ) from None
-
-
-@contextmanager
-def _trackers_in(run_dir: RunDir) -> Iterator[None]:
-    """Inside, what trackers write goes beside the run's own record, unless the user's environment says otherwise."""
-    places = {"TENSORBOARD_LOGGING_DIR": run_dir.path / "tensorboard", "WANDB_DIR": run_dir.path}
-    ours = {name: str(path) for name, path in places.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-def _check_trackers(recipe: Recipe) -> None:
-    missing = [name for name in recipe.output.report_to if installed(name) is None]
-    if missing:
-        raise UserError(*(f"output.report_to: {name} is not installed; pip install {name}" for name in missing))
 
 
 def _fitting(
