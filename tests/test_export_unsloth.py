@@ -86,7 +86,7 @@ def test_a_vision_file_that_unsloth_left_out_is_an_error(names, says, as_program
 
 def test_a_failure_is_one_line_with_the_way_out(as_program, adapter, tmp_path, capsys):
     script = tmp_path / "program.py"
-    script.write_text("raise RuntimeError('Unsloth: no network')")
+    script.write_text("raise RuntimeError('Unsloth: no network\\nMore about it.')")
     as_program(script)
     assert main(["export", str(adapter), "--to", "gguf", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

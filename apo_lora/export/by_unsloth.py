@@ -9,6 +9,7 @@ This file is also the program that does it: Unsloth rewrites transformers and PE
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,8 +43,9 @@ def convert(merged: Path, folder: Path, name: str, quantization: str) -> list[Pa
     finished = subprocess.run(command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace")
     if finished.returncode:
         said = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)] or said
         raise ModelError(
-            f"Unsloth made no GGUF: {said[-1] if said else f'exit code {finished.returncode}'}; nothing was kept. "
+            f"Unsloth made no GGUF: {errors[-1] if errors else f'exit code {finished.returncode}'}; nothing was kept. "
             "With a llama.cpp of your own (--llama-cpp DIR) Unsloth is not needed"
         )
     made = [Path(file) for file in json.loads((work / _RESULT).read_text(encoding="utf-8"))]
