@@ -173,6 +173,7 @@ READS_A_RUN = (
     ["check-data", "--recipe", "{run}/recipe.yaml"],
     ["check-rewards", "--recipe", "{run}/recipe.yaml"],
     ["plan", "--recipe", "{run}/recipe.yaml"],
+    ["preflight", "--recipe", "{run}/recipe.yaml"],
 )
 
 
