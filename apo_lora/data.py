@@ -169,6 +169,7 @@ def read_data(recipe: Recipe) -> tuple[Loaded, dict[str, Loaded]]:
 
 
 def require_one_rollout(loaded: Loaded, recipe: Recipe) -> None:
+    """Raises DataError where the rows are fewer than the prompts that are sampled at once."""
     if len(loaded.examples) < recipe.prompts_per_rollout:
         raise DataError(
             f"data.train: {len(loaded.examples)} usable rows, and one rollout takes {recipe.prompts_per_rollout}; "

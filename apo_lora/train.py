@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo_lora import ranks
-from apo_lora.data import read_data
+from apo_lora.data import drop_long_prompts, read_data, require_one_rollout
 from apo_lora.environment import environment, installed
 from apo_lora.errors import ModelError, RecipeError, RunDirError, UserError
 from apo_lora.model_card import model_card
@@ -202,8 +202,6 @@ def _fitting(
     data: tuple["Loaded", dict[str, "Loaded"]], recipe: Recipe, processor: Any
 ) -> tuple["Loaded", dict[str, list["Example"]]]:
     """Of the rows of `read_data`, those whose prompt is not too long."""
-    from apo_lora.data import drop_long_prompts, require_one_rollout
-
     train, held_out = data
     loaded = drop_long_prompts(train, processor, recipe.data)
     require_one_rollout(loaded, recipe)

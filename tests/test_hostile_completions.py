@@ -86,7 +86,7 @@ def test_a_family_earns_what_it_should_runs_nothing_and_is_quick(family, verifie
     assert set(form) <= {0.0, 0.5}
     assert not list(tmp_path.iterdir())
     assert not seen or verifier.timeouts + verifier.crashes > given_up  # but for a new worker after a time-out
-    # The guards leave nothing that hangs; measured: 2 s a family at most, 6 s beside other work. The limit itself is tested below.
+    # The guards leave nothing that hangs; measured: 2 s a family at most, 6 s beside other work. The limit: see below.
     assert seconds < 30 and verifier.timeouts + verifier.crashes <= given_up + 2
 
 
