@@ -1,5 +1,6 @@
 """One question, answered by the base and by what a run made of it: the same model, with its adapters off and on."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
@@ -54,7 +55,7 @@ def chat(
 def example_of(question: str, image: str | None) -> Example:
     """Under the rules for a row of data: no reserved token, an image that can be read."""
     # The gold answer is for nobody; a row has to have one.
-    row = {"problem": question, "answer": "0", "image": image and str(Path(image).expanduser().absolute())}
+    row = {"problem": question, "answer": "0", "image": image and os.path.realpath(Path(image).expanduser())}
     columns = Columns(problem="problem", answer="answer", image="image", choices=None, category=None)
     try:
         fields = read_row(row, columns)

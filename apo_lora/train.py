@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from apo_lora import ranks
-from apo_lora.data.examples import read_data
+from apo_lora.data.examples import drop_long_prompts, read_data, require_one_rollout
 from apo_lora.disk import checkpoint_bytes, full_disk_in_words, require_room
 from apo_lora.environment import environment
 from apo_lora.errors import ModelError, RecipeError, RunDirError
@@ -228,8 +228,6 @@ def _fitting(
     data: tuple["Loaded", dict[str, "Loaded"]], recipe: Recipe, processor: Any
 ) -> tuple["Loaded", dict[str, list["Example"]]]:
     """Of the rows of `read_data`, those whose prompt is not too long."""
-    from apo_lora.data.examples import drop_long_prompts, require_one_rollout
-
     train, held_out = data
     loaded = drop_long_prompts(train, processor, recipe.data)
     require_one_rollout(loaded, recipe)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy
 import pytest
-from bad_input_cases import CASES, CHECK, GOOD, Case, jsonl, noise, picture, png_of_size
+from bad_input_cases import CASES, CHECK, GOOD, Case, jsonl, link, noise, picture, png_of_size
 from PIL import Image
 
 from apo_lora.cli import main
 from apo_lora.data.examples import load_examples
+from apo_lora.errors import DataError
 from apo_lora.recipe import DataSection
 
 
@@ -182,3 +183,28 @@ def test_images_elsewhere_can_be_named(here):
     section = DataSection(train="data.jsonl", image_folder="pictures")
     (example,) = load_examples("data.jsonl", section, split="train").examples
     assert example.images[0].path == Path(here, "pictures/a.png")
+
+
+def test_links_of_the_hubs_cache_lead_to_its_blobs(here, monkeypatch):
+    """A snapshot holds links only; they are no way out of the data folder."""
+    import huggingface_hub.constants
+
+    home = here / "hub" / "datasets--someone--pictures"
+    snapshot = home / "snapshots" / "1"
+    make({f"{home}/blobs/abc": picture(), f"{snapshot}/data.jsonl": jsonl({**GOOD, "image": "a.png"})}, here)
+    (snapshot / "a.png").symlink_to("../../blobs/abc")
+    section = DataSection(train=str(snapshot))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "hub"))
+    (example,) = load_examples(str(snapshot), section, split="train").examples
+    assert example.images[0].open().size == (60, 30)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "elsewhere"))
+    with pytest.raises(DataError, match="image outside the data folder"):
+        load_examples(str(snapshot), section, split="train")
+
+
+def test_a_picture_that_is_asked_about_may_be_a_link(here):
+    """The user names it, so it may lie anywhere."""
+    from apo_lora.chat import _example
+
+    make({"pictures/a.png": picture(), "b.png": link("pictures/a.png")}, here)
+    assert _example("What is it?", "b.png").images[0].size == (60, 30)

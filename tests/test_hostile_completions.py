@@ -86,7 +86,7 @@ def test_a_family_earns_what_it_should_runs_nothing_and_is_quick(family, verifie
     assert set(form) <= {0.0, 0.5}
     assert not list(tmp_path.iterdir())
     assert not seen or verifier.timeouts + verifier.crashes > given_up  # but for a new worker after a time-out
-    # The guards leave nothing that hangs; measured: 0.1 to 2 s a family. The limit itself is tested below.
+    # The guards leave nothing that hangs; measured: 2 s a family at most, 6 s beside other work. The limit: see below.
     assert seconds < 30 and verifier.timeouts + verifier.crashes <= given_up + 2
 
 
@@ -97,7 +97,7 @@ def test_no_single_completion_holds_up_the_training_process():
         started = time.perf_counter()
         quick_verdict(case.text, case.gold, case.choices)
         slowest = max(slowest, time.perf_counter() - started)
-    assert slowest < 3  # measured: 0.08 s
+    assert slowest < 3  # measured: 0.13 s
 
 
 # --- the walls, one by one, with those before them taken down --------------------------------------------------------
