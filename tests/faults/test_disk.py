@@ -11,7 +11,7 @@ from apo_lora.cli import main
 from apo_lora.errors import RunDirError
 from apo_lora.run_dir import RunDir
 
-from .tiny_runs import _rows, arguments
+from .tiny_runs import arguments, steady_rows
 
 
 def only_line(capsys) -> str:
@@ -61,7 +61,7 @@ def whole_run(tmp_path_factory):
 def same_end(run, whole_run):
     weights = "adapter_model.safetensors"
     assert (run.adapter / weights).read_bytes() == (whole_run.adapter / weights).read_bytes()
-    assert _rows(run.metrics) == _rows(whole_run.metrics)
+    assert steady_rows(run.metrics) == steady_rows(whole_run.metrics)
 
 
 @pytest.mark.slow

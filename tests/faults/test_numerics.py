@@ -8,6 +8,9 @@ from tiny_trainer import adapter, largest_difference, logged, recipe_of
 
 from apo_lora.errors import TrainingStopped
 from apo_lora.finite_rewards import FiniteRewards
+from apo_lora.run_dir import RunDir
+
+from .tiny_runs import arguments, steady_rows
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +136,19 @@ def test_a_reward_that_is_not_finite_costs_no_step(make_trainer, value):
     assert all(math.isfinite(value) for value in figures.values() if value is not None)
     if value == INF:
         assert rewards_of(None)[0]["reward"] > 1e30
+
+
+def test_a_reward_file_that_gives_nan_is_counted_in_the_record(tmp_path, capsys):
+    from apo_lora.cli import main
+
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, **columns):\n    return [float('nan'), None] + [0.5] * (len(completions) - 2)\n"
+    )
+    functions = f"rewards.functions=[accuracy,'{tmp_path}/mine.py:mine']"
+    assert main(arguments(tmp_path, functions, "train.max_steps=2", "train.evaluate=false")) == 0
+    assert [row["nonfinite_rewards"] for row in steady_rows(RunDir(tmp_path / "run").metrics)] == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("gave the reward nan") == 1 and "On the way: 2 nonfinite rewards" in said
 
 
 # --- float16 ---------------------------------------------------------------------------------------------------------

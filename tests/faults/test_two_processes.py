@@ -14,7 +14,7 @@ from apo_lora import ranks
 from apo_lora.errors import TrainingStopped
 from apo_lora.run_dir import RunDir
 
-from .tiny_runs import _rows, arguments
+from .tiny_runs import arguments, steady_rows
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +68,11 @@ def whole(tmp_path_factory):
 def assert_same_end(run: RunDir, whole: RunDir) -> None:
     weights = "adapter_model.safetensors"
     assert (run.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
-    assert [row["step"] for row in _rows(run.metrics)] == [1, 2, 3, 4, 5, 6]
-    assert _rows(run.metrics) == _rows(whole.metrics) and _rows(run.completions) == _rows(whole.completions)
-    assert not [path for path in run.path.rglob(".*")]
+    assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6]
+    assert steady_rows(run.metrics) == steady_rows(whole.metrics) and steady_rows(run.completions) == steady_rows(
+        whole.completions
+    )
+    assert not list(run.path.rglob(".*"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -99,7 +101,7 @@ def test_ctrl_c_in_the_launcher_saves_once_and_goes_on(tmp_path, whole):
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
     run = RunDir(tmp_path / "run")
-    steps = [row["step"] for row in _rows(run.metrics)]
+    steps = [row["step"] for row in steady_rows(run.metrics)]
     assert code != 0 and [path.name for path in run.valid_checkpoints()] == [f"checkpoint-{steps[-1]}"], output[-4000:]
     assert output.count("Stopping after this step, with a checkpoint") == 1
     assert f"after step {steps[-1]} of 6, with a checkpoint; continue with --resume auto" in output
@@ -117,7 +119,7 @@ def test_fewer_processes_go_on_and_say_what_changes(tmp_path):
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "changed: 2 processes until now, 1 from here" in finished.stdout
-    assert [row["step"] for row in _rows(RunDir(tmp_path / "run").metrics)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in steady_rows(RunDir(tmp_path / "run").metrics)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_lost_process_raises_is_told_from_other_errors(monkeypatch):

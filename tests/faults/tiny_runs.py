@@ -176,11 +176,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "eval.json"):
         if _content(run.path / name) != _content(other.path / name):
             found.append(f"{name} differs")
-    steps = [row["step"] for row in _rows(run.metrics)]
+    steps = [row["step"] for row in steady_rows(run.metrics)]
     if steps != list(range(1, STEPS + 1)):
         found.append(f"metrics.jsonl has the steps {steps}")
     for name in ("metrics.jsonl", "completions.jsonl"):
-        if _rows(run.path / name) != _rows(other.path / name):
+        if steady_rows(run.path / name) != steady_rows(other.path / name):
             found.append(f"{name} differs")
     last, expected = (sorted(r.valid_checkpoints(), key=lambda p: int(p.name[11:]))[-1:] for r in (run, other))
     if [p.name for p in last] != [p.name for p in expected]:
@@ -210,7 +210,7 @@ def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _rows(path: Path) -> list[dict]:
+def steady_rows(path: Path) -> list[dict]:
     from apo_lora.run_dir import read_jsonl
 
     rows = read_jsonl(path) if path.exists() else ()
