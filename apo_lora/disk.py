@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora import ranks
-from apo_lora.errors import RunDirError
+from apo_lora.errors import RunDirError, UserError
 from apo_lora.run_dir import RunDir
 
 
@@ -44,6 +44,8 @@ def full_disk_in_words(path: Path, kept: str, needed: int = 0) -> Iterator[None]
     """
     try:
         yield
+    except UserError:  # in words already
+        raise
     except Exception as error:
         free = free_bytes(path)
         if not (_says_full(error) or (isinstance(error, (OSError, RuntimeError)) and free < needed)):

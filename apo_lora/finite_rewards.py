@@ -1,7 +1,7 @@
 """Rewards that are not finite: they earn nothing, are counted, and the first one is shown.
 
-A NaN in one completion's reward would make its whole group's advantages NaN, and an infinite one would swallow all
-others; either costs the optimizer step.
+TRL takes a NaN for a reward that does not apply, which would pass unseen; an infinite one would swallow all others of
+its group.
 """
 
 import functools

@@ -49,6 +49,9 @@ from apo_lora.shared_prompt.vision_features import image_features, tower_is_froz
 from apo_lora.trainer_config import changed_values
 from apo_lora.zero_variance import resampled, without_rows, without_variance
 
+KEPT_LOGS = 50
+"""Steps whose figures stay in memory; metrics.jsonl has all."""
+
 
 class APOTrainer(GRPOTrainer):
     """GRPO with DADS and STCR on a LoRA policy; the reference is the same model with its adapters off."""
@@ -325,6 +328,7 @@ class APOTrainer(GRPOTrainer):
             }
             self._start_step()
         Trainer.log(self, logs, start_time)
+        del self.state.log_history[:-KEPT_LOGS]  # it would grow in memory and in every checkpoint
 
     def _step_cost(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.step_started

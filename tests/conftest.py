@@ -103,3 +103,36 @@ def make_batch():
         }
 
     return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path, load_tiny):
+    """APOTrainer on the tiny model by a recipe of tiny_trainer.recipe_of, with rewards that vary in every group."""
+    from apo_lora.data.examples import load_examples, prompt_dataset
+    from apo_lora.run_dir import RunDir
+    from apo_lora.trainer import APOTrainer
+    from apo_lora.trainer_config import grpo_config
+
+    def reward(completions, answer, **columns):
+        # By place and not by text: every group has variance, whatever the model says. Groups of 4 get 1 and 2 right.
+        return [float(place % 8 in (0, 4, 5)) for place in range(len(completions))]
+
+    reward.__name__ = "accuracy"
+
+    def make(recipe, **policy_options):
+        recipe = recipe.model_copy(update={"rewards": recipe.rewards.model_copy(update={"functions": ("accuracy",)})})
+        policy = load_tiny(**policy_options)
+        run_dir = RunDir(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
+        run_dir.create()
+        examples = load_examples("boards", recipe.data, split="train", limit=recipe.data.limit).examples
+        return APOTrainer(
+            recipe=recipe,
+            run_dir=run_dir,
+            model=policy.model,
+            processing_class=policy.processor,
+            args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
+            train_dataset=prompt_dataset(examples, recipe.data),
+            reward_funcs=[reward],
+        )
+
+    return make

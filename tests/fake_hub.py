@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on 127.0.0.1, of the endpoints that huggingface_hub calls to make a repository and commit to it.
+"""A Hugging Face Hub on 127.0.0.1, of the endpoints that huggingface_hub calls to make a repository, commit to it and
+download it.
 
 Large files go the basic LFS way: preupload tells which are large, the batch endpoint which are still to be sent.
 """
@@ -12,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
 
-LARGE = (".safetensors", ".gguf")
+LARGE = (".safetensors", ".gguf", ".pt", ".pth", ".bin")
+SHA = "0" * 40
 
 
 class FakeHub:
@@ -54,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def body(self):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -77,10 +80,35 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if not self.accepted():
             return
-        name = self.path.removeprefix("/api/models/").removesuffix("/revision/main")
+        path = self.path.split("?")[0]
+        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path):
+            return self.download(match[1], match[2])
+        if match := re.fullmatch(r"/api/models/(.+)/tree/\w+", path):
+            files = self.hub.repos.get(match[1], {"files": {}})["files"]
+            return self.answer(200, [
+                {"type": "file", "path": file, "size": len(content), "oid": _oid(file, content)}
+                for file, content in files.items()
+            ])  # fmt: skip
+        name = re.sub(r"/revision/\w+$", "", path.removeprefix("/api/models/"))
         if name not in self.hub.repos:
             return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
-        self.answer(200, {"id": name, "private": self.hub.repos[name]["private"], "sha": "0" * 40, "siblings": []})
+        siblings = [{"rfilename": file} for file in self.hub.repos[name]["files"]]
+        self.answer(200, {"id": name, "private": self.hub.repos[name]["private"], "sha": SHA, "siblings": siblings})
+
+    do_HEAD = do_GET
+
+    def download(self, name, file):
+        content = self.hub.repos[name]["files"].get(file)
+        if content is None:
+            return self.answer(404, {"error": "Entry not found"}, **{"X-Error-Code": "EntryNotFound"})
+        self.send_response(200)
+        for header, value in {
+            "X-Repo-Commit": SHA, "ETag": f'"{_oid(file, content)}"', "Content-Length": len(content),
+        }.items():  # fmt: skip
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def do_POST(self):
         if not self.accepted():
@@ -161,6 +189,10 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos[name]
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFolder":
+                kept = {path: c for path, c in repo["files"].items() if not path.startswith(value["path"])}
+                repo["files"] = kept
+                continue
             content = self.hub.large[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
             repo["files"][value["path"]] = content
         repo["commits"] += 1

@@ -2,71 +2,10 @@
 
 import pytest
 import torch
+from tiny_trainer import adapter, largest_difference, logged, recipe_of
 from transformers import TrainerCallback
 
 from apo_lora.apo import apo_loss
-from apo_lora.data.examples import load_examples, prompt_dataset
-from apo_lora.recipe import Recipe
-from apo_lora.run_dir import RunDir
-
-SMALL = {
-    "data": {"train": "boards", "limit": 16},
-    "grpo": {
-        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 64,
-        "beta": 0.1,
-    },
-    "apo": {"dads": "complement_exp", "stcr": 1.05},
-    "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
-}  # fmt: skip
-
-
-def recipe_of(**changes):
-    tree = {section: dict(keys) for section, keys in SMALL.items()}
-    for section, keys in changes.items():
-        tree[section] = {**tree.get(section, {}), **keys}
-    return Recipe.model_validate(tree)
-
-
-@pytest.fixture
-def make_trainer(tmp_path, load_tiny):
-    from apo_lora.trainer import APOTrainer
-    from apo_lora.trainer_config import grpo_config
-
-    def reward(completions, answer, **columns):
-        # By place and not by text: every group has variance, whatever the model says. Groups of 4 get 1 and 2 right.
-        return [float(place % 8 in (0, 4, 5)) for place in range(len(completions))]
-
-    reward.__name__ = "accuracy"
-
-    def make(recipe, **policy_options):
-        recipe = recipe.model_copy(update={"rewards": recipe.rewards.model_copy(update={"functions": ("accuracy",)})})
-        policy = load_tiny(**policy_options)
-        run_dir = RunDir(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
-        run_dir.create()
-        examples = load_examples("boards", recipe.data, split="train", limit=recipe.data.limit).examples
-        return APOTrainer(
-            recipe=recipe,
-            run_dir=run_dir,
-            model=policy.model,
-            processing_class=policy.processor,
-            args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
-            train_dataset=prompt_dataset(examples, recipe.data),
-            reward_funcs=[reward],
-        )
-
-    return make
-
-
-def adapter(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def logged(trainer):
-    return [log for log in trainer.state.log_history if "reward" in log]
-
-
-def largest_difference(one, other):
-    return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 class KeepGradients(TrainerCallback):

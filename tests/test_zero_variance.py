@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import KeepGradients, logged, make_trainer, recipe_of  # noqa: F401  a fixture
+from test_trainer import KeepGradients
+from tiny_trainer import logged, recipe_of
 
 from apo_lora.batches import row_slices, with_rows_replaced
 from apo_lora.recipe import combination_problems
@@ -21,7 +22,7 @@ def spoiled(trainer, prompts):
     return trainer
 
 
-def run(make_trainer, how, prompts=(1,), **grpo):  # noqa: F811
+def run(make_trainer, how, prompts=(1,), **grpo):
     trainer = spoiled(
         make_trainer(recipe_of(grpo={"zero_variance_groups": how, **grpo}, train={"max_steps": 1})), prompts
     )
@@ -38,7 +39,7 @@ def run(make_trainer, how, prompts=(1,), **grpo):  # noqa: F811
     return logged(trainer)[0], keep.gradient, sum(height * width for height, width in rows), asked
 
 
-def test_kept_groups_have_their_kl_and_skipped_ones_cost_nothing(make_trainer):  # noqa: F811
+def test_kept_groups_have_their_kl_and_skipped_ones_cost_nothing(make_trainer):
     kept, kept_gradient, kept_tokens, _ = run(make_trainer, "keep")
     skipped, skipped_gradient, skipped_tokens, _ = run(make_trainer, "skip")
     assert kept["zero_variance_groups"] == skipped["zero_variance_groups"] == 0.5
@@ -51,13 +52,13 @@ def test_kept_groups_have_their_kl_and_skipped_ones_cost_nothing(make_trainer): 
 
 
 @pytest.mark.parametrize("completions_per_pass", [8, 1])
-def test_a_step_of_nothing_but_skipped_groups(make_trainer, completions_per_pass):  # noqa: F811
+def test_a_step_of_nothing_but_skipped_groups(make_trainer, completions_per_pass):
     figures, gradient, tokens, _ = run(make_trainer, "skip", (), completions_per_pass=completions_per_pass)
     assert figures["skipped_groups"] == 2 and figures["loss"] == 0 and figures["grad_norm"] == 0
     assert figures["skipped_nonfinite_steps"] == 0 and gradient.abs().max() == 0 and tokens == 0
 
 
-def test_the_old_policy_is_not_asked_about_skipped_groups(make_trainer):  # noqa: F811
+def test_the_old_policy_is_not_asked_about_skipped_groups(make_trainer):
     grpo = {"num_iterations": 2, "zero_variance_groups": "skip"}
     trainer = spoiled(make_trainer(recipe_of(grpo=grpo, train={"max_steps": 2})), (1,))
     trainer.train()
@@ -68,7 +69,7 @@ def test_the_old_policy_is_not_asked_about_skipped_groups(make_trainer):  # noqa
     assert first["clip_fraction"] == 0 and second["kl"] > first["kl"] == 0
 
 
-def test_other_prompts_are_sampled_in_their_place(make_trainer):  # noqa: F811
+def test_other_prompts_are_sampled_in_their_place(make_trainer):
     every = range(2, 16)  # all but the first two prompts of the data
     kept, _, _, asked = run(make_trainer, "keep", every)
     assert set(asked) == {0, 1} and kept["zero_variance_groups"] == 1
@@ -77,7 +78,7 @@ def test_other_prompts_are_sampled_in_their_place(make_trainer):  # noqa: F811
     assert not {0, 1} & set(asked) and all(len(set(asked[i : i + 4])) == 1 for i in (0, 4))
 
 
-def test_what_stays_without_variance_is_skipped(make_trainer):  # noqa: F811
+def test_what_stays_without_variance_is_skipped(make_trainer):
     figures, *_ = run(make_trainer, "resample", ())
     assert figures["resampled_groups"] == 4 and figures["skipped_groups"] == 2  # two prompts, twice
 

@@ -1,0 +1,172 @@
+"""Runs that are continued: damaged checkpoints, another recipe, another place, saves by the clock, orderly stops."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from apo_lora.cli import main
+from apo_lora.recipe_file import load_recipe
+from apo_lora.resume import changes_of_place, checkpoint_to_continue
+from apo_lora.run_dir import RunDir, append_jsonl, write_json
+
+from .tiny_runs import arguments, differences
+
+NOW = {"processes": 1, "engine": "transformers", "gpu": None, "packages": {"torch": "2.10.0", "trl": "1.15.0"}}
+
+
+# --- the place -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ({}, None),
+        ({"processes": 2}, "2 processes until now, 1 from here"),
+        ({"engine": "unsloth"}, "engine unsloth until now, transformers from here"),
+        ({"gpu": {"name": "T4"}}, "device T4 until now, CPU"),
+        ({"packages": {"torch": "2.9.0", "trl": "1.15.0"}}, "torch 2.9.0 until now, 2.10.0"),
+        ({"packages": {}}, None),  # recorded by a version that did not look
+    ],
+)
+def test_what_changed_around_a_run_is_said(tmp_path, before, words):
+    run = RunDir(tmp_path)
+    write_json(run.environment, NOW | before)
+    lines = list(changes_of_place(run, NOW))
+    assert len(lines) == (words is not None) and all(line.startswith("changed: ") for line in lines)
+    if words:
+        assert words in lines[0]
+
+
+def test_a_run_without_a_record_of_its_place_goes_on(tmp_path):
+    assert list(changes_of_place(RunDir(tmp_path), NOW)) == []
+
+
+def test_a_record_ahead_of_all_checkpoints_is_not_thrown_away(tmp_path):
+    from apo_lora.errors import RunDirError
+    from apo_lora.recipe import Recipe
+
+    run, recipe = RunDir(tmp_path / "run"), Recipe.model_validate({"data": {"train": "boards"}})
+    run.create()
+    run.recipe.write_text(recipe.to_yaml())
+    append_jsonl(run.metrics, ({"step": step} for step in range(1, recipe.train.save_steps + 1)))
+    assert checkpoint_to_continue(run, recipe, "auto") is None  # cut inside its first save
+    append_jsonl(run.metrics, [{"step": recipe.train.save_steps + 1}])
+    with pytest.raises(RunDirError, match="recorded 51 steps and holds no checkpoint any more"):
+        checkpoint_to_continue(run, recipe, "auto")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(arguments(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_at_4(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    assert main(arguments(folder, "train.max_steps=4")) == 0
+    return folder
+
+
+@pytest.fixture
+def half(stopped_at_4, tmp_path):
+    """A copy of a run that was stopped at step 4, with the mirror that the recipe names."""
+    shutil.copytree(stopped_at_4, tmp_path / "half")
+    return tmp_path / "half"
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "missing": lambda path: path.unlink(),
+    "bit-flipped": flip_a_bit,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        ("truncated", "optimizer.pt"),
+        ("missing", "rng_state.pth"),
+        ("bit-flipped", "adapter_model.safetensors"),
+        ("truncated", "complete.json"),
+    ],
+)
+def test_a_damaged_checkpoint_costs_its_steps_and_a_word(half, whole, damage, file, capsys):
+    DAMAGES[damage](half / "run/checkpoints/checkpoint-4" / file)
+    assert main(arguments(half)) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is left out: " in said and f"{file}" in said.split("checkpoint-4 is left out: ")[1][:120]
+    assert "checkpoint-2." in said and differences(half, whole) == []
+
+
+@pytest.mark.slow
+def test_an_earlier_checkpoint_by_name_runs_its_steps_again(half, whole, capsys):
+    resumed = arguments(half)
+    resumed[resumed.index("auto")] = str(half / "run/checkpoints/checkpoint-2")
+    assert main(resumed) == 0
+    assert "checkpoint-4 is removed: its steps are made again" in capsys.readouterr().out
+    assert differences(half, whole) == []
+
+
+@pytest.mark.slow
+def test_a_finished_run_continued_again_stays_what_it_is(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "again")
+    assert main(arguments(tmp_path / "again")) == 0
+    assert differences(tmp_path / "again", whole) == []
+
+
+@pytest.mark.slow
+def test_another_recipe_is_refused_with_its_keys_and_nothing_is_touched(half, capsys):
+    before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    assert main(arguments(half, "grpo.beta=0.5", "data.limit=15")) == 2
+    error = capsys.readouterr().err
+    assert "grpo.beta: 0.04 there, 0.5 now" in error and "data.limit: 16 there, 15 now" in error
+    assert before == {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_minutes_save_between_the_steps_of_save_steps(tmp_path):
+    run = RunDir(tmp_path / "run")
+    options = ["train.save_steps=100", "train.save_minutes=1e-9", "train.keep_checkpoints=9", "train.max_steps=3"]
+    assert main(arguments(tmp_path, *options)) == 0
+    assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert load_recipe(run.recipe).train.save_minutes == 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_in_order_and_says_how_to_go_on(tmp_path, whole, number):
+    """As a supervisor sees it: the shell's exit code of that signal, one line, a checkpoint."""
+    command = [sys.executable, "-m", "apo_lora.cli", *arguments(tmp_path, "train.save_steps=6")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.send_signal(number)  # as a launcher passes it on
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(f"Stopped by {number.name} after step ") and "continue with --resume auto" in last
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert [path.name for path in RunDir(tmp_path / "run").valid_checkpoints()] == [f"checkpoint-{steps[-1]}"]
+    assert main(arguments(tmp_path)) == 0
+    assert differences(tmp_path, whole) == []
