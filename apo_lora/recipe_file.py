@@ -57,12 +57,13 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies `section.key=value` overrides. Raises RecipeError with every problem found."""
     path = Path(path)
-    tree = _read_yaml(path)
+    tree = read_yaml(path, f"a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
     problems = [problem for text in overrides if (problem := _apply_override(tree, text))]
     return _validated(tree, path.name, problems)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, shape: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, read safely. `shape` says what is expected; raises RecipeError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -73,7 +74,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
+        raise RecipeError(f"{path}: {shape}")
     return tree
 
 

@@ -18,7 +18,7 @@ from apo_lora.environment import environment, installed
 from apo_lora.errors import DataError, ModelError, RecipeError, RunDirError, UserError
 from apo_lora.model_card import model_card
 from apo_lora.process import prepare_process
-from apo_lora.recipe import Recipe, combination_problems
+from apo_lora.recipe import Recipe, combination_problems, differences
 from apo_lora.recipe_file import load_recipe
 from apo_lora.run_dir import RunDir, checkpoint_step, write_atomically, write_json
 from apo_lora.summary import closing_words
@@ -144,12 +144,10 @@ def _checkpoint(run_dir: RunDir, recipe: Recipe, resume: str | None) -> Path | N
         run_dir.refuse_existing()
         return None
     checkpoint = run_dir.checkpoint_to_resume(resume)
-    before, after = load_recipe(run_dir.recipe).model_dump(), recipe.model_dump()
     changed = [
-        f"{section}.{key}: {before[section][key]!r} there, {value!r} now"
-        for section, keys in after.items()
-        for key, value in keys.items()
-        if value != before[section][key] and not f"{section}.{key}".startswith(FREE_ON_RESUME)
+        f"{key}: {before!r} there, {after!r} now"
+        for key, (before, after) in differences(load_recipe(run_dir.recipe), recipe).items()
+        if not key.startswith(FREE_ON_RESUME)
     ]
     if changed:
         raise RunDirError(
