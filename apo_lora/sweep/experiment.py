@@ -35,7 +35,7 @@ class Experiment(Section):
     base: str
     common: Changes = {}
     variants: Annotated[dict[Name, Changes | None], Field(min_length=2)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1)]
+    seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
     final_steps: Count = 10
     """What is read from the training record at the end (entropy, KL) is the mean over so many last steps."""
     seconds_per_run: Positive | None = None
@@ -86,8 +86,10 @@ def load_experiment(path: Path) -> Experiment:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(*(f"{path.name}: {_one_line(detail)}" for detail in error.errors())) from None
-    if len(set(experiment.seeds)) < len(experiment.seeds):
-        raise RecipeError(f"{path.name}: seeds: {list(experiment.seeds)} has one twice; each seed is one run")
+    if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
+        raise RecipeError(
+            f"{path.name}: seeds: {list(experiment.seeds)} is not valid; give at least one, and none twice"
+        )
     return experiment
 
 
