@@ -164,7 +164,7 @@ def test_a_sweep_says_what_it_found(experiment_file, children, tmp_path, capsys)
     assert accuracy["variants"]["APO"]["by_seed"] == {"0": 0.6, "7": pytest.approx(0.67)}
     assert accuracy["variants"]["APO"]["mean"] == pytest.approx(0.635)
     assert accuracy["differences"].keys() == {"APO"} and accuracy["differences"]["APO"]["mean"] == 0
-    assert all(run["finished"] and run["seconds"] > 0 for run in findings["runs"])
+    assert all(run["finished"] and run["seconds"] > 0 and run["cpu_seconds"] > 0 for run in findings["runs"])
     shown = capsys.readouterr().out
     assert "0.635 (" in shown and f"apo-lora report {out}/*/seed-*" in shown
     assert "| Reasoning accuracy | 0.635 (" in (out / "README.md").read_text()

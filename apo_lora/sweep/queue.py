@@ -6,6 +6,7 @@ neither a second sweep nor one started anew after a kill can write into the same
 
 import fcntl
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,8 @@ class Outcome:
     finished: bool
     seconds: float
     """Wall clock, loading and evaluation included."""
+    cpu_seconds: float
+    """Of its process and those it started: what a busy machine does not stretch."""
     reason: str = ""
     """The last line of its log, where it failed."""
 
@@ -64,13 +67,13 @@ def run_all(
                     children.append(_start(waiting.pop(0), out, jobs))
                 time.sleep(POLL_SECONDS)
                 on_poll()
-                for child in [child for child in children if child.process.poll() is not None]:
-                    children.remove(child)
-                    on_end(_outcome(child))
+                for child in list(children):
+                    if outcome := _outcome_if_ended(child):
+                        children.remove(child)
+                        on_end(outcome)
         except BaseException:
-            _stop(children)
-            for child in children:
-                on_end(_outcome(child))
+            for outcome in _stop(children):
+                on_end(outcome)
             raise
 
 
@@ -106,11 +109,19 @@ def _start(run: PlannedRun, out: Path, jobs: int) -> _Child:
     return _Child(run, process, log, time.monotonic())
 
 
-def _outcome(child: _Child) -> Outcome:
+def _outcome_if_ended(child: _Child) -> Outcome | None:
+    before = _cpu_seconds_of_ended_children()
+    if child.process.poll() is None:
+        return None
     child.log.close()
-    seconds = time.monotonic() - child.started
+    seconds, cpu_seconds = time.monotonic() - child.started, _cpu_seconds_of_ended_children() - before
     finished = child.process.returncode == 0 and is_finished(RunDir(child.run.path))
-    return Outcome(child.run, finished, seconds, "" if finished else _reason(child))
+    return Outcome(child.run, finished, seconds, cpu_seconds, "" if finished else _reason(child))
+
+
+def _cpu_seconds_of_ended_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _reason(child: _Child) -> str:
@@ -124,17 +135,18 @@ def _reason(child: _Child) -> str:
     return f"exit code {code}: {lines[-1].strip()}"
 
 
-def _stop(children: Sequence[_Child]) -> None:
-    """Asks each to end after its step; a second Ctrl-C ends them at once."""
+def _stop(children: Sequence[_Child]) -> Iterator[Outcome]:
+    """Asks each to end after its step, and waits; a second Ctrl-C ends them at once."""
     for child in children:
         child.process.send_signal(signal.SIGINT)
-    try:
-        for child in children:
-            child.process.wait()
-    except KeyboardInterrupt:
-        for child in children:
-            child.process.kill()
-            child.process.wait()
+    for child in children:
+        while (outcome := _outcome_if_ended(child)) is None:
+            try:
+                time.sleep(POLL_SECONDS)
+            except KeyboardInterrupt:
+                for each in children:
+                    each.process.kill()
+        yield outcome
 
 
 @contextmanager

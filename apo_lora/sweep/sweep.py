@@ -77,7 +77,7 @@ def _plan(
 ) -> str:
     count = {state: sum(value is state for value in found.values()) for state in State}
     words = ", ".join(f"{number} {state.value}" for state, number in count.items() if number)
-    known = list(seconds_by_run(out).values())
+    known = [spent["seconds"] for spent in spent_by_run(out).values()]
     one = sum(known) / len(known) if known else experiment.seconds_per_run
     left = sum(count[state] for state in (State.ABSENT, State.HALF_DONE))
     estimate = f"; about {left * one / jobs / 60:.0f} minutes" if one and left else ""
@@ -99,8 +99,8 @@ def _run(
     def on_end(outcome: Outcome) -> None:
         on_poll()
         run = {"variant": outcome.run.variant, "seed": outcome.run.seed}
-        row = {**run, "seconds": round(outcome.seconds, 1), "finished": outcome.finished, "ended": _now()}
-        append_jsonl(_journal(out), [row])
+        spent = {"seconds": round(outcome.seconds, 2), "cpu_seconds": round(outcome.cpu_seconds, 2)}
+        append_jsonl(_journal(out), [{**run, **spent, "finished": outcome.finished, "ended": _now()}])
         if outcome.finished:
             figures = figures_of(read_record(RunDir(outcome.run.path)), experiment.final_steps)
             tail = f"accuracy {figures['accuracy']:.3f}" if figures["accuracy"] is not None else "done"
@@ -127,15 +127,17 @@ def _journal(out: Path) -> Path:
     return out / "logs" / "children.jsonl"
 
 
-def seconds_by_run(out: Path) -> dict[tuple[str, int], float]:
-    """Wall clock of each finished run, its interrupted parts added up."""
-    seconds: dict[tuple[str, int], float] = {}
+def spent_by_run(out: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """Wall clock and CPU seconds of each finished run, its interrupted parts added up."""
+    spent: dict[tuple[str, int], dict[str, float]] = {}
     finished = set()
     for row in read_jsonl(_journal(out)) if _journal(out).exists() else ():
         key = row["variant"], row["seed"]
-        seconds[key] = seconds.get(key, 0.0) + row["seconds"]
+        total = spent.setdefault(key, {"seconds": 0.0, "cpu_seconds": 0.0})
+        for name in total:
+            total[name] += row[name]
         finished |= {key} if row["finished"] else set()
-    return {key: value for key, value in seconds.items() if key in finished}
+    return {key: total for key, total in spent.items() if key in finished}
 
 
 def write_findings(
@@ -151,7 +153,7 @@ def write_findings(
     first = next((run for run in planned if run.seed in records[run.variant]), None)
     if first is None:
         return None
-    seconds = seconds_by_run(out)
+    spent = spent_by_run(out)
     findings = {
         "experiment": name,
         "date": _now(),
@@ -168,7 +170,7 @@ def write_findings(
                 "variant": run.variant,
                 "seed": run.seed,
                 "finished": run.seed in records[run.variant],
-                "seconds": seconds.get((run.variant, run.seed)),
+                **spent.get((run.variant, run.seed), {"seconds": None, "cpu_seconds": None}),
             }
             for run in planned
         ],

@@ -72,13 +72,13 @@ def closing_words(findings: dict[str, Any]) -> str:
 def report(findings: dict[str, Any]) -> str:
     """OUT/README.md."""
     runs = [run for run in findings["runs"] if run["finished"]]
-    seconds = sum(run["seconds"] or 0 for run in runs)
+    seconds, cpu_seconds = (sum(run[key] or 0 for run in runs) for key in ("seconds", "cpu_seconds"))
     missing = [f"{run['variant']}/seed-{run['seed']}" for run in findings["runs"] if not run["finished"]]
     lines = [
         f"# {findings['experiment']}",
         "",
         f"{len(runs)} runs, {len(findings['variants'])} variants at {len(findings['seeds'])} seeds, "
-        f"{seconds:,.0f} s of wall clock added up.",
+        f"{seconds:,.0f} s of wall clock and {cpu_seconds:,.0f} CPU s added up.",
         *([f"Missing: {', '.join(missing)}."] if missing else []),
         "",
         markdown(transposed(mean_rows(findings))),
