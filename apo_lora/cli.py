@@ -137,7 +137,15 @@ def _with_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", metavar="N", type=_jobs, help="runs at once (default: one per core; one where there is a GPU)"
     )
+    parser.add_argument("--seeds", metavar="N,N,...", type=_seeds, help="in place of the experiment's own seeds")
     parser.add_argument("--dry-run", action="store_true", help="list the runs with a time estimate, write nothing")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers) or len({int(number) for number in numbers}) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds; write for instance 1,2,3, none twice")
+    return tuple(int(number) for number in numbers)
 
 
 def _jobs(text: str) -> int:
@@ -272,7 +280,14 @@ def _sweep(options: argparse.Namespace) -> int:
     from apo_lora.sweep.sweep import sweep
 
     out = Path(options.out) if options.out else None
-    return sweep(options.experiment, options.overrides, out=out, jobs=options.jobs, dry_run=options.dry_run)
+    return sweep(
+        options.experiment,
+        options.overrides,
+        out=out,
+        jobs=options.jobs,
+        seeds=options.seeds,
+        dry_run=options.dry_run,
+    )
 
 
 class Verb(NamedTuple):

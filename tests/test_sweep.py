@@ -54,7 +54,7 @@ def test_shipped_experiments_are_sound(name, tmp_path):
 def test_the_four_variants_differ_in_apo_alone(tmp_path):
     runs = planned(find_experiment("apo_vs_grpo"), tmp_path)
     assert len(runs) == 20
-    recipes = {run.variant: run.recipe for run in runs if run.seed == 0}
+    recipes = {run.variant: run.recipe for run in runs if run.seed == runs[0].seed}
     assert [recipe.method for recipe in recipes.values()] == [
         "GRPO",
         "GRPO + DADS",
@@ -106,6 +106,13 @@ def test_an_unsound_file_is_one_line_and_writes_nothing(changes, words, experime
 def test_an_unknown_experiment_is_one_line(capsys):
     assert main(["sweep", "nowhere"]) == 2
     assert "apo_vs_grpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["1,1", "one", "", "1,,2"])
+def test_bad_seeds_are_one_line(seeds, experiment_file, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["sweep", str(experiment_file()), "--seeds", seeds])
+    assert exit.value.code == 2 and "is no list of seeds" in capsys.readouterr().err
 
 
 def test_nothing_in_the_file_is_executed(tmp_path, capsys):
@@ -178,6 +185,8 @@ def test_finished_runs_are_left_alone(experiment_file, children, tmp_path):
     assert len(started) == 4
     assert main(arguments) == 0
     assert len(started) == 4
+    assert main([*arguments, "--seeds", "0,7,8"]) == 0  # more seeds add their runs
+    assert [name for name, _ in started[4:]] == ["GRPO/seed-8", "APO/seed-8"]
 
 
 def test_a_failed_run_is_said_and_the_others_go_on(experiment_file, children, tmp_path, capsys):

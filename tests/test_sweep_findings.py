@@ -67,11 +67,12 @@ def test_figures_come_from_held_out_items_and_from_the_last_steps():
     assert before == {"accuracy": 0.5, "length_wrong": 66.0, "entropy": 0.1, "general_accuracy": 0.93, "kl": 1.0}
 
 
-def test_the_course_is_a_running_mean_with_an_interval_over_runs():
-    steps, estimates = course([record()[1], record(shift=2.0)[1][:5]], "kl")
+def test_the_course_is_a_running_mean_with_the_range_over_runs():
+    steps, means, lows, highs = course([record()[1], record(shift=2.0)[1][:5]], "kl")
     assert steps == [1, 2, 3, 4, 5]  # as far as both have come
-    assert [e.mean for e in estimates] == pytest.approx([2, 2.5, 3, 3.5, 4])
-    assert course([record()[1]], "length_wrong") == ([], [])
+    assert means == pytest.approx([2, 2.5, 3, 3.5, 4])
+    assert lows == pytest.approx([1, 1.5, 2, 2.5, 3]) and highs == pytest.approx([3, 3.5, 4, 4.5, 5])
+    assert course([record()[1]], "length_wrong") == ([], [], [], [])
 
 
 def findings(low, high):

@@ -45,7 +45,7 @@ FIGURES = (
     Figure(
         "accuracy",
         "Reasoning accuracy",
-        "of held-out items",
+        "fraction right",
         form=".3f",
         **_held_out("reasoning", "accuracy") | {"per_step": "accuracy"},
     ),
@@ -56,15 +56,15 @@ FIGURES = (
         form=".1f",
         **_held_out("reasoning", "length_wrong") | {"per_step": "length_wrong"},
     ),
-    Figure("entropy", "Entropy at the end", "nats per token", form=".4f", **_at_the_end("entropy")),
+    Figure("entropy", "Entropy", "nats per token", form=".4f", **_at_the_end("entropy")),
     Figure(
         "general_accuracy",
         "General accuracy",
-        "of held-out items",
+        "fraction right",
         form=".3f",
         **_held_out("general", "accuracy"),
     ),
-    Figure("kl", "KL to the base at the end", "nats per token", form=".4f", **_at_the_end("kl")),
+    Figure("kl", "KL to the base", "nats per token", form=".4f", **_at_the_end("kl")),
 )
 
 

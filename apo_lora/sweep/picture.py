@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.sweep.figures import FIGURES, Figure, Record
-from apo_lora.sweep.findings import Estimate, mean_over_seeds
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; the marker says it once more.
 STYLES = (
@@ -23,13 +22,13 @@ def draw(records: Records, findings: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(17, 7), dpi=100, layout="constrained")
+    canvas = Canvas(figsize=(15, 7), dpi=110, layout="constrained")
     FigureCanvasAgg(canvas)
     grid = canvas.subplots(2, len(FIGURES))
     styles = {variant: STYLES[i % len(STYLES)] for i, variant in enumerate(findings["variants"])}
     for figure, (above, below) in zip(FIGURES, grid.T, strict=True):
         found = findings["figures"][figure.key]
-        above.set_title(figure.title, fontsize=13)
+        above.set_title(figure.title, fontsize=15)
         if figure.per_step:
             _course(above, figure, records, styles)
         else:
@@ -37,37 +36,35 @@ def draw(records: Records, findings: dict[str, Any], path: Path) -> None:
         _ends(below, found, styles)
         for axes in (above, below):
             axes.grid(alpha=0.3)
-            axes.set_ylabel(figure.unit, fontsize=11)
-            axes.tick_params(labelsize=10)
+            axes.set_ylabel(figure.unit, fontsize=12)
+            axes.tick_params(labelsize=11)
     handles = [
         above.plot([], [], color=colour, marker=marker, label=variant)[0]
         for variant, (colour, marker) in styles.items()
     ]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=len(styles), frameon=False, fontsize=13)
+    canvas.legend(handles=handles, loc="outside lower center", ncols=len(styles), frameon=False, fontsize=15)
     canvas.savefig(path)
 
 
 def _course(axes: Any, figure: Figure, records: Records, styles: Mapping[str, tuple[str, str]]) -> None:
-    """Mean over seeds of the sampled training rollouts, smoothed, with its 95 % interval as a band."""
+    """Mean over seeds of the training rollouts, smoothed; the band reaches from the lowest seed to the highest."""
     for variant, by_seed in records.items():
-        steps, estimates = course([rows for _, rows in by_seed.values()], figure.per_step)
+        steps, means, lows, highs = course([rows for _, rows in by_seed.values()], figure.per_step)
         colour, marker = styles[variant]
-        axes.plot(
-            steps, [e.mean for e in estimates], color=colour, marker=marker, markevery=max(1, len(steps) // 6), lw=1.8
-        )
-        if steps and estimates[0].low is not None:
-            lows, highs = [e.low for e in estimates], [e.high for e in estimates]
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.13, linewidth=0)
-    axes.set_xlabel("optimizer step (training rollouts)", fontsize=11)
+        axes.plot(steps, means, color=colour, marker=marker, markevery=max(1, len(steps) // 6), lw=1.8)
+        axes.fill_between(steps, lows, highs, color=colour, alpha=0.13, linewidth=0)
+    axes.set_xlabel("training step", fontsize=12)
 
 
-def course(runs: Sequence[Sequence[dict[str, Any]]], metric: str) -> tuple[list[int], list[Estimate]]:
-    """Per step, the estimate over runs of a metric's running mean; over the steps that every run has reached."""
+def course(
+    runs: Sequence[Sequence[dict[str, Any]]], metric: str
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Steps, and per step mean, lowest and highest of a metric's running means, as far as every run has come."""
     smoothed = [_running_means([row.get(metric) for row in rows]) for rows in runs]
-    num_steps = min((len(values) for values in smoothed), default=0)
-    points = [(step + 1, [values[step] for values in smoothed]) for step in range(num_steps)]
-    whole = [(step, mean_over_seeds(values)) for step, values in points if None not in values]
-    return [step for step, _ in whole], [estimate for _, estimate in whole]
+    by_step = enumerate(zip(*smoothed, strict=False), start=1)  # zip ends with the shortest
+    points = [(step, sum(v) / len(v), min(v), max(v)) for step, v in by_step if None not in v]
+    steps, means, lows, highs = map(list, zip(*points, strict=True)) if points else ([], [], [], [])
+    return steps, means, lows, highs
 
 
 def _running_means(values: Sequence[float | None]) -> list[float | None]:
@@ -84,7 +81,7 @@ def _before_and_after(axes: Any, found: dict[str, Any], styles: Mapping[str, tup
         before, after = found["before"], found["variants"][variant]
         if before and after:
             axes.plot([0, 1], [before["mean"], after["mean"]], color=colour, marker=marker, lw=1.8)
-    axes.set_xticks([0, 1], ["base", "after training"], fontsize=11)
+    axes.set_xticks([0, 1], ["base", "after training"], fontsize=12)
     axes.set_xlim(-0.25, 1.25)
 
 
@@ -100,6 +97,6 @@ def _ends(axes: Any, found: dict[str, Any], styles: Mapping[str, tuple[str, str]
         axes.errorbar([position], [estimate["mean"]], yerr=reach, color=colour, marker=marker, capsize=5, markersize=8)
     if found["before"]:
         axes.axhline(found["before"]["mean"], color="grey", linestyle="--", linewidth=1)
-        axes.annotate("base", (-0.45, found["before"]["mean"]), color="grey", fontsize=10, va="bottom")
-    axes.set_xticks(range(len(styles)), styles, fontsize=11)
+        axes.annotate("base", (-0.45, found["before"]["mean"]), color="grey", fontsize=11, va="bottom")
+    axes.set_xticks(range(len(styles)), styles, fontsize=12)
     axes.set_xlim(-0.5, len(styles) - 0.5)

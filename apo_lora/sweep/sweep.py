@@ -22,16 +22,25 @@ from apo_lora.sweep.tables import closing_words, report
 
 
 def sweep(
-    name: str, overrides: Sequence[str] = (), *, out: Path | None = None, jobs: int | None = None, dry_run: bool = False
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | None = None,
+    jobs: int | None = None,
+    seeds: tuple[int, ...] | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Runs the experiment into `out` (default runs/NAME) and writes sweep.json, README.md and sweep.png there.
 
-    `jobs` runs at once; none is one per core without a GPU, and one with a GPU. Finished runs are left as they are,
+    `jobs` runs at once; none is one per core without a GPU, and one with a GPU. `seeds` replace the file's.
+    Finished runs are left as they are,
     half-done ones continued. Returns 0, or 1 where a run failed. Raises UserError
     before anything is written if the file, a recipe or a folder is not as it should be.
     """
     path = find_experiment(name)
     experiment = load_experiment(path)
+    if seeds:
+        experiment = experiment.model_copy(update={"seeds": seeds})
     out = out or Path("runs") / path.stem
     planned = plan_runs(path, experiment, out, overrides)
     if unbounded := [run for run in planned if run.recipe.train.max_steps is None]:
