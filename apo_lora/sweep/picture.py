@@ -28,7 +28,7 @@ def draw(records: Records, findings: dict[str, Any], path: Path) -> None:
     styles = {variant: STYLES[i % len(STYLES)] for i, variant in enumerate(findings["variants"])}
     for figure, (above, below) in zip(FIGURES, grid.T, strict=True):
         found = findings["figures"][figure.key]
-        above.set_title(figure.title, fontsize=15)
+        above.set_title(figure.title, fontsize=14)
         if figure.per_step:
             _course(above, figure, records, styles)
         else:
@@ -100,3 +100,4 @@ def _ends(axes: Any, found: dict[str, Any], styles: Mapping[str, tuple[str, str]
         axes.annotate("base", (-0.45, found["before"]["mean"]), color="grey", fontsize=11, va="bottom")
     axes.set_xticks(range(len(styles)), styles, fontsize=12)
     axes.set_xlim(-0.5, len(styles) - 0.5)
+    axes.set_xlabel("after training, by variant", fontsize=12)

@@ -33,8 +33,7 @@ def sweep(
     """Runs the experiment into `out` (default runs/NAME) and writes sweep.json, README.md and sweep.png there.
 
     `jobs` runs at once; none is one per core without a GPU, and one with a GPU. `seeds` replace the file's.
-    Finished runs are left as they are,
-    half-done ones continued. Returns 0, or 1 where a run failed. Raises UserError
+    Finished runs are left as they are, half-done ones continued. Returns 0, or 1 where a run failed. Raises UserError
     before anything is written if the file, a recipe or a folder is not as it should be.
     """
     path = find_experiment(name)
