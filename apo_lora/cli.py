@@ -174,6 +174,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _recipes(options: argparse.Namespace) -> int:
     from apo_lora.recipe_file import describe_keys, find_recipe, shipped_recipes
+    from apo_lora.sweep.experiment import shipped_experiments
 
     if options.keys:
         print("\n".join(describe_keys()))
@@ -184,6 +185,7 @@ def _recipes(options: argparse.Namespace) -> int:
             first_line = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
             print(f"{name:<16} {first_line}")
         print("\napo-lora recipes NAME shows one; apo-lora recipes --keys explains every key.")
+        print(f"Experiments, for apo-lora sweep NAME: {', '.join(shipped_experiments())}")
     return 0
 
 
