@@ -76,7 +76,7 @@ def test_the_course_is_a_running_mean_with_the_range_over_runs():
 
 
 def findings(low, high):
-    plain = {"mean": (low + high) / 2, "low": low, "high": high, "n": 2}
+    plain = {"mean": (low + high) / 2, "low": low, "high": high, "n": 2, "excludes_zero": low > 0}
     of_variant = {**plain, "by_seed": {"0": low, "1": high}}
     figure = {"before": plain, "variants": {"GRPO": of_variant, "APO": of_variant}, "differences": {"APO": plain}}
     return {

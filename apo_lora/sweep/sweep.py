@@ -221,4 +221,4 @@ def _findings(records: dict[str, dict[int, Record]], experiment: Experiment) -> 
 
 
 def _plain(estimate: Estimate | None, **more: Any) -> dict[str, Any] | None:
-    return None if estimate is None else {**asdict(estimate), **more}
+    return None if estimate is None else {**asdict(estimate), "excludes_zero": estimate.excludes_zero, **more}

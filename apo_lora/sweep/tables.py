@@ -36,14 +36,10 @@ def difference_rows(findings: dict[str, Any]) -> list[list[str]]:
         row = [variant]
         for figure in FIGURES:
             estimate = findings["figures"][figure.key]["differences"][variant]
-            star = " *" if estimate and excludes_zero(estimate) else ""
+            star = " *" if estimate and estimate["excludes_zero"] else ""
             row.append(estimate_words(estimate, figure.form, signed=True) + star)
         rows.append(row)
     return rows
-
-
-def excludes_zero(estimate: dict[str, Any]) -> bool:
-    return estimate["low"] is not None and (estimate["low"] > 0 or estimate["high"] < 0)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
