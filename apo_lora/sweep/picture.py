@@ -22,7 +22,7 @@ def draw(records: Records, findings: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(15, 7), dpi=110, layout="constrained")
+    canvas = Canvas(figsize=(15, 7), dpi=100, layout="constrained")
     FigureCanvasAgg(canvas)
     grid = canvas.subplots(2, len(FIGURES))
     styles = {variant: STYLES[i % len(STYLES)] for i, variant in enumerate(findings["variants"])}

@@ -165,6 +165,7 @@ def write_findings(
     findings = {
         "experiment": name,
         "date": _now(),
+        "cpu_cores": os.cpu_count(),
         "environment": json.loads(RunDir(first.path).environment.read_text()),
         "overrides": list(overrides),
         "variants": {variant: changes or {} for variant, changes in experiment.variants.items()},

@@ -85,7 +85,7 @@ def report(findings: dict[str, Any]) -> str:
         "",
         "![The figures by step and at the end](sweep.png)",
         "",
-        "`sweep.json` holds every number; each folder below is an ordinary run.",
+        "`sweep.json` holds every number; each `VARIANT/seed-N` here is an ordinary run.",
     ]
     return "\n".join(lines) + "\n"
 
