@@ -77,9 +77,12 @@ def _running_means(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _before_and_after(axes: Any, found: dict[str, Any], styles: Mapping[str, tuple[str, str]]) -> None:
+    """Mean over seeds, and each seed as a thin line."""
     for variant, (colour, marker) in styles.items():
         before, after = found["before"], found["variants"][variant]
         if before and after:
+            for value in filter(None, after["by_seed"].values()):
+                axes.plot([0, 1], [before["mean"], value], color=colour, alpha=0.2, lw=1)
             axes.plot([0, 1], [before["mean"], after["mean"]], color=colour, marker=marker, lw=1.8)
     axes.set_xticks([0, 1], ["base", "after training"], fontsize=12)
     axes.set_xlim(-0.25, 1.25)
@@ -98,6 +101,7 @@ def _ends(axes: Any, found: dict[str, Any], styles: Mapping[str, tuple[str, str]
     if found["before"]:
         axes.axhline(found["before"]["mean"], color="grey", linestyle="--", linewidth=1)
         axes.annotate("base", (-0.45, found["before"]["mean"]), color="grey", fontsize=11, va="bottom")
+    axes.margins(y=0.12)  # room for the word above the line
     axes.set_xticks(range(len(styles)), styles, fontsize=12)
     axes.set_xlim(-0.5, len(styles) - 0.5)
     axes.set_xlabel("after training, by variant", fontsize=12)
