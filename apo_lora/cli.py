@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(_by_rank(problem) for problem in error.problems), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Stopped. What was saved is kept; continue with --resume auto.", file=sys.stderr)
+        print(VERBS[options.verb].when_stopped, file=sys.stderr)
         return 130
     except BrokenPipeError:  # `apo-lora recipes --keys | head`
         sys.stderr.close()
@@ -195,6 +195,30 @@ def _with_export(parser: argparse.ArgumentParser) -> None:
     seen.add_argument("--public", dest="private", action="store_false", help="everybody sees it on the Hub")
 
 
+def _with_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="path of an experiment, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every run's recipe")
+    parser.add_argument("--out", metavar="DIR", help="folder of the runs and of what they say (default: runs/NAME)")
+    parser.add_argument(
+        "--jobs", metavar="N", type=_jobs, help="runs at once (default: one per core; one where there is a GPU)"
+    )
+    parser.add_argument("--seeds", metavar="N,N,...", type=_seeds, help="in place of the experiment's own seeds")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs with a time estimate, write nothing")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers) or len({int(number) for number in numbers}) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds; write for instance 1,2,3, none twice")
+    return tuple(int(number) for number in numbers)
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs; write for instance 2")
+    return int(text)
+
+
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +239,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _recipes(options: argparse.Namespace) -> int:
     from apo_lora.recipe_file import describe_keys, find_recipe, shipped_recipes
+    from apo_lora.sweep.experiment import shipped_experiments
 
     if options.keys:
         print("\n".join(describe_keys()))
@@ -225,6 +250,7 @@ def _recipes(options: argparse.Namespace) -> int:
             first_line = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
             print(f"{name:<16} {first_line}")
         print("\napo-lora recipes NAME shows one; apo-lora recipes --keys explains every key.")
+        print(f"Experiments, for apo-lora sweep NAME: {', '.join(shipped_experiments())}")
     return 0
 
 
@@ -339,14 +365,37 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from apo_lora.sweep.sweep import sweep
+
+    out = Path(options.out) if options.out else None
+    return sweep(
+        options.experiment,
+        options.overrides,
+        out=out,
+        jobs=options.jobs,
+        seeds=options.seeds,
+        dry_run=options.dry_run,
+    )
+
+
 class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
     run: Callable[[argparse.Namespace], int]
+    when_stopped: str = "Stopped. What was saved is kept; continue with --resume auto."
 
 
 VERBS = {
     "train": Verb("train an adapter by a recipe", (_with_recipe, _with_training_options), _train),
+    "sweep": Verb(
+        "run an experiment: variants of a recipe, each at several seeds, compared",
+        (_with_sweep,),
+        _sweep,
+        "Stopped. Finished runs are kept; the same command continues the rest.",
+    ),
     "recipes": Verb("list the shipped recipes, or show one", (_with_recipe_to_show,), _recipes),
     "check-data": Verb("report on a recipe's data: rows, answers, images, tokens", (_with_recipe,), _check_data),
     "check-rewards": Verb(

@@ -245,6 +245,17 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def differences(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
+    """`section.key` to its two values, where they differ."""
+    old, new = before.model_dump(), after.model_dump()
+    return {
+        f"{section}.{key}": (old[section][key], value)
+        for section, keys in new.items()
+        for key, value in keys.items()
+        if value != old[section][key]
+    }
+
+
 def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str]:
     """Keys that are valid each but not together, or not over so many processes. Touches neither disk nor device."""
     grpo, apo, rewards = recipe.grpo, recipe.apo, recipe.rewards

@@ -59,7 +59,7 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies `section.key=value` overrides. Raises RecipeError with every problem found."""
     path = Path(path)
-    tree = _read_yaml(path)
+    tree = read_yaml(path, f"a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
     problems = [problem for text in overrides if (problem := _apply_override(tree, text))]
     return _validated(tree, path.name, problems)
 
@@ -83,7 +83,8 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, shape: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, read safely. `shape` says what is expected; raises RecipeError."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except RecursionError:
@@ -96,7 +97,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
+        raise RecipeError(f"{path}: {shape}")
     return tree
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import RunDirError
-from apo_lora.recipe import Recipe
+from apo_lora.recipe import Recipe, differences
 from apo_lora.recipe_file import load_recipe
 from apo_lora.run_dir import RunDir, checkpoint_step, read_jsonl
 
@@ -41,12 +41,10 @@ def checkpoint_to_continue(run_dir: RunDir, recipe: Recipe, resume: str | None) 
 
 
 def _refuse_another_recipe(run_dir: RunDir, before: Recipe, now: Recipe) -> None:
-    there, here = before.model_dump(), now.model_dump()
     changed = [
-        f"{section}.{key}: {there[section][key]!r} there, {value!r} now"
-        for section, keys in here.items()
-        for key, value in keys.items()
-        if value != there[section][key] and not f"{section}.{key}".startswith(FREE_ON_RESUME)
+        f"{key}: {there!r} there, {here!r} now"
+        for key, (there, here) in differences(before, now).items()
+        if not key.startswith(FREE_ON_RESUME)
     ]
     if changed:
         raise RunDirError(

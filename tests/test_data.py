@@ -305,6 +305,8 @@ def test_boards():
     assert loaded.examples[4].images[0].name == "boards/train/5"
     assert loaded.examples[0].category.startswith("level")
     assert {e.category for e in load("boards:general", split="test", limit=3).examples} == {"general"}
+    assert {e.category for e in load("boards", limit=30).examples} == {"level1", "level2", "level3"}
+    assert {e.category for e in load("boards:level2", limit=30).examples} == {"level2"}
     with pytest.raises(DataError, match="no split 'validation'"):
         load("boards", split="validation")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
+BOARDS = ("boards", "boards:reasoning", "boards:level1", "boards:level2", "boards:level3", "boards:general")
 BOARDS_ROWS = 2048
 """Rows of the built-in task where no limit is given."""
 _MAX_LISTED = 3
@@ -40,7 +41,7 @@ def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir
     """The first `limit` rows of a data set. Relative paths start at `base_dir`, or else at the working directory."""
     if not spec.strip():
         raise DataError("data: an empty name; give `boards`, a file, a folder or a Hugging Face id")
-    if spec in ("boards", "boards:reasoning", "boards:general"):
+    if spec in BOARDS:
         return _boards(spec, split, limit or BOARDS_ROWS, seed)
     if (found := find_benchmark(spec)) is not None:
         return _benchmark(*found, limit, base_dir)
@@ -73,9 +74,13 @@ def _boards(spec: str, split: str, num_rows: int, seed: int) -> Source:
         raise DataError(
             f"{spec}: no split {split!r}; set data.split or data.eval_split to {' or '.join(boards.SPLITS)}"
         )
-    make_rows = boards.general_rows if spec.endswith(":general") else boards.reasoning_rows
+    if spec.endswith(":general"):
+        made = boards.general_rows(num_rows, split=split, seed=seed)
+    else:
+        level = int(spec[-1]) if spec[-1].isdigit() else None
+        made = boards.reasoning_rows(num_rows, split=split, seed=seed, level=level)
     rows = []
-    for number, row in enumerate(make_rows(num_rows, split=split, seed=seed), start=1):
+    for number, row in enumerate(made, start=1):
         image = row["image"]
         rows.append((number, {**row, "image": ImageRef(f"{spec}/{split}/{number}", image.size, image)}))
     return Source(f"{spec} ({split})", None, rows, own_columns=True)

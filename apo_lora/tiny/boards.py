@@ -15,6 +15,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -154,9 +155,13 @@ def _likely_color(rng: random.Random, board: Board) -> str:
     return rng.choice(list(COLORS))
 
 
-def reasoning_rows(num_rows: int, *, split: str, seed: int) -> list[dict[str, Any]]:
-    """`num_rows` counting questions {"image", "problem", "answer", "category"}, the same for the same (split, seed)."""
-    return list(_rows(num_rows, reasoning_question, "reasoning", split, seed))
+def reasoning_rows(num_rows: int, *, split: str, seed: int, level: int | None = None) -> list[dict[str, Any]]:
+    """`num_rows` counting questions {"image", "problem", "answer", "category"}, the same for the same (split, seed).
+
+    Of one level, or of all three.
+    """
+    ask = partial(reasoning_question, level=level)
+    return list(_rows(num_rows, ask, f"level{level}" if level else "reasoning", split, seed))
 
 
 def general_rows(num_rows: int, *, split: str, seed: int) -> list[dict[str, Any]]:
