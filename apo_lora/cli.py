@@ -2,13 +2,23 @@
 
 import argparse
 import difflib
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from apo_lora import __version__, ranks
+from apo_lora.arguments import (
+    with_card,
+    with_evaluation,
+    with_export,
+    with_question,
+    with_recipe,
+    with_recipe_to_show,
+    with_runs,
+    with_sweep,
+    with_training_options,
+)
 from apo_lora.errors import UserError, printable
 
 
@@ -58,165 +68,6 @@ def _by_rank(problem: str) -> str:
     """All processes of a run have the same to say of a bad recipe, and one of them of its own GPU."""
     problem = printable(problem)
     return problem if ranks.is_main() else f"process {ranks.rank()}: {problem}"
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _with_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.max_steps=10")
-
-
-def _with_training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue the run: its last whole checkpoint, or the one at PATH"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
-
-
-def _with_card(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vram", metavar="GB", type=_gigabytes, help="memory of the card; else that of a visible GPU")
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no card; write its gigabytes, for instance 8")
-    return size
-
-
-def _with_question(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory, or an adapter's or a GGUF's folder (see --recipe)")
-    parser.add_argument("question")
-    parser.add_argument("--image", metavar="FILE", help="what the question is about")
-    parser.add_argument("--sample", action="store_true", help="sample as in training, in place of the likeliest tokens")
-    parser.add_argument(
-        "--max-tokens", metavar="N", type=_tokens, help="cut the answers there; else the recipe's limit"
-    )
-    parser.add_argument("--recipe", metavar="R", help="how to ask; else the run's, or the one that a push left")
-    parser.add_argument("--gguf", action="store_true", help="ask the run's exported GGUF, through llama.cpp")
-    parser.add_argument(
-        "--base-gguf",
-        metavar="DIR",
-        help="with --gguf: the base's GGUF; else that of `export --to base-gguf`, or the tuned answer stands alone",
-    )
-    parser.add_argument(
-        "--llama-cpp",
-        metavar="DIR",
-        help="with --gguf: a llama.cpp folder; else llama-server on the PATH, or the package xllamacpp",
-    )
-
-
-def _tokens(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write for instance 512")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; write 1 or more")
-    return int(text)
-
-
-def _with_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory")
-    parser.add_argument("--recipe", metavar="R", help="ask as R says where it sets model, data, rewards or grpo")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="key=value",
-        action="append",
-        default=[],
-        help="a change to how it is asked, such as grpo.max_completion_length=2048; may be given several times",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="D",
-        action="append",
-        help="measure on D in place of the recipe's held-out data: any form of data.train, or a benchmark "
-        "(mathvista, mathverse, mmk12, mmstar, mmmu); may be given several times",
-    )
-    parser.add_argument("--split", metavar="S", help="split of a Hugging Face id; else data.eval_split")
-    parser.add_argument(
-        "--limit", metavar="N", type=_count, help="the first N rows of each; else data.eval_limit, or all of --data"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--base", action="store_true", help="measure the base model alone; the tuned one can follow")
-    which.add_argument("--model", metavar="FOLDER", help="an exported (merged) model in place of the run's adapter")
-    parser.add_argument(
-        "--samples", metavar="K", type=_count, default=0, help="beside the greedy answer, K sampled ones, for pass@k"
-    )
-    parser.add_argument("--batch-size", metavar="B", type=_count, help="answers at once; else as many as in training")
-    parser.add_argument("--name", metavar="NAME", type=_folder_name, help="of the folder RUN/evaluations/NAME")
-
-
-def _folder_name(text: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder; use letters, digits, dots and dashes")
-    return text
-
-
-def _with_recipe_to_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="recipe to print")
-    parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
-
-
-def _with_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; seeds of one recipe become one line")
-    parser.add_argument("--out", metavar="FILE", help="else RUN/report.html, or ./report.html for several runs")
-
-
-# export.verb.TARGETS, whose module wants no import for --help
-EXPORT_TARGETS = ("merged", "gguf", "ollama", "base-gguf", "hub")
-
-
-def _with_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder")
-    parser.add_argument("--to", required=True, choices=EXPORT_TARGETS, help="what to make of it")
-    parser.add_argument("--out", metavar="DIR", help="folder to write, which must not exist; else beside the adapter")
-    parser.add_argument(
-        "--quantization",
-        choices=("Q8_0", "Q4_K_M", "F16", "F32"),
-        default="Q8_0",
-        help="of a GGUF's text model (default: Q8_0)",
-    )
-    parser.add_argument(
-        "--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF; else its programs are looked for on the PATH"
-    )
-    parser.add_argument("--repo", metavar="ORG/NAME", help="where on the Hub (--to hub)")
-    parser.add_argument("--what", choices=("adapter", "merged", "gguf"), default="adapter", help="what goes to the Hub")
-    seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_true", default=True, help="only you see it on the Hub (default)")
-    seen.add_argument("--public", dest="private", action="store_false", help="everybody sees it on the Hub")
-
-
-def _with_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="path of an experiment, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every run's recipe")
-    parser.add_argument("--out", metavar="DIR", help="folder of the runs and of what they say (default: runs/NAME)")
-    parser.add_argument(
-        "--jobs", metavar="N", type=_jobs, help="runs at once (default: one per core; one where there is a GPU)"
-    )
-    parser.add_argument("--seeds", metavar="N,N,...", type=_seeds, help="in place of the experiment's own seeds")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs with a time estimate, write nothing")
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    numbers = text.split(",")
-    if not all(number.isdecimal() for number in numbers) or len({int(number) for number in numbers}) < len(numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds; write for instance 1,2,3, none twice")
-    return tuple(int(number) for number in numbers)
-
-
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs; write for instance 2")
-    return int(text)
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -385,38 +236,43 @@ class Verb(NamedTuple):
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
     run: Callable[[argparse.Namespace], int]
-    when_stopped: str = "Stopped. What was saved is kept; continue with --resume auto."
+    when_stopped: str = "Stopped."
 
 
 VERBS = {
-    "train": Verb("train an adapter by a recipe", (_with_recipe, _with_training_options), _train),
+    "train": Verb(
+        "train an adapter by a recipe",
+        (with_recipe, with_training_options),
+        _train,
+        "Stopped. What was saved is kept; continue with --resume auto.",
+    ),
     "sweep": Verb(
         "run an experiment: variants of a recipe, each at several seeds, compared",
-        (_with_sweep,),
+        (with_sweep,),
         _sweep,
         "Stopped. Finished runs are kept; the same command continues the rest.",
     ),
-    "recipes": Verb("list the shipped recipes, or show one", (_with_recipe_to_show,), _recipes),
-    "check-data": Verb("report on a recipe's data: rows, answers, images, tokens", (_with_recipe,), _check_data),
+    "recipes": Verb("list the shipped recipes, or show one", (with_recipe_to_show,), _recipes),
+    "check-data": Verb("report on a recipe's data: rows, answers, images, tokens", (with_recipe,), _check_data),
     "check-rewards": Verb(
         "prove on a recipe's data that right answers are rewarded and wrong ones are not",
-        (_with_recipe,),
+        (with_recipe,),
         _check_rewards,
     ),
     "preflight": Verb(
-        "check image, reference and sampling, and whether the largest example fits", (_with_recipe,), _preflight
+        "check image, reference and sampling, and whether the largest example fits", (with_recipe,), _preflight
     ),
     "plan": Verb(
-        "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (_with_recipe, _with_card), _plan
+        "estimate the GPU memory a recipe needs, and what fits a card; needs no GPU", (with_recipe, with_card), _plan
     ),
-    "chat": Verb("ask base and tuned model of a run one question, side by side", (_with_question,), _chat),
+    "chat": Verb("ask base and tuned model of a run one question, side by side", (with_question,), _chat),
     "eval": Verb(
         "measure base and tuned model of a run on held-out items: accuracy, difference, pass@k, gallery",
-        (_with_evaluation,),
+        (with_evaluation,),
         _eval,
     ),
-    "report": Verb("make one HTML page of a run, or of several compared", (_with_runs,), _report),
-    "export": Verb("make of an adapter what people deploy, and check it", (_with_export,), _export),
+    "report": Verb("make one HTML page of a run, or of several compared", (with_runs,), _report),
+    "export": Verb("make of an adapter what people deploy, and check it", (with_export,), _export),
     "doctor": Verb("check this machine: versions, GPU, memory, disk; plain text to paste into an issue", (), _doctor),
 }
 

@@ -146,7 +146,7 @@ COMMAND_LINE = [
     Case("a card in words", "plan --recipe tiny_cpu --vram big", r"--vram: 'big' is no card; write its gigabytes"),
     Case("a card of nan GB", "plan --recipe tiny_cpu --vram nan", r"--vram: 'nan' is no card"),
     Case("a chat without a question", "chat run", r"required: question"),
-    Case("no tokens", "chat run hi --max-tokens 0", r"--max-tokens: '0' is no number of tokens; write for instance 512"),
+    Case("no tokens", "chat run hi --max-tokens 0", r"--max-tokens: '0' is no number of tokens; write 1 or more"),
     Case("tokens in words", "chat run hi --max-tokens few", r"--max-tokens: 'few' is no number of tokens"),
     Case("an export to nowhere", "export run", r"required: --to"),
     Case("an export to what is not known", "export run --to onnx", r"--to: invalid choice: 'onnx' \(choose from"),

@@ -250,7 +250,7 @@ def test_pictures_are_copied_small_and_damaged_ones_left_out(run, tmp_path, caps
         (["--data", "boards", "--data", "boards"], "one at a time"),
         (["--model", "nowhere"], "no exported model"),
         (["--name", "../out"], "is no name of a folder"),
-        (["--samples", "0"], "is no count"),
+        (["--samples", "0"], "is no number of samples"),
         (["--base", "--model", "x"], "not allowed with"),
         (["--set", "data.eval=null"], "give some with --data"),
     ],
