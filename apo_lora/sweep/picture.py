@@ -81,11 +81,15 @@ def _before_and_after(axes: Any, found: dict[str, Any], styles: Mapping[str, tup
     for variant, (colour, marker) in styles.items():
         before, after = found["before"], found["variants"][variant]
         if before and after:
-            for value in filter(None, after["by_seed"].values()):
+            for value in _values(after):
                 axes.plot([0, 1], [before["mean"], value], color=colour, alpha=0.2, lw=1)
             axes.plot([0, 1], [before["mean"], after["mean"]], color=colour, marker=marker, lw=1.8)
     axes.set_xticks([0, 1], ["base", "after training"], fontsize=12)
     axes.set_xlim(-0.25, 1.25)
+
+
+def _values(estimate: dict[str, Any]) -> list[float]:
+    return [value for value in estimate["by_seed"].values() if value is not None]
 
 
 def _ends(axes: Any, found: dict[str, Any], styles: Mapping[str, tuple[str, str]]) -> None:
@@ -94,7 +98,7 @@ def _ends(axes: Any, found: dict[str, Any], styles: Mapping[str, tuple[str, str]
         estimate = found["variants"][variant]
         if estimate is None:
             continue
-        dots = [value for value in estimate["by_seed"].values() if value is not None]
+        dots = _values(estimate)
         axes.plot([position + 0.22] * len(dots), dots, ".", color=colour, alpha=0.5, markersize=6)
         reach = None if estimate["low"] is None else [[estimate["mean"] - estimate["low"]]] * 2
         axes.errorbar([position], [estimate["mean"]], yerr=reach, color=colour, marker=marker, capsize=5, markersize=8)
