@@ -49,7 +49,7 @@ def test_recipes_are_listed_and_shown(capsys):
         (["train", "--recipe", "tiny_cpu.yaml", "grpo.num_generation=4"], "did you mean grpo.num_generations?"),
         (["train", "--recipe", "tiny_cpu.yaml", "--stpes", "3"], "--stpes"),
         (["recipes", "nowhere"], "no such file"),
-        (["train", "--recipe", "tiny_cpu.yaml", "--resume", "auto", "output.dir=no/such/run"], "there is no run"),
+        (["train", "--recipe", "tiny_cpu.yaml", "--resume", "no/such/checkpoint"], "not a whole checkpoint"),
         (["check-data", "--recipe", "tiny_cpu.yaml", "data.train=no/such/file.jsonl"], "no/such/file.jsonl"),
         (["train", "--recipe", "tiny_cpu.yaml", "model.name=/no/such/model"], "/no/such/model"),
         (["train", "--recipe", "tiny_cpu.yaml", "rewards.functions=[accuracy,'nowhere.py:reward']"], "nowhere.py"),
