@@ -43,7 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0; 1 a check failed or a run stopped itself; 2 something to mend."""
+    """Runs one verb. Returns the exit code: 0; 1 a check failed or a run stopped itself; 2 something to mend.
+
+    A run that a signal stopped gives the shell's code for it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = build_parser()
     # The parser's own words for an unknown verb list all of them; the nearest one is more help.

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from apo_lora.adapter_source import CONFIG, WEIGHTS, find_adapter
-from apo_lora.cli import EXPORT_TARGETS, main
+from apo_lora.arguments import EXPORT_TARGETS
+from apo_lora.cli import main
 from apo_lora.export import merged as export_merged
 from apo_lora.export.check import check_prompts, comparison
 from apo_lora.export.verb import TARGETS

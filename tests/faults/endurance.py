@@ -119,7 +119,7 @@ def figures(folder: Path, steps: int, samples: list[Sample], seconds_per_step: f
     from apo_lora.run_dir import RunDir
 
     run = RunDir(folder / "run")
-    late = [sample for sample in samples if sample.step > WARM_UP * steps]
+    late = [sample for sample in samples if WARM_UP * steps < sample.step < steps]  # after the last step come the plots
     checkpoints = [sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in run.valid_checkpoints()]
     return Figures(
         steps,
