@@ -41,8 +41,8 @@ def files_to_mirror(run_dir: RunDir) -> list[Path]:
 
     In this order a copy that was cut has a record that is ahead of its checkpoint, which a resume takes back.
     """
-    folders = [run_dir.path, run_dir.images, run_dir.plots, run_dir.adapter]
-    record = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.is_file()]
+    inner = [file for folder in (run_dir.images, run_dir.plots, run_dir.adapter) for file in sorted(folder.rglob("*"))]
+    record = [file for file in [*sorted(run_dir.path.iterdir()), *inner] if file.is_file()]
     last = run_dir.last_checkpoint()
     state = sorted((f for f in last.rglob("*") if f.is_file()), key=lambda f: (f.name == COMPLETE, f)) if last else []
     return [f.relative_to(run_dir.path) for f in [*record, *state] if not f.name.startswith(".")]
