@@ -44,7 +44,7 @@ def prepare() -> None:
 
     prepare_process()
     for name in (
-        "data", "evaluate", "mirror", "model", "plots", "preflight", "reward_functions", "reward_plugins",
+        "data.examples", "evaluate", "mirror", "model", "plots", "preflight", "rewards.functions", "rewards.plugins",
         "rollout_record", "train", "trainer", "trainer_config",
     ):  # fmt: skip
         importlib.import_module(f"apo_lora.{name}")
