@@ -155,13 +155,13 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         if not (stop.requested or trainer.nonfinite_guard.gave_up):
             measure("after")
         troubles = trainer.more_figures() | {"steps skipped as not finite": trainer.nonfinite_guard.skipped}
-    if ranks.is_main():
-        with full_disk_in_words(run_dir.path, kept):
+        if ranks.is_main():
             plots = write_plots(run_dir)
             versions = json.loads(run_dir.environment.read_text())
             write_atomically(run_dir.model_card, model_card(recipe, policy.base_name, evaluation, done, versions))
-        say(closing_words(run_dir, evaluation, plots, seconds, done, troubles))
-        mirrors.finish()
+            say(closing_words(run_dir, evaluation, plots, seconds, done, troubles))
+            mirrors.finish()
+        ranks.wait()  # where one process ends with an error, the launcher ends the others
     if trainer.nonfinite_guard.gave_up:
         raise trainer.nonfinite_guard.stopped(done)
     if stop.requested:
