@@ -108,10 +108,10 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             measure("after")
         troubles = trainer.more_figures() | {"steps skipped as not finite": guard.skipped}
         done, steps = trainer.state.global_step, trainer.args.max_steps
-    if ranks.is_main():
-        with full_disk_in_words(run_dir.path, kept):
+        if ranks.is_main():
             _close_run(run_dir, fitted, policy.base_name, evaluation, seconds, done, troubles)
-        mirrors.finish()
+            mirrors.finish()
+        ranks.wait()  # where one process ends with an error, the launcher ends the others
     if guard.gave_up:
         raise guard.stopped(done)
     if stop.requested:
