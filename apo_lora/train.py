@@ -18,7 +18,7 @@ from apo_lora.data.examples import drop_long_prompts, read_data, require_one_rol
 from apo_lora.disk import checkpoint_bytes, full_disk_in_words, require_room
 from apo_lora.environment import environment
 from apo_lora.errors import ModelError, RecipeError, RunDirError
-from apo_lora.finite_rewards import FiniteRewards
+from apo_lora.finite_rewards import FiniteRewards, RewardFunction
 from apo_lora.mirror import Mirrors
 from apo_lora.model_card import model_card
 from apo_lora.process import prepare_process
@@ -63,13 +63,11 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     import_engine(recipe.model)
     from apo_lora.callbacks import OrderlyStop
     from apo_lora.evaluate import measure_held_out
+    from apo_lora.rewards.functions import reward_functions
     from apo_lora.rewards.verifier import Verifier
 
     loaded, held_out = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
     say(loaded.summary())
-    if dry_run:
-        say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
-        return run_dir
     kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
     with (
         ranks.lost_process_in_words(kept),
@@ -78,6 +76,10 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier,
         trackers_in(run_dir),
     ):
+        rewards = reward_functions(recipe.rewards, verifier)  # a user's own one fails here, before the model is loaded
+        if dry_run:
+            say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
+            return run_dir
         policy = _load_policy(recipe)
         say(_plan(recipe, len(loaded.examples)))
         checks, fitted = _checked(policy, loaded.examples, recipe, run_dir)
@@ -96,7 +98,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         if checkpoint is None:
             measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
-        trainer = _trainer(fitted, run_dir, policy, loaded.examples, verifier, mirrors, stop)
+        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, verifier, mirrors, stop)
         started = time.perf_counter()
         with stop, _only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -146,13 +148,13 @@ def _trainer(
     run_dir: RunDir,
     policy: "Policy",
     examples: list["Example"],
+    rewards: list[RewardFunction],
     verifier: "Verifier",
     mirrors: Mirrors,
     stop: "OrderlyStop",
 ) -> "APOTrainer":
     from apo_lora.callbacks import MetricsWriter, Screen, TimedSave
     from apo_lora.data.examples import prompt_dataset, training_order
-    from apo_lora.rewards.functions import reward_functions
     from apo_lora.rollout_record import rollout_writer
     from apo_lora.trainer import APOTrainer
     from apo_lora.trainer_config import grpo_config
@@ -186,7 +188,7 @@ def _trainer(
         processing_class=policy.processor,
         args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
         train_dataset=prompt_dataset(examples, recipe.data, order),
-        reward_funcs=[finite.watching(function) for function in reward_functions(recipe.rewards, verifier)],
+        reward_funcs=[finite.watching(function) for function in rewards],
         callbacks=[
             *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
             *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),

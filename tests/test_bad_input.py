@@ -204,7 +204,7 @@ def test_links_of_the_hubs_cache_lead_to_its_blobs(here, monkeypatch):
 
 def test_a_picture_that_is_asked_about_may_be_a_link(here):
     """The user names it, so it may lie anywhere."""
-    from apo_lora.chat import _example
+    from apo_lora.chat import example_of
 
     make({"pictures/a.png": picture(), "b.png": link("pictures/a.png")}, here)
-    assert _example("What is it?", "b.png").images[0].size == (60, 30)
+    assert example_of("What is it?", "b.png").images[0].size == (60, 30)

@@ -173,7 +173,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
     if _files(run.path) != _files(other.path):
         found.append(f"files: {sorted(_files(run.path) ^ _files(other.path))}")
     found += [f"stray {path}" for path in folder.rglob(".*") if path.name.startswith(".")]
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "eval.json"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "eval.json", "answers.jsonl"):
         if _content(run.path / name) != _content(other.path / name):
             found.append(f"{name} differs")
     steps = [row["step"] for row in steady_rows(run.metrics)]
