@@ -136,3 +136,34 @@ def make_trainer(tmp_path, load_tiny):
         )
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A data set's folder with two images; the cache of `datasets` is inside the test's own folder."""
+    import datasets
+    from data_sets import png
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    home = tmp_path / "set"
+    home.mkdir()
+    (home / "a.png").write_bytes(png("red"))
+    (home / "b.png").write_bytes(png("blue", size=(20, 40)))
+    return home
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """Grows by one with every image that is decoded."""
+    from PIL import ImageFile
+
+    seen = []
+    decode = ImageFile.ImageFile.load
+
+    def counted(self):
+        if getattr(self, "tile", None):
+            seen.append(self.size)
+        return decode(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    return seen
