@@ -6,8 +6,6 @@ import json
 import re
 import signal
 import sys
-import threading
-import time
 
 import nbformat
 import pytest
@@ -141,19 +139,19 @@ def test_secrets_reach_the_process_alone(monkeypatch, tmp_path):
 
 def test_an_interrupted_cell_is_ctrl_c_for_the_verb(monkeypatch, tmp_path, capsys):
     (tmp_path / "waits.py").write_text(
-        "import sys, time\nprint('ready', flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved'); sys.exit(130)\n"
+        "import pathlib, sys, time\n"
+        f"try:\n    pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('saved'); sys.exit(130)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    main_thread = threading.main_thread().ident
 
     def interrupt():
-        time.sleep(3)
-        signal.pthread_kill(main_thread, signal.SIGINT)
+        if (tmp_path / "ready").exists():
+            (tmp_path / "ready").unlink()
+            signal.raise_signal(signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(StepFailed, match="Run the cell again"):
-        run_module("waits", name="train")
+        run_module("waits", name="train", meanwhile=interrupt)
     assert "saved" in capsys.readouterr().out
 
 

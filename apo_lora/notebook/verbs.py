@@ -93,7 +93,7 @@ def _pump(stream, chunks: "queue.Queue[bytes | None]") -> None:
 
 
 def _failure(name: str, code: int) -> str:
-    if code == 130:
+    if code in (130, -signal.SIGINT):
         return f"{name}: stopped. Run the cell again to go on."
     if code == -signal.SIGKILL:
         return f"{name}: killed by the system, most often for want of memory. What was saved is kept."
