@@ -13,28 +13,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from apo_lora import ranks
 from apo_lora.data.examples import drop_long_prompts, read_data, require_one_rollout
-from apo_lora.disk import checkpoint_bytes, full_disk_in_words, require_room
-from apo_lora.environment import environment
 from apo_lora.errors import ModelError, RecipeError, RunDirError
-from apo_lora.finite_rewards import FiniteRewards, RewardFunction
-from apo_lora.mirror import Mirrors
-from apo_lora.model_card import model_card
-from apo_lora.process import prepare_process
-from apo_lora.recipe import Recipe, combination_problems
-from apo_lora.resume import changes_of_place, checkpoint_to_continue, take_back
+from apo_lora.machine import ranks
+from apo_lora.machine.process import prepare_process
+from apo_lora.machine.versions import environment
+from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.rewards.finite import FiniteRewards, RewardFunction
 from apo_lora.rewards.plugins import find_rewards
-from apo_lora.run_dir import RunDir, write_atomically, write_json
-from apo_lora.summary import closing_words
-from apo_lora.trackers import require_trackers, trackers_in
+from apo_lora.run.directory import RunDir, write_atomically, write_json
+from apo_lora.run.disk import checkpoint_bytes, full_disk_in_words, require_room
+from apo_lora.run.mirror import Mirrors
+from apo_lora.run.model_card import model_card
+from apo_lora.run.resume import changes_of_place, checkpoint_to_continue, take_back
+from apo_lora.run.summary import closing_words
+from apo_lora.run.trackers import require_trackers, trackers_in
 
 if TYPE_CHECKING:
-    from apo_lora.callbacks import OrderlyStop
     from apo_lora.data.examples import Example, Loaded
-    from apo_lora.model import Policy
-    from apo_lora.preflight import Check
+    from apo_lora.policy.loading import Policy
+    from apo_lora.preflight.checks import Check
     from apo_lora.rewards.verifier import Verifier
+    from apo_lora.run.callbacks import OrderlyStop
     from apo_lora.trainer import APOTrainer
 
 
@@ -58,13 +58,13 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         _require_device(recipe)
     data = read_data(recipe)
     say("Loading libraries ...")
-    from apo_lora.model import import_engine, load_processor
+    from apo_lora.policy.loading import import_engine, load_processor
 
     import_engine(recipe.model)
-    from apo_lora.callbacks import OrderlyStop
-    from apo_lora.evaluate import measure_held_out
+    from apo_lora.evaluation.held_out import measure_held_out
     from apo_lora.rewards.functions import reward_functions
     from apo_lora.rewards.verifier import Verifier
+    from apo_lora.run.callbacks import OrderlyStop
 
     loaded, held_out = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
     say(loaded.summary())
@@ -133,7 +133,7 @@ def _checked(
     policy: "Policy", examples: list["Example"], recipe: Recipe, run_dir: RunDir
 ) -> tuple[list["Check"], Recipe]:
     """The checks before step 1, and the recipe as it fits this machine. Raises ModelError, RunDirError."""
-    from apo_lora.preflight import preflight
+    from apo_lora.preflight.checks import preflight
 
     checks, fitted = preflight(policy, examples, recipe) if recipe.train.preflight else ([], recipe)
     if failed := report_checks(checks):
@@ -153,11 +153,11 @@ def _trainer(
     mirrors: Mirrors,
     stop: "OrderlyStop",
 ) -> "APOTrainer":
-    from apo_lora.callbacks import MetricsWriter, Screen, TimedSave
     from apo_lora.data.examples import prompt_dataset, training_order
-    from apo_lora.rollout_record import rollout_writer
+    from apo_lora.rollout.record import rollout_writer
+    from apo_lora.rollout.trl_config import grpo_config
+    from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave
     from apo_lora.trainer import APOTrainer
-    from apo_lora.trainer_config import grpo_config
 
     finite = FiniteRewards()
     steps = recipe.total_steps(len(examples))
@@ -206,7 +206,7 @@ def _close_run(
     steps: int,
     troubles: dict[str, int],
 ) -> None:
-    from apo_lora.plots import write_plots
+    from apo_lora.run.plots import write_plots
 
     plots = write_plots(run_dir)
     versions = json.loads(run_dir.environment.read_text())
@@ -272,10 +272,10 @@ def run_preflight(recipe: Recipe) -> bool:
     prepare_process()
     _require_device(recipe)
     data = read_data(recipe)
-    from apo_lora.model import import_engine, load_processor
+    from apo_lora.policy.loading import import_engine, load_processor
 
     import_engine(recipe.model)
-    from apo_lora.preflight import preflight
+    from apo_lora.preflight.checks import preflight
 
     loaded, _ = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
     policy = _load_policy(recipe)
@@ -289,8 +289,8 @@ def _require_device(recipe: Recipe) -> None:
         return  # runs anywhere
     import torch
 
-    from apo_lora.model import needs_gpu
-    from apo_lora.vllm_rollout import vllm_problem
+    from apo_lora.policy.loading import needs_gpu
+    from apo_lora.rollout.vllm import vllm_problem
 
     problems = needs_gpu(recipe.model), vllm_problem(recipe, has_gpu=torch.cuda.is_available())
     if any(problems):
@@ -298,8 +298,8 @@ def _require_device(recipe: Recipe) -> None:
 
 
 def _load_policy(recipe: Recipe) -> "Policy":
-    from apo_lora.model import load_policy
-    from apo_lora.vllm_rollout import loading_options
+    from apo_lora.policy.loading import load_policy
+    from apo_lora.rollout.vllm import loading_options
 
     policy = load_policy(
         recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed, unsloth_options=loading_options(recipe)
@@ -334,7 +334,7 @@ def say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m apo_lora.train ...` is `apo-lora train ...`."""
-    from apo_lora.cli import main as cli
+    from apo_lora.commands.main import main as cli
 
     return cli(["train", *(sys.argv[1:] if arguments is None else arguments)])
 

@@ -29,25 +29,25 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from apo_lora import ranks
 from apo_lora.apo import apo_loss
-from apo_lora.batches import row_slices
-from apo_lora.callbacks import NonFiniteGuard
-from apo_lora.disk import room_for_checkpoint
-from apo_lora.memory.peak import peak_memory
-from apo_lora.model import reference_mode
-from apo_lora.passes import Pass, PassSize, StepFigures, out_of_memory
-from apo_lora.recipe import Recipe
+from apo_lora.machine import ranks
+from apo_lora.machine.memory import peak_memory
+from apo_lora.policy.batches import row_slices
+from apo_lora.policy.loading import reference_mode
+from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
+from apo_lora.policy.scoring import token_logps
+from apo_lora.policy.shared_prompt.attention import obstacle
+from apo_lora.policy.shared_prompt.prefill import prompts_read_once
+from apo_lora.policy.shared_prompt.vision_features import image_features, tower_is_frozen
+from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.functions import completion_text
-from apo_lora.rollout import Rollout, ScoredRollout, score_rollout
-from apo_lora.run_dir import RunDir, seal_checkpoint
-from apo_lora.sampling import generation_fault, watched_forwards, without_dropout
-from apo_lora.scoring import token_logps
-from apo_lora.shared_prompt.attention import obstacle
-from apo_lora.shared_prompt.prefill import prompts_read_once
-from apo_lora.shared_prompt.vision_features import image_features, tower_is_frozen
-from apo_lora.trainer_config import changed_values
-from apo_lora.zero_variance import resampled, without_rows, without_variance
+from apo_lora.rollout.credit import Rollout, ScoredRollout, score_rollout
+from apo_lora.rollout.sampling import generation_fault, watched_forwards, without_dropout
+from apo_lora.rollout.trl_config import changed_values
+from apo_lora.rollout.zero_variance import resampled, without_rows, without_variance
+from apo_lora.run.callbacks import NonFiniteGuard
+from apo_lora.run.directory import RunDir, seal_checkpoint
+from apo_lora.run.disk import room_for_checkpoint
 
 KEPT_LOGS = 50
 """Steps whose figures stay in memory; metrics.jsonl has all."""

@@ -15,20 +15,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from apo_lora.process import prepare_process
+from apo_lora.machine.process import prepare_process
 
 prepare_process()
 
 
 from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
-from apo_lora.environment import environment  # noqa: E402
-from apo_lora.model import load_policy  # noqa: E402
-from apo_lora.recipe import Recipe  # noqa: E402
-from apo_lora.recipe_file import find_recipe, load_recipe  # noqa: E402
-from apo_lora.rollout import score_rollout  # noqa: E402
-from apo_lora.run_dir import RunDir, write_json  # noqa: E402
+from apo_lora.machine.versions import environment  # noqa: E402
+from apo_lora.policy.loading import load_policy  # noqa: E402
+from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
+from apo_lora.recipe.schema import Recipe  # noqa: E402
+from apo_lora.rollout.credit import score_rollout  # noqa: E402
+from apo_lora.rollout.trl_config import grpo_config  # noqa: E402
+from apo_lora.run.directory import RunDir, write_json  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
-from apo_lora.trainer_config import grpo_config  # noqa: E402
 from benchmarks.gpu.witness import stir  # noqa: E402
 
 RECIPES = {"GRPO": "grpo_baseline", "APO": "tiny_cpu"}

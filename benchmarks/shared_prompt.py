@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apo_lora.apo import apo_loss
-from apo_lora.environment import environment
-from apo_lora.model import lora_targets, reference_mode
-from apo_lora.recipe import LoraSection
-from apo_lora.scoring import token_logps
-from apo_lora.shared_prompt.vision_features import image_features
+from apo_lora.machine.versions import environment
+from apo_lora.policy.loading import lora_targets, reference_mode
+from apo_lora.policy.scoring import token_logps
+from apo_lora.policy.shared_prompt.vision_features import image_features
+from apo_lora.recipe.schema import LoraSection
 
-# As tests/unsloth_on_cpu.py wants it.
+# As tests/support/unsloth_on_cpu.py wants it.
 UNSLOTH_ON_A_CPU = {
     "UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

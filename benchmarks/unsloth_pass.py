@@ -1,6 +1,6 @@
 """Unsloth's own scoring and training pass on the work of shared_prompt.py, which starts this in a process of its own.
 
-Unsloth wants a GPU; on a CPU its code runs by the tests' stand-in (tests/unsloth_on_cpu.py), which refuses a host with
+Unsloth wants a GPU; on a CPU its code runs by the tests' stand-in (unsloth_on_cpu.py), which refuses a host with
 one. Triton kernels and compiled graphs are out of reach there, so its seconds say little, and its FLOPs what they are.
 """
 
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from unsloth_on_cpu import start
 
@@ -19,8 +19,8 @@ start()
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from apo_lora.model import lora_targets, reference_mode  # noqa: E402
-from apo_lora.recipe import LoraSection  # noqa: E402
+from apo_lora.policy.loading import lora_targets, reference_mode  # noqa: E402
+from apo_lora.recipe.schema import LoraSection  # noqa: E402
 from apo_lora.tiny import BASE_DIR  # noqa: E402
 from benchmarks import shared_prompt  # noqa: E402
 from benchmarks.gpu.watch import is_rewritten  # noqa: E402

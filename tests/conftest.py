@@ -24,8 +24,8 @@ def shared_data() -> Path:
 @pytest.fixture
 def load_tiny():
     """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ..."""
-    from apo_lora.model import load_policy
-    from apo_lora.recipe import DataSection, LoraSection, ModelSection
+    from apo_lora.policy.loading import load_policy
+    from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 
     def load(lora: dict | None = None, seed: int = 0, **model):
         return load_policy(
@@ -109,9 +109,9 @@ def make_batch():
 def make_trainer(tmp_path, load_tiny):
     """APOTrainer on the tiny model by a recipe of tiny_trainer.recipe_of, with rewards that vary in every group."""
     from apo_lora.data.examples import load_examples, prompt_dataset
-    from apo_lora.run_dir import RunDir
+    from apo_lora.rollout.trl_config import grpo_config
+    from apo_lora.run.directory import RunDir
     from apo_lora.trainer import APOTrainer
-    from apo_lora.trainer_config import grpo_config
 
     def reward(completions, answer, **columns):
         # By place and not by text: every group has variance, whatever the model says. Groups of 4 get 1 and 2 right.

@@ -1,4 +1,5 @@
-"""The house rules: imports go down the table in docs/architecture.md only, files stay small, the linter is content."""
+"""The house rules: a folder imports only those above it, nothing runs in a circle, files stay small, the linter is
+content."""
 
 import ast
 import re
@@ -12,49 +13,62 @@ PACKAGE = PROJECT / "apo_lora"
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
-def layers():
-    """Module path -> layer, out of the table."""
-    table = {}
-    for line in (PROJECT / "docs" / "architecture.md").read_text().splitlines():
-        if match := re.match(r"\| (\d) \| (.+?) \|", line):
-            for name in re.findall(r"`([\w/]+\.py)`", match[2]):
-                table[name] = int(match[1])
-    return table
+def places():
+    """Top-level files and folders of the package in the order of docs/architecture.md, which says what each holds."""
+    text = (PROJECT / "docs" / "architecture.md").read_text()
+    return re.findall(r"^\| `([\w.]+)/?` \|", text, re.MULTILINE)
+
+
+def place_of(module):
+    return module.partition("/")[0]
 
 
 def imported_modules(path):
-    """Paths (in the package) of the modules that a file imports, at the top or inside a function."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
+    """Modules of the package that a file imports, at its top or in a function; not what it does as a script."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    names = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("apo_lora"):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            target = name.removeprefix("apo_lora.").replace(".", "/") + ".py"
-            if target in MODULES:
-                found.add(target)
-    return found
+            names += [alias.name for alias in node.names]
+    targets = {name.removeprefix("apo_lora.").replace(".", "/") + ".py" for name in names}
+    return targets & set(MODULES)
 
 
-def test_every_module_has_its_place_in_the_table():
-    assert set(layers()) == set(MODULES)
+def test_every_place_stands_in_the_ordered_list_once():
+    assert len(places()) == len(set(places()))
+    assert set(places()) == {place_of(module) for module in MODULES}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_or_sideways_within_a_layer(module):
-    table = layers()
-    upward = [name for name in imported_modules(PACKAGE / module) if table[name] > table[module]]
-    # `python -m apo_lora.train` is a short way to say `apo-lora train`
-    assert not [name for name in upward if (module, name) != ("train.py", "cli.py")]
+def test_a_file_imports_only_its_own_folder_and_those_above_it(module):
+    order = places()
+    below = [
+        name
+        for name in imported_modules(PACKAGE / module)
+        if order.index(place_of(name)) > order.index(place_of(module))
+    ]
+    assert below == []
+
+
+def test_no_imports_run_in_a_circle():
+    imports = {module: imported_modules(PACKAGE / module) for module in MODULES}
+    while ends := [module for module, used in imports.items() if not used & imports.keys()]:
+        for module in ends:
+            del imports[module]
+    assert imports == {}, "what is left imports itself, by way of the others"
 
 
 @pytest.mark.parametrize(
-    "module", ["apo.py", "rewards/scores.py", "errors.py", "recipe.py", "cli.py", "rewards/verifier.py"]
+    "module",
+    ["apo.py", "rewards/scores.py", "errors.py", "recipe/schema.py", "commands/main.py", "rewards/verifier.py"],
 )
 def test_what_must_not_need_the_heavy_libraries_does_not(module):
-    forbidden = {"torch", "transformers", "trl"} if module != "apo.py" else {"transformers", "trl", "apo_lora.recipe"}
+    forbidden = {"torch", "transformers", "trl"}
+    if module == "apo.py":
+        forbidden = {"transformers", "trl", "apo_lora.recipe.schema"}
     name = "apo_lora." + module.removesuffix(".py").replace("/", ".")
     code = f"import sys, {name}; print([m for m in {forbidden!r} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

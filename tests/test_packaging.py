@@ -14,7 +14,7 @@ def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
     subprocess.run([*pip, str(source)], check=True)
     code = (
-        "import apo_lora.recipe_file as r, apo_lora.tiny as t, json\n"
+        "import apo_lora.recipe.files as r, apo_lora.tiny as t, json\n"
         f"assert t.__file__.startswith({str(tmp_path)!r}), t.__file__\n"
         "r.load_recipe(r.find_recipe('tiny_cpu.yaml'))\n"
         "import apo_lora.sweep.experiment as x, pathlib\n"
@@ -23,7 +23,7 @@ def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
         "assert (t.BASE_DIR / 'model.safetensors').is_file()\n"
         "import apo_lora.report.page as p\n"
         "assert all(p._own_file(name) for name in ('report.html', 'figures.html', 'style.css', 'gallery.js'))\n"
-        "import apo_lora.doctor.host as d\n"
+        "import apo_lora.machine.host as d\n"
         "assert d.tested_versions()['torch']\n"
         "print(sorted(r.shipped_recipes()))"
     )

@@ -5,8 +5,8 @@ import re
 import pytest
 from conftest import PROJECT
 
-from apo_lora.cli import VERBS, build_parser
-from apo_lora.recipe_file import find_recipe, load_recipe, shipped_recipes
+from apo_lora.commands.main import VERBS, build_parser
+from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
 
 README = (PROJECT / "README.md").read_text()
 TRAIN = r"(?:python|accelerate launch) -m apo_lora\.train"

@@ -15,9 +15,9 @@ import sys
 import pytest
 from conftest import PROJECT
 
-from apo_lora.cli import main
-from apo_lora.recipe_file import find_recipe, load_recipe
-from apo_lora.run_dir import COMPLETE, RunDir, seal_checkpoint
+from apo_lora.commands.main import main
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.run.directory import COMPLETE, RunDir, seal_checkpoint
 from apo_lora.tiny import BASE_DIR
 
 SOURCES = sorted((PROJECT / "apo_lora").rglob("*.py"))
@@ -250,7 +250,7 @@ def finished(tmp_path_factory):
     """One step and its checkpoint, trained with tokens in the environment: (run, what the command printed)."""
     run = RunDir(tmp_path_factory.mktemp("security") / "run")
     options = [*SMALL, "train.max_steps=1", "output.report_to=[tensorboard]", f"output.dir={run.path}"]
-    command = [sys.executable, "-m", "apo_lora.cli", "train", "--recipe", "tiny_cpu", *options]
+    command = [sys.executable, "-m", "apo_lora.commands.main", "train", "--recipe", "tiny_cpu", *options]
     ran = subprocess.run(command, capture_output=True, env=os.environ | TOKENS)
     assert ran.returncode == 0, ran.stderr
     return run, ran.stdout + ran.stderr
@@ -309,7 +309,7 @@ def test_what_fails_prints_no_token(what, finished, tmp_path):
     command = [word.replace("{run}", str(finished[0].path)) for word in FAILS[what]]
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     ran = subprocess.run(
-        [sys.executable, "-m", "apo_lora.cli", *command],
+        [sys.executable, "-m", "apo_lora.commands.main", *command],
         cwd=tmp_path, capture_output=True, env=os.environ | TOKENS | nobody, timeout=300,
     )  # fmt: skip
     assert ran.returncode != 0 or what == "doctor"
@@ -320,7 +320,7 @@ def test_what_fails_prints_no_token(what, finished, tmp_path):
 def test_a_traceback_shows_no_token():
     """Of an error that is ours: the values of variables are not shown, and the environment is no argument."""
     code = (
-        "import sys, apo_lora.rewards.check as c, apo_lora.cli as cli\n"
+        "import sys, apo_lora.rewards.check as c, apo_lora.commands.main as cli\n"
         "def broken(*a, **k): raise RuntimeError('ours')\n"
         "c.check_rows = broken\n"
         "cli.main(['check-rewards', '--recipe', 'tiny_cpu', 'data.limit=4'])\n"

@@ -2,16 +2,9 @@
 
 import pytest
 import torch
-from tiny_trainer import adapter, largest_difference, logged, recipe_of
-from transformers import TrainerCallback
+from tiny_trainer import KeepGradients, adapter, largest_difference, logged, recipe_of
 
 from apo_lora.apo import apo_loss
-
-
-class KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        self.gradient = torch.cat(gradients).clone()
 
 
 def test_any_micro_batch_split_gives_the_same_adapter(make_trainer):
@@ -171,7 +164,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run(make_trainer, monkeypatch):
 
 
 def test_vision_tokens_are_never_sampled(make_trainer, monkeypatch):
-    from apo_lora.model import vision_token_ids
+    from apo_lora.policy.loading import vision_token_ids
 
     trainer = make_trainer(recipe_of(grpo={"temperature": 50.0, "max_completion_length": 64}))  # nearly uniform
     forbidden = set(vision_token_ids(trainer.processing_class))
@@ -207,7 +200,7 @@ def test_4bit_trains_on_the_cpu(make_trainer):
 
 
 def test_config_values_survive_construction(load_tiny, tmp_path):
-    from apo_lora.trainer_config import config_values, grpo_config
+    from apo_lora.rollout.trl_config import config_values, grpo_config
 
     policy, recipe = load_tiny(), recipe_of()
     config = grpo_config(recipe, policy, tmp_path, 2)

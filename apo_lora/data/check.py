@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apo_lora.data.examples import Dropped, Example, Loaded, prompt_lengths
-from apo_lora.recipe import DataSection
+from apo_lora.recipe.schema import DataSection
 
 ANSWER_KINDS = ("number", "choice letter", "choice text", "yes/no", "latex", "text")
 

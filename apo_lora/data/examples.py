@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from apo_lora import ranks
 from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, choice_lines, find_columns, read_row
 from apo_lora.data.images import ImageRef, image_refs
 from apo_lora.data.sources import open_source
 from apo_lora.errors import DataError
-from apo_lora.recipe import DataSection, Recipe
+from apo_lora.machine import ranks
+from apo_lora.recipe.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
     import datasets

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apo_lora.errors import DataError, printable
-from apo_lora.recipe import DataSection
+from apo_lora.recipe.schema import DataSection
 
 IMAGE_MARK = "<image>"
 

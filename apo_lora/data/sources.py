@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from apo_lora.data.benchmarks import Benchmark, converted_rows, find_benchmark
 from apo_lora.data.images import Cell, ImageRef
 from apo_lora.errors import DataError
-from apo_lora.evaluation.benchmarks import Benchmark, converted_rows, find_benchmark
 
 if TYPE_CHECKING:
     import datasets

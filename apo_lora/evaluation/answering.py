@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from apo_lora.adapter_source import AdapterSource
-from apo_lora.chat import load_tuned
+from apo_lora.chat.chat import load_tuned
 from apo_lora.errors import ModelError
 from apo_lora.evaluation.measure import Score, answer_row, measure
 from apo_lora.evaluation.record import Batch, Record
-from apo_lora.model import Policy, load_policy, reference_mode
-from apo_lora.recipe import Recipe
-from apo_lora.rollout_record import saved_image
-from apo_lora.run_dir import RunDir
+from apo_lora.policy.loading import Policy, load_policy, reference_mode
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rollout.record import saved_image
+from apo_lora.run.adapter_source import AdapterSource
+from apo_lora.run.directory import RunDir
 
 COPY_PIXELS = 768
 """Longest side of a copied picture."""

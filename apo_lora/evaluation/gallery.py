@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.data.thumbnails import thumbnail_url
-from apo_lora.run_dir import write_atomically
+from apo_lora.run.directory import write_atomically
 
 ITEMS_PER_GROUP = 24
 """Of each set and each of GROUPS: bounds the file to some megabytes."""

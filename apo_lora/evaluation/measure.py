@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apo_lora.answers.text import final_answer
 from apo_lora.data.examples import Example
-from apo_lora.model import Policy
-from apo_lora.recipe import Recipe
+from apo_lora.policy.loading import Policy
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rewards.answers.text import final_answer
 from apo_lora.rewards.scores import format_reward
-from apo_lora.sampling import GREEDY, sample
+from apo_lora.rollout.sampling import GREEDY, sample
 
 ITEMS_PER_BATCH = 64
 

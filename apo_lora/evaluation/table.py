@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from apo_lora.evaluation.benchmarks import BENCHMARKS
+from apo_lora.data.benchmarks import BENCHMARKS
 
 Figures = dict[str, Any]
 """eval.json: base and tuned (title -> figures.summary), difference (title -> figures.compared), sets."""

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from apo_lora.errors import ModelError
-from apo_lora.recipe import Recipe
+from apo_lora.recipe.schema import Recipe
 
 _PROGRAM = ("-m", __name__)
 _RESULT = "files.json"

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apo_lora.adapter_source import RECIPE_ON_HUB, AdapterSource
 from apo_lora.errors import HubError
-from apo_lora.export.lone_card import lone_card
-from apo_lora.model_card import What, model_card
-from apo_lora.run_dir import RunDir, read_jsonl
+from apo_lora.run.adapter_card import lone_card
+from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
+from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.model_card import What, model_card
 
 TOKENS = "https://huggingface.co/settings/tokens"
 

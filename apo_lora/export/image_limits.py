@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from apo_lora.recipe import DataSection
+from apo_lora.recipe.schema import DataSection
 
 # transformers 5 writes the first one, with the image processor inside; older folders have the second.
 _FILES = ("processor_config.json", "preprocessor_config.json")

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from apo_lora.adapter_source import CONFIG, WEIGHTS, AdapterSource
 from apo_lora.errors import ModelError
 from apo_lora.export.image_limits import write_image_limits
+from apo_lora.run.adapter_source import CONFIG, WEIGHTS, AdapterSource
 
 # What stands beside the weights and is needed to run them: config, generation config, tokenizer, processor.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model")

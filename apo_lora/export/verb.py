@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apo_lora.adapter_source import RECIPE_ON_HUB, AdapterSource, find_adapter
 from apo_lora.errors import ModelError
 from apo_lora.export.disk import Need, require_disk
 from apo_lora.export.gguf import BASE_GGUF, BYTES_PER_16_BIT_BYTE, REPORT
 from apo_lora.export.image_limits import image_token_limits
-from apo_lora.process import prepare_process
-from apo_lora.run_dir import write_json
+from apo_lora.machine.process import prepare_process
+from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource, find_adapter
+from apo_lora.run.directory import write_json
 
 
 class ExportFailed(ModelError):

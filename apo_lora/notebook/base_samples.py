@@ -4,16 +4,16 @@ import sys
 from pathlib import Path
 
 from apo_lora.errors import ModelError, UserError
-from apo_lora.process import prepare_process
-from apo_lora.recipe_file import find_recipe, load_recipe
-from apo_lora.run_dir import append_jsonl
+from apo_lora.machine.process import prepare_process
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.run.directory import append_jsonl
 
 
 def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[str]) -> None:
     """Greedy answers into folder/answers.jsonl, their pictures beside it. Raises UserError."""
     recipe = load_recipe(find_recipe(recipe_name), overrides)
     prepare_process()
-    from apo_lora.model import import_engine, load_policy, needs_gpu
+    from apo_lora.policy.loading import import_engine, load_policy, needs_gpu
 
     if problem := needs_gpu(recipe.model):
         raise ModelError(problem)
@@ -21,7 +21,7 @@ def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[s
     from apo_lora.data.examples import load_examples
     from apo_lora.evaluation.measure import answer_row, measure
     from apo_lora.rewards.verifier import Verifier
-    from apo_lora.rollout_record import saved_image
+    from apo_lora.rollout.record import saved_image
 
     data, title = recipe.data, "reasoning"
     spec, split = (data.eval, data.eval_split) if data.eval else (data.train, data.split)

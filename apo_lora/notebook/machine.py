@@ -1,6 +1,6 @@
 """Which recipe suits the machine that a notebook was given."""
 
-from apo_lora.doctor.host import Gpu
+from apo_lora.machine.host import Gpu
 
 GiB = 2**30
 

@@ -8,14 +8,14 @@ from typing import Literal
 
 from IPython.display import HTML, DisplayHandle, Image, display
 
-from apo_lora.doctor.host import find_gpu
 from apo_lora.errors import UserError
+from apo_lora.machine.host import find_gpu
 from apo_lora.notebook.cards import answer_cards
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import StepFailed, run_module, run_verb
-from apo_lora.plots import overview
-from apo_lora.recipe_file import find_recipe, load_recipe
-from apo_lora.run_dir import RunDir, read_jsonl
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.plots import overview
 
 DRIVE = Path("/content/drive")
 SHOWN = 3

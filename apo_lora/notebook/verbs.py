@@ -33,7 +33,7 @@ def run_verb(*arguments: str, meanwhile: Callable[[], None] | None = None, secre
     `meanwhile` is called about once a second. `secrets` go into the environment of that process and nowhere else.
     Interrupting the cell is Ctrl-C for the verb, which then ends in its own way. Raises StepFailed.
     """
-    run_module("apo_lora.cli", *arguments, name=arguments[0], meanwhile=meanwhile, secrets=secrets)
+    run_module("apo_lora.commands.main", *arguments, name=arguments[0], meanwhile=meanwhile, secrets=secrets)
 
 
 def run_module(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.recipe import Recipe
+from apo_lora.recipe.schema import Recipe
 from apo_lora.report.runs import Run
 
 NUM_COLOURS = NUM_DASHES = 6

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from apo_lora import __version__
 from apo_lora.errors import RunDirError
-from apo_lora.learning_signal import ALARM_SHARE, verdict
 from apo_lora.report.chart import Chart, rounded_range, scatter_chart, step_chart
 from apo_lora.report.cost import cost
 from apo_lora.report.credit import CreditSeen, credit_seen, dads_curve, stcr_curve
@@ -22,7 +21,8 @@ from apo_lora.report.gallery import Gallery, gallery
 from apo_lora.report.groups import Group, differences, grouped, line_style
 from apo_lora.report.results import COLUMNS, result_row
 from apo_lora.report.runs import Run, prompt_groups
-from apo_lora.summary import evaluation_table
+from apo_lora.run.learning_signal import ALARM_SHARE, verdict
+from apo_lora.run.summary import evaluation_table
 
 MOST_BYTES = 5_000_000
 GENERATOR = "apo-lora report"

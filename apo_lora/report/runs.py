@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import RecipeError, RunDirError
-from apo_lora.recipe import Recipe
-from apo_lora.recipe_file import load_recipe
-from apo_lora.run_dir import RunDir, read_jsonl
+from apo_lora.recipe.files import load_recipe
+from apo_lora.recipe.schema import Recipe
+from apo_lora.run.directory import RunDir, read_jsonl
 
 Row = dict[str, Any]
 

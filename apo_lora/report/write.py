@@ -6,7 +6,7 @@ from pathlib import Path
 from apo_lora.errors import RunDirError
 from apo_lora.report.page import GENERATOR, render
 from apo_lora.report.runs import read_runs
-from apo_lora.run_dir import RunDir, write_atomically
+from apo_lora.run.directory import RunDir, write_atomically
 
 
 def report(paths: Sequence[str], out: str | None = None) -> Path:

@@ -6,8 +6,8 @@ Pure functions; `apo-lora check-rewards` shows their table.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from apo_lora.answers.match import Gold, MathQuestion, describes_number, judge, read_gold
-from apo_lora.answers.text import FinalAnswer, last_box
+from apo_lora.rewards.answers.match import Gold, MathQuestion, describes_number, judge, read_gold
+from apo_lora.rewards.answers.text import FinalAnswer, last_box
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apo_lora.recipe import RewardsSection
+from apo_lora.recipe.schema import RewardsSection
 from apo_lora.rewards.scores import format_reward
 from apo_lora.rewards.verifier import Verifier
 

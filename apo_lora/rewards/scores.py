@@ -12,9 +12,9 @@ unit (30 m for 30 cm) is not. A conversion (100 cm for 1 m) is not attempted.
 import re
 from collections.abc import Sequence
 
-from apo_lora.answers.match import MathQuestion, judge, read_gold
-from apo_lora.answers.mathematics import math_equal
-from apo_lora.answers.text import final_answer
+from apo_lora.rewards.answers.match import MathQuestion, judge, read_gold
+from apo_lora.rewards.answers.mathematics import math_equal
+from apo_lora.rewards.answers.text import final_answer
 
 FORMAT_REWARD = 0.5
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -24,9 +24,9 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from apo_lora.answers.match import MathQuestion
-from apo_lora.answers.mathematics import math_equal
 from apo_lora.errors import RewardError
+from apo_lora.rewards.answers.match import MathQuestion
+from apo_lora.rewards.answers.mathematics import math_equal
 from apo_lora.rewards.scores import quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more

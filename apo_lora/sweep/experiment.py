@@ -19,8 +19,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
 from apo_lora.errors import RecipeError
-from apo_lora.recipe import Count, Positive, Recipe, Section
-from apo_lora.recipe_file import find_recipe, load_recipe, read_yaml, shipped_recipes
+from apo_lora.recipe.files import find_recipe, load_recipe, read_yaml, shipped_recipes
+from apo_lora.recipe.schema import Count, Positive, Recipe, Section
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]  # it becomes a folder's
 Changes = dict[str, dict[str, Any]]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from apo_lora.errors import RunDirError
-from apo_lora.run_dir import RunDir
+from apo_lora.run.directory import RunDir
 from apo_lora.sweep.experiment import PlannedRun
 from apo_lora.sweep.runs import is_finished, log_file, ready_to_resume
 
@@ -80,7 +80,7 @@ def run_all(
 def train_command(run: PlannedRun, *, resume: bool) -> list[str]:
     """What a user would type for this run alone."""
     words = ["train", "--recipe", str(run.recipe_file), *run.overrides, *(["--resume", "auto"] if resume else [])]
-    return [sys.executable, "-m", "apo_lora.cli", *words]
+    return [sys.executable, "-m", "apo_lora.commands.main", *words]
 
 
 def _start(run: PlannedRun, out: Path, jobs: int) -> _Child:

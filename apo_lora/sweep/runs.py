@@ -7,9 +7,9 @@ from enum import Enum
 from pathlib import Path
 
 from apo_lora.errors import RecipeError, RunDirError
-from apo_lora.recipe import differences
-from apo_lora.recipe_file import load_recipe
-from apo_lora.run_dir import RunDir
+from apo_lora.recipe.files import load_recipe
+from apo_lora.recipe.schema import differences
+from apo_lora.run.directory import RunDir
 from apo_lora.sweep.experiment import PlannedRun
 
 

@@ -8,7 +8,7 @@ It lets the whole kit (train, evaluate, export, report) run on a CPU in minutes,
 | `chains.py` | the answers the base is taught, with overthinking built in |
 | `architecture.py` | tokenizer, processor and model, untrained |
 | `lessons.py` | batches for training, made without the image processor |
-| `make_base.py` | trains a base from a seed: `python -m apo_lora.tiny.make_base` |
+| `make_base.py` | trains a base from a seed: `python -m tools.tiny_base.make_base` |
 | `measure_base.py` | what a base can do, by sampling |
 | `base/` | the shipped weights, with the record of how they were made |
 """

@@ -8,7 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from apo_lora.process import prepare_process
+from apo_lora.machine.process import prepare_process
 from benchmarks.gpu.measurements import MEASUREMENTS, Measurement, Setting
 from benchmarks.gpu.record import Record
 
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> tuple[Measurement, Setting, Record]:
 
 
 def run(measurement: Measurement, setting: Setting, record: Record) -> None:
-    from apo_lora.environment import environment
+    from apo_lora.machine.versions import environment
 
     record.put(environment=environment(), switches=dict(measurement.environment))
     module, _, function = measurement.function.partition(":")

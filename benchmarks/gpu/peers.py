@@ -16,11 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from trl import GRPOConfig, GRPOTrainer
 
 from apo_lora.data.examples import load_examples, prompt_dataset
-from apo_lora.model import choose_dtype, limit_image_size, load_policy, lora_targets, vision_token_ids
-from apo_lora.recipe import Recipe
-from apo_lora.run_dir import RunDir
+from apo_lora.policy.loading import choose_dtype, limit_image_size, load_policy, lora_targets, vision_token_ids
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rollout.trl_config import grpo_config
+from apo_lora.run.directory import RunDir
 from apo_lora.trainer import APOTrainer
-from apo_lora.trainer_config import grpo_config
 from benchmarks.gpu.card import pretend_card
 from benchmarks.gpu.measurements import PEERS_CARD, Setting
 from benchmarks.gpu.phase_clock import PhaseClock

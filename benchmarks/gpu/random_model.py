@@ -21,11 +21,11 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from apo_lora.memory.model_shape import PUBLISHED, ModelShape, find_shape
-from apo_lora.model import VISION_TOKENS
-from apo_lora.tiny.architecture import CHAT_TEMPLATE
+from apo_lora.policy.loading import VISION_TOKENS
+from apo_lora.preflight.model_shape import PUBLISHED, ModelShape, find_shape
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.record import Record
+from tools.tiny_base.architecture import CHAT_TEMPLATE
 
 SHAPES = {
     "3b": PUBLISHED["3b"],

@@ -4,9 +4,9 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
-from apo_lora.memory.model_shape import find_shape
-from apo_lora.memory.plan import Plan, plan
-from apo_lora.recipe import Recipe
+from apo_lora.preflight.memory_plan import Plan, plan
+from apo_lora.preflight.model_shape import find_shape
+from apo_lora.recipe.schema import Recipe
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.card import pretend_card
 from benchmarks.gpu.measurements import Setting

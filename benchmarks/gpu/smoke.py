@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from apo_lora.data.examples import load_examples
-from apo_lora.model import Policy, load_policy, reference_mode
-from apo_lora.probe import as_batch
-from apo_lora.recipe import Recipe
-from apo_lora.run_dir import RunDir, read_jsonl
-from apo_lora.sampling import generating, prompt_inputs
-from apo_lora.scoring import token_logps
+from apo_lora.policy.loading import Policy, load_policy, reference_mode
+from apo_lora.policy.scoring import token_logps
+from apo_lora.preflight.sample import as_batch
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rollout.sampling import generating, prompt_inputs
+from apo_lora.run.directory import RunDir, read_jsonl
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu import smoke_gradients
 from benchmarks.gpu.measurements import Setting

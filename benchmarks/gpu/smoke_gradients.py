@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from apo_lora.memory.peak import peak_memory, reset_peak_memory
+from apo_lora.machine.memory import peak_memory, reset_peak_memory
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.record import Finding, Record
 from benchmarks.gpu.witness import Batch, differences, loss_and_gradient, our_backward, stir, unsloth_backward

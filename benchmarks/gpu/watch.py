@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 
-import apo_lora.model
+import apo_lora.policy.loading
 from apo_lora.errors import ModelError
-from apo_lora.recipe import Recipe
-from apo_lora.run_dir import RunDir
+from apo_lora.recipe.schema import Recipe
+from apo_lora.run.directory import RunDir
 from apo_lora.train import train
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.record import Record
@@ -23,9 +23,9 @@ def watched_training(
 ) -> Iterator[None]:
     """Inside, `after_loading()` is called when the policy is loaded, before preflight, and `look(trainer)` when its
     trainer is built, before it trains."""
-    original_load, original_build = apo_lora.model.load_policy, APOTrainer.__init__
+    original_load, original_build = apo_lora.policy.loading.load_policy, APOTrainer.__init__
 
-    def load(*arguments: Any, **options: Any) -> apo_lora.model.Policy:
+    def load(*arguments: Any, **options: Any) -> apo_lora.policy.loading.Policy:
         policy = original_load(*arguments, **options)
         after_loading()
         return policy
@@ -35,7 +35,7 @@ def watched_training(
         look(trainer)
 
     # train() looks load_policy up when it is called.
-    with patch.object(apo_lora.model, "load_policy", load), patch.object(APOTrainer, "__init__", build):
+    with patch.object(apo_lora.policy.loading, "load_policy", load), patch.object(APOTrainer, "__init__", build):
         yield
 
 

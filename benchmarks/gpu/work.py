@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from apo_lora.data.examples import load_examples, prompt_lengths
-from apo_lora.model import load_processor
-from apo_lora.recipe import Recipe
-from apo_lora.recipe_file import find_recipe, load_recipe
+from apo_lora.policy.loading import load_processor
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.recipe.schema import Recipe
 from benchmarks.gpu.measurements import Setting
 
 REWARD = "benchmarks.gpu.work:alternating"

@@ -116,7 +116,7 @@ def slope(points: list[tuple[int, int]]) -> float:
 
 
 def figures(folder: Path, steps: int, samples: list[Sample], seconds_per_step: float) -> Figures:
-    from apo_lora.run_dir import RunDir
+    from apo_lora.run.directory import RunDir
 
     run = RunDir(folder / "run")
     late = [sample for sample in samples if WARM_UP * steps < sample.step < steps]  # after the last step come the plots

@@ -171,7 +171,7 @@ def plain_run_is_the_same(folder: Path) -> bool:
     import subprocess
 
     finished = subprocess.run(
-        [sys.executable, "-m", "apo_lora.cli", *arguments(folder / "plain")], capture_output=True, text=True
+        [sys.executable, "-m", "apo_lora.commands.main", *arguments(folder / "plain")], capture_output=True, text=True
     )
     return finished.returncode == 0 and not differences(folder / "plain", folder / "reference")
 

@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
-from apo_lora import disk
-from apo_lora.cli import main
+from apo_lora.commands.main import main
 from apo_lora.errors import RunDirError
-from apo_lora.run_dir import RunDir
+from apo_lora.run import disk
+from apo_lora.run.directory import RunDir
 
 from .tiny_runs import arguments, steady_rows
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 from fake_hub import FakeHub
 
-from apo_lora.cli import main
+from apo_lora.commands.main import main
 from apo_lora.errors import RunDirError
-from apo_lora.mirror import Mirrors
-from apo_lora.recipe import Recipe, combination_problems
-from apo_lora.run_dir import COMPLETE, RunDir, append_jsonl, seal_checkpoint
+from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.run.directory import COMPLETE, RunDir, append_jsonl, seal_checkpoint
+from apo_lora.run.mirror import Mirrors
 
 from .tiny_runs import arguments, differences
 
@@ -124,8 +124,8 @@ def test_a_repository_has_a_name():
 # A child process, since huggingface_hub reads its environment once.
 CHILD = """
 import sys
-from apo_lora.mirror import Mirrors
-from apo_lora.run_dir import RunDir
+from apo_lora.run.mirror import Mirrors
+from apo_lora.run.directory import RunDir
 what, run, place = sys.argv[1:]
 mirrors = Mirrors([place], RunDir(run), print)
 if what == "restore":

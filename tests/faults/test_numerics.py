@@ -7,8 +7,8 @@ import torch
 from tiny_trainer import adapter, largest_difference, logged, recipe_of
 
 from apo_lora.errors import TrainingStopped
-from apo_lora.finite_rewards import FiniteRewards
-from apo_lora.run_dir import RunDir
+from apo_lora.rewards.finite import FiniteRewards
+from apo_lora.run.directory import RunDir
 
 from .tiny_runs import arguments, steady_rows
 
@@ -84,7 +84,7 @@ def test_three_in_a_row_stop_with_the_last_good_adapter(make_trainer, poison):
 
 
 def test_a_continued_run_goes_on_counting(make_trainer):
-    from apo_lora.run_dir import append_jsonl
+    from apo_lora.run.directory import append_jsonl
 
     trainer = make_trainer(recipe_of())
     append_jsonl(trainer.run_dir.metrics, [{"step": 1, "skipped_nonfinite_steps": 5}])
@@ -139,7 +139,7 @@ def test_a_reward_that_is_not_finite_costs_no_step(make_trainer, value):
 
 
 def test_a_reward_file_that_gives_nan_is_counted_in_the_record(tmp_path, capsys):
-    from apo_lora.cli import main
+    from apo_lora.commands.main import main
 
     (tmp_path / "mine.py").write_text(
         "def mine(completions, **columns):\n    return [float('nan'), None] + [0.5] * (len(completions) - 2)\n"

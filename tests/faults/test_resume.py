@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from apo_lora.cli import main
-from apo_lora.recipe_file import load_recipe
-from apo_lora.resume import changes_of_place, checkpoint_to_continue
-from apo_lora.run_dir import RunDir, append_jsonl, write_json
+from apo_lora.commands.main import main
+from apo_lora.recipe.files import load_recipe
+from apo_lora.run.directory import RunDir, append_jsonl, write_json
+from apo_lora.run.resume import changes_of_place, checkpoint_to_continue
 
 from .tiny_runs import arguments, differences
 
@@ -49,7 +49,7 @@ def test_a_run_without_a_record_of_its_place_goes_on(tmp_path):
 
 def test_a_record_ahead_of_all_checkpoints_is_not_thrown_away(tmp_path):
     from apo_lora.errors import RunDirError
-    from apo_lora.recipe import Recipe
+    from apo_lora.recipe.schema import Recipe
 
     run, recipe = RunDir(tmp_path / "run"), Recipe.model_validate({"data": {"train": "boards"}})
     run.create()
@@ -154,7 +154,7 @@ def test_minutes_save_between_the_steps_of_save_steps(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_in_order_and_says_how_to_go_on(tmp_path, whole, number):
     """As a supervisor sees it: the shell's exit code of that signal, one line, a checkpoint."""
-    command = [sys.executable, "-m", "apo_lora.cli", *arguments(tmp_path, "train.save_steps=6")]
+    command = [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "train.save_steps=6")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.stat().st_size):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-from apo_lora import ranks
 from apo_lora.errors import TrainingStopped
-from apo_lora.run_dir import RunDir
+from apo_lora.machine import ranks
+from apo_lora.run.directory import RunDir
 
 from .tiny_runs import arguments, steady_rows
 
@@ -114,7 +114,7 @@ def test_fewer_processes_go_on_and_say_what_changes(tmp_path):
     code, output = finish(start(tmp_path, "train.max_steps=2"))
     assert code == 0, output[-4000:]
     finished = subprocess.run(
-        [sys.executable, "-m", "apo_lora.cli", *arguments(tmp_path, "output.mirror=[]")],
+        [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "output.mirror=[]")],
         capture_output=True, text=True, cwd=PROJECT,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]

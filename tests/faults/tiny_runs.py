@@ -40,7 +40,7 @@ def prepare() -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # else a bar starts a thread
-    from apo_lora.process import prepare_process
+    from apo_lora.machine.process import prepare_process
 
     prepare_process()
     for name in (
@@ -144,7 +144,7 @@ def _in_child(folder: Path, overrides: tuple[str, ...], points: WritePoints) -> 
         os.dup2(log, 1)
         os.dup2(log, 2)
         points.install()
-        from apo_lora.cli import main
+        from apo_lora.commands.main import main
 
         code = main(arguments(folder, *overrides))
         facts = {"operations": points.operations, "modules": sorted(sys.modules)}
@@ -166,7 +166,7 @@ def _in_child(folder: Path, overrides: tuple[str, ...], points: WritePoints) -> 
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """In what the finished run differs from the uninterrupted one, beyond times; nothing may."""
-    from apo_lora.run_dir import RunDir
+    from apo_lora.run.directory import RunDir
 
     run, other = RunDir(folder / "run"), RunDir(reference / "run")
     found = []
@@ -211,7 +211,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def steady_rows(path: Path) -> list[dict]:
-    from apo_lora.run_dir import read_jsonl
+    from apo_lora.run.directory import read_jsonl
 
     rows = read_jsonl(path) if path.exists() else ()
     return [{key: value for key, value in row.items() if not key.startswith(UNSTEADY)} for row in rows]

@@ -1,0 +1,1 @@
+"""One question, answered by the base and by the tuned model."""

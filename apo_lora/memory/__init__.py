@@ -1,1 +1,0 @@
-"""GPU memory: the estimate before a run, and the peak of one."""

@@ -1,0 +1,1 @@
+"""The model that learns: loading by engine, scoring, prompts shared by their completions."""

@@ -1,0 +1,274 @@
+"""Loading the policy: a base model, frozen, with a LoRA adapter. The base with its adapters off is the reference.
+
+Two engines: Unsloth's FastVisionModel on a GPU, transformers + PEFT without one.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apo_lora.errors import ModelError
+from apo_lora.machine.compat import mend_4bit_on_cpu
+from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
+from apo_lora.tiny import BASE_DIR
+
+VISION_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# Linear layers of the vision tower, by the last part of their name; some share it with the language model.
+VISION_LAYERS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model ready to train, with what has to travel beside it."""
+
+    model: nn.Module
+    """A peft.PeftModel; only its LoRA weights require gradients."""
+    processor: Any
+    engine: str
+    dtype: torch.dtype
+    base_name: str
+    """As PEFT users would load it: a Hugging Face id or a folder."""
+
+    @property
+    def summary(self) -> str:
+        trainable, total = self.model.get_nb_trainable_parameters()  # counts two weights per byte where packed
+        bits = ", 4-bit" if is_4bit(self.model) else ""
+        name = "tiny" if self.base_name == str(BASE_DIR) else self.base_name
+        return (
+            f"{name} through {self.engine} on {self.model.device}, {str(self.dtype)[6:]}{bits}; "
+            f"{trainable:,} of {total:,} parameters train"
+        )
+
+    def autocast(self) -> AbstractContextManager:
+        """In which the trainer runs its passes: 16-bit arithmetic on a GPU, whatever the LoRA weights are kept in."""
+        if self.model.device.type == "cuda" and self.dtype != torch.float32:
+            return torch.autocast("cuda", self.dtype)
+        return nullcontext()
+
+
+def base_path(name: str) -> str:
+    """`tiny` is the model inside the package; everything else is a Hugging Face id or a folder as given."""
+    return str(BASE_DIR) if name == "tiny" else name
+
+
+def choose_engine(requested: str, has_gpu: bool) -> str:
+    """Unsloth where there is a GPU, transformers + PEFT where there is none. Raises ModelError for the impossible."""
+    if requested == "auto":
+        return "unsloth" if has_gpu else "transformers"
+    if requested == "unsloth" and not has_gpu:
+        raise ModelError(
+            "model.engine: unsloth needs a CUDA GPU and none is visible; use a machine with one, or model.engine=auto"
+        )
+    return requested
+
+
+def choose_dtype(requested: str, has_gpu: bool, bf16_is_native: bool) -> torch.dtype:
+    """bfloat16 where the GPU computes it natively, else float16 (T4, V100); float32 on a CPU."""
+    if requested == "auto":
+        return (torch.bfloat16 if bf16_is_native else torch.float16) if has_gpu else torch.float32
+    if requested == "bfloat16" and has_gpu and not bf16_is_native:
+        raise ModelError("model.dtype: this GPU does not compute bfloat16 natively; use float16 or auto")
+    if requested == "float16" and not has_gpu:
+        raise ModelError("model.dtype: float16 needs a GPU; on a CPU use float32 or auto")
+    return getattr(torch, requested)
+
+
+def needs_gpu(model: ModelSection) -> str | None:
+    """Why this model cannot be trained on this machine, or None. Asked before anything is downloaded."""
+    if torch.cuda.is_available() or model.name == "tiny" or Path(model.name).is_dir():
+        return None
+    return (
+        f"model.name: {model.name} wants a CUDA GPU and none is visible here; "
+        "`apo-lora train --recipe tiny_cpu.yaml` is the same run on a small model without one"
+    )
+
+
+def import_engine(model: ModelSection) -> None:
+    """Unsloth, where it is the engine, comes before trl, transformers and peft are imported: it rewrites them."""
+    if choose_engine(model.engine, torch.cuda.is_available()) == "unsloth":
+        import unsloth  # noqa: F401
+
+
+def load_processor(model: ModelSection, data: DataSection) -> Any:
+    """The model's processor, padding on the left, with the recipe's image size limits (aspect ratio kept)."""
+    from transformers import AutoProcessor
+
+    with _one_line_load_errors(model.name):
+        processor = AutoProcessor.from_pretrained(
+            base_path(model.name), revision=model.revision, padding_side="left", trust_remote_code=False
+        )
+    limit_image_size(processor, data)
+    return processor
+
+
+def limit_image_size(processor: Any, data: DataSection) -> None:
+    """Sets the pixel limits between which the processor resizes every image."""
+    size = dict(processor.image_processor.size)
+    size["shortest_edge"] = data.min_pixels or size["shortest_edge"]
+    size["longest_edge"] = max(data.max_pixels or size["longest_edge"], size["shortest_edge"])
+    processor.image_processor.size = size  # its names are historical: both are counts of pixels
+
+
+def load_policy(
+    model: ModelSection,
+    lora: LoraSection,
+    data: DataSection,
+    *,
+    seed: int,
+    unsloth_options: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The base, frozen, with a fresh LoRA adapter seeded by `seed`. Raises ModelError.
+
+    `unsloth_options` go to Unsloth's from_pretrained as they are; vllm_rollout.py has some.
+    """
+    has_gpu = torch.cuda.is_available()
+    engine = choose_engine(model.engine, has_gpu)
+    dtype = choose_dtype(model.dtype, has_gpu, has_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
+    if problem := needs_gpu(model):
+        raise ModelError(problem)
+    with _one_line_load_errors(model.name):
+        if engine == "unsloth":
+            peft_model, processor = _load_with_unsloth(model, lora, dtype, seed, **(unsloth_options or {}))
+        else:
+            peft_model, processor = _load_with_transformers(model, lora, dtype, seed)
+    if model.load_in_4bit and not is_4bit(peft_model):
+        raise ModelError(f"model.load_in_4bit: {engine} loaded {model.name} without 4-bit layers; check bitsandbytes")
+    limit_image_size(processor, data)
+    return Policy(peft_model, processor, engine, dtype, base_path(model.name))
+
+
+def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int) -> tuple:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    path = base_path(model.name)
+    quantization = None
+    if model.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "model.visual"],  # the vision tower is small and quantises badly
+        )
+    base = AutoModelForImageTextToText.from_pretrained(
+        path,
+        revision=model.revision,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    processor = AutoProcessor.from_pretrained(
+        path, revision=model.revision, padding_side="left", trust_remote_code=False
+    )
+    _require_layers(base, lora, model.name)
+    if model.load_in_4bit:
+        if not torch.cuda.is_available():
+            mend_4bit_on_cpu(base)
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora_targets(lora),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config), processor
+
+
+def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int, **options: Any) -> tuple:
+    if dtype == torch.float32 and torch.cuda.is_available():
+        raise ModelError(
+            "model.dtype: on a GPU, Unsloth trains float32 weights in 16-bit all the same; "
+            "use auto, or model.engine=transformers"
+        )
+    from unsloth import FastVisionModel
+
+    checkpointing = "unsloth" if model.gradient_checkpointing else False
+    base, processor = FastVisionModel.from_pretrained(
+        base_path(model.name),
+        revision=model.revision,
+        use_exact_model_name=True,  # else it may take another repository, and drop the revision
+        load_in_4bit=model.load_in_4bit,
+        dtype=dtype,
+        use_gradient_checkpointing=checkpointing,
+        trust_remote_code=False,
+        **options,
+    )
+    if (loaded_as := base.get_output_embeddings().weight.dtype) != dtype:  # its choice, with only a printed line
+        raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
+    _require_layers(base, lora, model.name)
+    processor.tokenizer.padding_side = "left"
+    peft_model = FastVisionModel.get_peft_model(
+        base,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora_targets(lora),
+        finetune_vision_layers=lora.vision,
+        random_state=seed,
+        use_gradient_checkpointing=checkpointing,
+    )
+    return peft_model, processor
+
+
+def _require_layers(base: nn.Module, lora: LoraSection, name: str) -> None:
+    """PEFT passes over names that are in no layer, as long as one is."""
+    layers = {path.rpartition(".")[2] for path, _ in base.named_modules() if "language_model" in path}
+    if missing := [layer for layer in lora.target_modules if layer not in layers]:
+        linear = sorted({layer for layer in layers if layer.endswith("_proj")})
+        raise ModelError(f"lora.target_modules: {name} has no layer {', '.join(missing)}; it has {', '.join(linear)}")
+
+
+def lora_targets(lora: LoraSection) -> str:
+    """The regular expression over module names that PEFT matches in full."""
+    language = rf".*language_model.*\.({'|'.join(map(re.escape, lora.target_modules))})"
+    vision = rf".*visual\.blocks.*\.({'|'.join(VISION_LAYERS)})"
+    return f"({language}|{vision})" if lora.vision else language
+
+
+@contextmanager
+def reference_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is the reference policy: the frozen base, adapters off. No second copy exists."""
+    with torch.no_grad(), model.disable_adapter():
+        yield
+
+
+def is_4bit(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
+
+
+def vision_token_ids(processor: Any) -> list[int]:
+    """Ids that must never be sampled: a generated image token has no pixels, and breaks the next forward pass."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
+
+
+@contextmanager
+def _one_line_load_errors(name: str) -> Iterator[None]:
+    """Turns what a loader raises for a missing or broken model into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise ModelError(
+            f"model.name: {name} cannot be loaded{offline}: {first_line.rstrip('.')}; check the name and the files"
+        ) from error

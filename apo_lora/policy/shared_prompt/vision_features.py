@@ -1,0 +1,51 @@
+"""The vision tower once per image: its features, shared by every pass that reads the same prompt.
+
+A frozen tower needs no gradient, whichever way LoRA trains the language model behind it. The stock forward still runs
+backward through the tower wherever checkpointing makes its inputs require gradients.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from apo_lora.policy.batches import Batch, row_slices
+
+
+def tower_is_frozen(inner_model: nn.Module) -> bool:
+    """Only then do its features stay the same between the reference, the old and the policy pass, and over steps."""
+    return not any(parameter.requires_grad for parameter in inner_model.visual.parameters())
+
+
+def image_features(inner_model: nn.Module, batch: Batch) -> list[Tensor | None]:
+    """One entry per sequence: the features (image tokens, H) of its prompt's images in order, None without any.
+
+    Sequences of one `group` get the same tensor, computed once. It has a gradient only where the tower trains.
+    """
+    features_by_group: dict[int, Tensor | None] = {}
+    groups = batch["group"].tolist()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not tower_is_frozen(inner_model)):
+        for group, row in zip(groups, row_slices(batch, 1), strict=True):
+            if group not in features_by_group:
+                features_by_group[group] = _features_of_row(inner_model, row)
+    return [features_by_group[group] for group in groups]
+
+
+def _features_of_row(inner_model: nn.Module, row: Batch) -> Tensor | None:
+    if row.get("pixel_values") is None:
+        return None
+    by_image = inner_model.get_image_features(row["pixel_values"], row["image_grid_thw"]).pooler_output
+    return torch.cat(list(by_image))
+
+
+def embed(inner_model: nn.Module, input_ids_L: Tensor, features: list[Tensor]) -> Tensor:
+    """(1, L, H): the embeddings of a row of tokens, with the features of its images in the place of image tokens.
+
+    Raises ValueError where tokens and features are not equally many.
+    """
+    embeds_1LH = inner_model.get_input_embeddings()(input_ids_L.unsqueeze(0))
+    is_image_L = input_ids_L == inner_model.config.image_token_id
+    num_tokens, num_features = int(is_image_L.sum()), sum(map(len, features))
+    if num_tokens != num_features:
+        raise ValueError(f"{num_tokens} image tokens and {num_features} image features do not go together")
+    if not features:
+        return embeds_1LH
+    return embeds_1LH.masked_scatter(is_image_L.view(1, -1, 1), torch.cat(features).to(embeds_1LH))

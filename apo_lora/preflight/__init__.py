@@ -1,0 +1,1 @@
+"""The checks before step 1, and the estimate of memory."""

@@ -1,0 +1,246 @@
+"""Before step 1: does the policy see its images, is the reference the base, does scoring agree with sampling and with
+itself where prompts are shared, and does the largest example fit in memory?
+
+Each of these has cost somebody a night: a scoring pass that silently lost the image, a reference that was not the base,
+generation without its cache, an out-of-memory at step 120.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apo_lora.apo import token_kl
+from apo_lora.data.examples import Example, prompt_lengths
+from apo_lora.machine import ranks
+from apo_lora.machine.memory import peak_memory, reset_peak_memory
+from apo_lora.policy.loading import Policy, limit_image_size, reference_mode
+from apo_lora.policy.scoring import token_logps
+from apo_lora.preflight.sample import as_batch, sample_probe
+from apo_lora.preflight.shared_prompt import compare_shared_prompt, compare_shared_reading
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
+
+MIN_PIXELS = 64 * 28 * 28
+"""Images are never shrunk below 64 tokens on our own account: much smaller, and nothing can be read in them."""
+
+PROBE_EXAMPLES = 4
+
+# Mean difference, in nats per token, between a token's log-prob while sampling and when scored. In 16 bits the two
+# passes round differently (other batch shapes, other kernels); over this they are not the same policy.
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name}: {self.found}" + ("" if self.ok else f"; {self.remedy}")
+
+
+def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Check], Recipe]:
+    """The checks, and the recipe as this machine can train it: with smaller passes or images where the largest example
+    does not fit, without grpo.shared_prompt where that gives another result. Else it is the one that was given.
+
+    Leaves weights, gradients and random state as they were.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.train.seed)
+        batch, sampled_logps, forwards = sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
+        sharing = []
+        if recipe.grpo.shared_prompt:
+            check, shares = check_shared_prompt(policy, batch, examples, recipe)
+            sharing.append(check)
+            if shares:  # the checks below look at the way that training goes
+                batch["group"] = torch.arange(len(batch["prompt_ids"]), device=policy.model.device)
+            else:
+                recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"shared_prompt": False})})
+        checks = [
+            *sharing,
+            check_generation(forwards),
+            check_agreement(policy, batch, sampled_logps, recipe),
+            check_reference(policy, batch),
+            *([check_image(policy, batch)] if batch.get("pixel_values") is not None else []),
+        ]
+        memory, recipe = fit_largest(policy, examples, recipe)
+    return [*checks, memory], recipe
+
+
+def _score(policy: Policy, batch: dict, **options: Any) -> tuple[Tensor, Tensor]:
+    """As the trainer scores: what is checked and measured here must be what will run."""
+    with policy.autocast():
+        return token_logps(policy.model, batch, **options)
+
+
+# --- sampling against scoring ----------------------------------------------------------------------------------------
+
+
+def check_generation(forwards: Sequence[Forward]) -> Check:
+    fault = generation_fault(forwards)
+    return Check(
+        "generation uses its cache",
+        fault is None,
+        fault or f"{len(forwards)} forward passes, one token each after the prompt",
+        "generation would take minutes in place of seconds; set use_cache in the model's generation_config.json",
+    )
+
+
+def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: Recipe) -> Check:
+    with torch.no_grad():
+        scored, _ = _score(policy, batch, temperature=recipe.grpo.temperature)
+    difference, limit = (scored - sampled_logps).abs().mean().item(), AGREEMENT[policy.dtype]
+    return Check(
+        "scoring agrees with sampling",
+        difference <= limit,
+        f"{difference:.1e} nats per token on average, at most {limit:.0e}",
+        "the policy that is trained is not the one that samples; report this with `pip freeze`",
+    )
+
+
+def check_reference(policy: Policy, batch: dict) -> Check:
+    with torch.no_grad():
+        fresh, _ = _score(policy, batch)
+    with reference_mode(policy.model):
+        reference, _ = _score(policy, batch)
+    difference = (fresh - reference).abs().mean().item()
+    # An adapter whose B is 0 adds exactly 0. In 16 bits, kernels with and without adapters may still round differently.
+    limit = 0 if policy.dtype == torch.float32 else AGREEMENT[policy.dtype]
+    return Check(
+        "the fresh adapter is the base",
+        difference <= limit,
+        f"KL to the reference starts at {token_kl(fresh, reference).mean().item():.1g}"
+        + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
+        "switching the adapters off does not give the base; is lora.dropout 0, and the peft version the tested one?",
+    )
+
+
+def check_image(policy: Policy, batch: dict) -> Check:
+    """log p(completion | image) must differ from log p(completion | blank image)."""
+    blank = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}
+    with torch.no_grad():
+        difference = _score(policy, batch)[0] - _score(policy, blank)[0]
+    found = difference.abs().max().item()
+    return Check(
+        "scoring sees the image",
+        found > 1e-4,
+        f"a blank image changes log-probs by up to {found:.2g} nats",
+        "the image does not reach the model; look at the data with `apo-lora check-data`",
+    )
+
+
+def check_shared_prompt(policy: Policy, batch: dict, examples: Sequence[Example], recipe: Recipe) -> tuple[Check, bool]:
+    """Whether the recipe's grpo.shared_prompt holds. Never fails: without it training is slower, and the same."""
+    same, found = compare_shared_prompt(policy, batch)
+    if same and recipe.rollout.engine == "transformers":
+        same, found_sampling = compare_shared_reading(policy, examples, recipe)
+        found = f"{found}; {found_sampling}"
+    same = not ranks.any_rank(not same)
+    return Check("a shared prompt gives the same", True, found if same else f"WARNING, it is not used: {found}"), same
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def fit_largest(
+    policy: Policy,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    run_pass: Callable[[Policy, Example, Recipe], None] | None = None,
+) -> tuple[Check, Recipe]:
+    """Walks down the ladder until a forward and backward pass of the longest prompt fits, on every process.
+
+    Never raises for memory.
+    """
+    run_pass = run_pass or forward_and_backward
+    given, steps = recipe, []
+    while True:
+        limit_image_size(policy.processor, recipe.data)
+        lengths = prompt_lengths(examples, policy.processor, recipe.data)
+        longest = max(range(len(examples)), key=lengths.__getitem__)
+        reset_peak_memory()
+        try:
+            run_pass(policy, examples[longest], recipe)
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        if ranks.any_rank(not fits):
+            lower = next_rung(recipe, ranks.num_processes())
+            if lower is None:
+                return _does_not_fit(examples[longest]), given
+            steps.append(ladder_step(recipe, lower))
+            recipe = lower
+            continue
+        found = (
+            f"row {examples[longest].row} ({lengths[longest]:,} prompt tokens) with "
+            f"{recipe.grpo.completions_per_pass} x {recipe.grpo.max_completion_length:,} completion tokens, "
+            f"peak {peak_memory() / 2**30:.2f} GiB"
+        )
+        return Check("the largest example fits", True, "; ".join([*steps, found])), recipe
+
+
+def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> None:
+    """One training pass of the example at full completion length; gradients are dropped again."""
+    rows = [example] * recipe.grpo.completions_per_pass
+    inputs = prompt_inputs(policy, rows, recipe)
+    shape = (len(rows), recipe.grpo.max_completion_length)
+    # Any ordinary token does: memory and time do not depend on which. The end token is one, and no vision token.
+    completion_ids = torch.full(shape, policy.processor.tokenizer.eos_token_id, device=policy.model.device)
+    was_training = policy.model.training
+    try:
+        policy.model.train()
+        entropy_coef = recipe.apo.entropy_coef
+        batch = as_batch(inputs, completion_ids, rows)
+        if recipe.grpo.shared_prompt:
+            batch["group"] = torch.zeros(len(rows), dtype=torch.long, device=policy.model.device)
+        logps, entropies = _score(policy, batch, entropy_gradient=entropy_coef > 0)
+        (logps.mean() + entropy_coef * entropies.mean()).backward()
+    finally:
+        policy.model.train(was_training)
+        policy.model.zero_grad(set_to_none=True)
+
+
+def next_rung(recipe: Recipe, num_processes: int = 1) -> Recipe | None:
+    """The next cheaper recipe: completions per pass (same result), then image size, then generations per prompt."""
+    grpo, data = recipe.grpo, recipe.data
+    if grpo.completions_per_pass > 1:
+        share = recipe.completions_per_step // num_processes
+        smaller = max(d for d in range(1, grpo.completions_per_pass // 2 + 1) if share % d == 0)
+        return recipe.model_copy(update={"grpo": grpo.model_copy(update={"completions_per_pass": smaller})})
+    if (data.max_pixels or 2 * MIN_PIXELS) > MIN_PIXELS:
+        # Without a limit of its own the processor allows 16,384 image tokens: start below what anybody has memory for.
+        pixels = max(MIN_PIXELS, (data.max_pixels or 4096 * 28 * 28) // 2)
+        return recipe.model_copy(update={"data": data.model_copy(update={"max_pixels": pixels})})
+    fewer = range(max(2, grpo.num_generations // 2), 1, -1) if grpo.num_generations > 2 else ()
+    for generations in fewer:
+        if grpo.prompts_per_step * generations % num_processes == 0:
+            return recipe.model_copy(update={"grpo": grpo.model_copy(update={"num_generations": generations})})
+    return None
+
+
+LADDER = ("grpo.completions_per_pass", "data.max_pixels", "grpo.num_generations")
+
+
+def ladder_step(before: Recipe, after: Recipe) -> str:
+    changes = []
+    for key in LADDER:
+        section, name = key.split(".")
+        old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
+        if old != new:
+            changes.append(f"{key} {'unlimited' if old is None else old} did not fit, now {new}")
+    return ", ".join(changes)
+
+
+def _does_not_fit(example: Example) -> Check:
+    return Check(
+        "the largest example fits",
+        False,
+        f"row {example.row} does not, even with one completion per pass and the smallest images",
+        "lower grpo.max_completion_length or data.max_prompt_tokens, use model.load_in_4bit and "
+        "model.gradient_checkpointing, or a larger GPU (`apo-lora plan` estimates without one)",
+    )

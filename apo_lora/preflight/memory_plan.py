@@ -1,0 +1,369 @@
+"""How much GPU memory a recipe needs: an analytic estimate from the model's sizes. No torch, no GPU, no weights.
+
+Weights, adapters, optimizer state and KV cache are exact (test_memory_bytes.py counts them on real objects).
+Activations are formulas with these assumptions:
+
+- the longest prompt the recipe admits, one image of `data.max_pixels` in it, every completion at full length;
+- TRL samples a whole rollout in one call: prompts per rollout x G sequences, whose prompts are prefilled at once, a
+  shared one once; and it holds each completion's pixels (float32) on the GPU from sampling to the rollout after;
+- Unsloth's key-value cache has its full length from the start, transformers' grows;
+- attention never holds its scores (SDPA, flash), but a mask: a byte and a 16-bit value per pair;
+- behind a shared prompt a layer copies the prompt's keys and values once per completion, and the vision tower, where it
+  is frozen, runs in the prefill alone;
+- a layer is the eager one of transformers, in 16 bits, and one of them is live at a time, with two of its MLP matrices
+  dequantised; Unsloth's fused kernels should need less;
+- checkpointing keeps each layer's input: on the GPU (transformers) or in the host's memory, three at a time on the
+  GPU (Unsloth);
+- behind the peak of torch's allocator, CUDA's context and fragmentation take OVERHEAD.
+
+No figure here has been compared with a measured GPU run yet.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from apo_lora.preflight.model_shape import Linear, ModelShape, nf4_bytes
+from apo_lora.recipe.schema import Recipe
+
+GiB = 2**30
+OVERHEAD = int(0.75 * GiB)
+"""CUDA context, libraries' workspaces, fragmentation: assumed."""
+
+MOMENTS = ("prefill", "decode", "score", "train")
+"""Sampling reads the prompts, then writes token by token; the reference is scored; forward and backward."""
+
+LOGITS_BYTES = 256 * 2**20  # scoring.LOGITS_BYTES, which cannot be imported without torch; a test holds them together
+DEFAULT_IMAGE_TOKENS = 16384  # the processor's own limit, where the recipe has none
+
+
+class Row(NamedTuple):
+    part: str
+    moments: tuple[str, ...]
+    bytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many tokens pass through the model at once."""
+
+    rollout: int
+    """Sequences sampled in one call."""
+    rows: int
+    """Sequences per forward and backward pass."""
+    prompts: int
+    """Copies of a prompt per pass, at most: one per group in it, or one per sequence where none is shared."""
+    prompt: int
+    image: int
+    completion: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.completion
+
+    @property
+    def pass_tokens(self) -> int:
+        return self.prompts * self.prompt + self.rows * self.completion
+
+
+def prompts_per_pass(recipe: Recipe) -> int:
+    """Groups that the fullest pass takes from: a pass may begin and end inside of one."""
+    rows, group = recipe.grpo.completions_per_pass, recipe.grpo.num_generations
+    if not recipe.grpo.shared_prompt:
+        return rows
+    starts = range(0, recipe.completions_per_step, rows)
+    return max((start + rows - 1) // group - start // group + 1 for start in starts)
+
+
+def load_of(recipe: Recipe, shape: ModelShape) -> Load:
+    prompt, pixels = recipe.data.max_prompt_tokens, recipe.data.max_pixels
+    image = pixels // shape.pixels_per_token if pixels else DEFAULT_IMAGE_TOKENS
+    return Load(
+        rollout=recipe.prompts_per_rollout * recipe.grpo.num_generations,
+        rows=recipe.grpo.completions_per_pass,
+        prompts=prompts_per_pass(recipe),
+        prompt=prompt,
+        image=min(image, prompt),
+        completion=recipe.grpo.max_completion_length,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    load: Load
+    rows: tuple[Row, ...]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """torch's allocator at its highest, by moment."""
+        return {m: sum(row.bytes for row in self.rows if m in row.moments) for m in MOMENTS}
+
+    @property
+    def total(self) -> int:
+        """What the card must have."""
+        return max(self.peaks.values()) + OVERHEAD
+
+
+def plan(shape: ModelShape, recipe: Recipe) -> Plan:
+    load = load_of(recipe, shape)
+    rows = (
+        *weight_rows(shape, recipe),
+        *adapter_rows(shape, recipe),
+        *sampling_rows(shape, recipe, load),
+        *scoring_rows(shape, recipe, load),
+        *training_rows(shape, recipe, load),
+    )
+    return Plan(load, tuple(row for row in rows if row.bytes))
+
+
+def uses_unsloth(recipe: Recipe) -> bool:
+    """The plan is for a GPU, where `auto` is Unsloth."""
+    return recipe.model.engine != "transformers"
+
+
+def value_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+# --- always held -----------------------------------------------------------------------------------------------------
+
+
+def weight_rows(shape: ModelShape, recipe: Recipe) -> Iterator[Row]:
+    count, linears = shape.parameters(), shape.language_linears()
+    quantised = recipe.model.load_in_4bit
+    # PEFT's preparation for k-bit training lifts what is not quantised to float32; Unsloth's leaves it in 16 bits.
+    wide = 4 if quantised and not uses_unsloth(recipe) else value_bytes(recipe)
+    for part, group in (("attention", linears[:4]), ("mlp", linears[4:])):
+        stored = sum(map(nf4_bytes, group)) if quantised else count[part] * value_bytes(recipe)
+        bits = "NF4" if quantised else f"{8 * value_bytes(recipe)}-bit"
+        yield Row(f"language {part}, {bits}", MOMENTS, stored, f"{count[part]:,} weights")
+    for part, words in (
+        ("embedding", "embedding = lm_head" if shape.tied else "embedding"),
+        ("lm_head", "lm_head"),
+        ("biases_and_norms", "biases, norms"),
+    ):
+        yield Row(f"{words}, {8 * wide}-bit", MOMENTS, count[part] * wide, f"{count[part]:,} weights")
+    tower = count["vision_blocks"] + count["vision_ends"]
+    yield Row(f"vision tower, {8 * wide}-bit", MOMENTS, tower * wide, f"{tower:,} weights")
+
+
+def lora_tensors(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int]]:
+    """(values, copies) of every LoRA matrix."""
+    adapted: list[Linear] = [x for x in shape.language_linears() if x.name in recipe.lora.target_modules]
+    if recipe.lora.vision:
+        adapted += shape.vision_linears()
+    return [(recipe.lora.r * width, x.copies) for x in adapted for width in (x.inputs, x.outputs)]
+
+
+def lora_parameters(shape: ModelShape, recipe: Recipe) -> int:
+    return sum(values * copies for values, copies in lora_tensors(shape, recipe))
+
+
+def adam_bytes(values: int, *, in_8bit: bool) -> int:
+    """Two states of one tensor. bitsandbytes keeps small ones in float32, and a scale per 256 values of the others."""
+    if not in_8bit or values < 4096:
+        return 2 * 4 * values
+    return 2 * (values + 4 * math.ceil(values / 256))
+
+
+def adapter_rows(shape: ModelShape, recipe: Recipe) -> Iterator[Row]:
+    parameters, in_8bit = lora_parameters(shape, recipe), recipe.train.optimizer != "adamw_torch"
+    states = sum(adam_bytes(values, in_8bit=in_8bit) * copies for values, copies in lora_tensors(shape, recipe))
+    yield Row("LoRA", MOMENTS, 4 * parameters, f"{parameters:,} float32 values, r = {recipe.lora.r}")
+    yield Row("optimizer state", MOMENTS, states, f"two Adam states in {'8' if in_8bit else '32'} bits")
+    yield Row("LoRA gradients", ("train",), 4 * parameters, "float32; dropped between steps")
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def kv_bytes_per_token(shape: ModelShape, bytes_per_value: int = 2) -> int:
+    return 2 * shape.layers * shape.kv_width * bytes_per_value
+
+
+def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
+    size, rollout = value_bytes(recipe), load.rollout
+    read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else rollout
+    patches = load.image * shape.patches_per_token
+    pixels = rollout * patches * shape.values_per_patch * 4
+    per_token = kv_bytes_per_token(shape, size)
+    yield Row("images of the rollout", MOMENTS, pixels, f"{rollout} x {patches:,} patches in float32")
+    yield Row("images of the last one", MOMENTS[:3], pixels, "held until the next rollout is complete")
+    held = load.length if uses_unsloth(recipe) else load.prompt
+    yield Row("KV cache", ("prefill",), read * held * per_token, f"{read} x {held:,} tokens")
+    yield Row("KV cache", ("decode",), rollout * load.length * per_token, f"{rollout} x {load.length:,} tokens")
+    work = {
+        "vision tower": tower_forward(shape, read * patches, size),
+        "one layer": layer_forward(shape, read * load.prompt, size) + dequantised(shape, recipe),
+    }
+    yield _largest("prefill", work)
+    yield Row("attention mask", ("prefill",), mask_bytes(read, load.prompt), "of padded prompts")
+    logits = rollout * shape.vocabulary * (size + 4 * 4)
+    grown = 0 if uses_unsloth(recipe) else rollout * load.length * shape.kv_width * size
+    yield Row("next-token logits", ("decode",), logits, "one in 16 bits, four in float32")
+    yield Row("growth of the cache", ("decode",), grown, "one layer's keys are copied to grow")
+
+
+# --- scoring and training --------------------------------------------------------------------------------------------
+
+
+def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
+    size, patches = value_bytes(recipe), load.prompts * load.image * shape.patches_per_token
+    if tower_runs_once(recipe):
+        features = recipe.prompts_per_rollout * load.image * shape.hidden * size
+        how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
+        yield Row("image features", MOMENTS, features, how)
+    work = {
+        "vision tower": 0 if tower_runs_once(recipe) else tower_forward(shape, patches, size),
+        "one layer": layer_forward(shape, load.pass_tokens, size)
+        + copied_keys(shape, recipe, load, 1)
+        + dequantised(shape, recipe),
+        "lm_head chunk": 3 * logits_chunk(shape, load),
+    }
+    yield _largest("score", work)
+
+
+def training_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
+    size, patches = value_bytes(recipe), load.prompts * load.image * shape.patches_per_token
+    tokens, both = load.pass_tokens, ("score", "train")
+    hidden = 2 * load.rows * load.completion * shape.hidden * size
+    yield attention_mask(recipe, load)
+    yield Row("LoRA in 16 bits", both, lora_parameters(shape, recipe) * 2, "autocast's copy")
+    yield Row("completions' hidden states", both, hidden, "twice: of all positions, and without padding")
+    yield kept_activations(shape, recipe, load, patches)
+    chunk, in_loss = logits_chunk(shape, load), recipe.apo.entropy_coef > 0
+    work = {
+        "vision tower": tower_backward(shape, patches, size) if tower_has_gradient(recipe) else 0,
+        "one layer": layer_backward(shape, tokens, size)
+        + copied_keys(shape, recipe, load, load.rows)
+        + dequantised(shape, recipe),
+        "lm_head chunk": (5 if in_loss else 3) * chunk,
+    }
+    yield _largest("train", work)
+
+
+def attention_mask(recipe: Recipe, load: Load) -> Row:
+    """Of whole padded rows; behind a shared prompt, a byte per pair of each group's longest completion, and a 16-bit
+    copy for every completion, which its backward keeps."""
+    if not recipe.grpo.shared_prompt:
+        how = f"{load.rows} x {load.length:,}^2 pairs"
+        return Row("attention mask", ("score", "train"), mask_bytes(load.rows, load.length), how)
+    pairs = load.completion * load.length
+    how = f"{load.rows} x {load.completion:,} x {load.length:,} pairs"
+    return Row("attention mask", ("score", "train"), (load.prompts + 2 * load.rows) * pairs, how)
+
+
+def copied_keys(shape: ModelShape, recipe: Recipe, load: Load, completions: int) -> int:
+    """Keys and values repeated for all query heads, and the prompt's once more before those of each completion."""
+    if not recipe.grpo.shared_prompt:
+        return 0
+    return 2 * (load.pass_tokens + completions * load.length) * shape.hidden * value_bytes(recipe)
+
+
+def tower_runs_once(recipe: Recipe) -> bool:
+    return recipe.grpo.shared_prompt and not recipe.lora.vision
+
+
+def logits_chunk(shape: ModelShape, load: Load) -> int:
+    """Bytes of one float32 tensor of logits in scoring.py."""
+    rows = max(1, LOGITS_BYTES // (4 * shape.vocabulary))
+    return 4 * shape.vocabulary * min(rows, load.rows * load.completion)
+
+
+def tower_has_gradient(recipe: Recipe) -> bool:
+    """Checkpointing makes the inputs require gradients, so backward runs through the tower even where it is frozen,
+    unless its features are there before."""
+    return recipe.lora.vision or (recipe.model.gradient_checkpointing and not tower_runs_once(recipe))
+
+
+def kept_activations(shape: ModelShape, recipe: Recipe, load: Load, patches: int) -> Row:
+    """What forward leaves for backward."""
+    size, tokens = value_bytes(recipe), load.pass_tokens
+    layer_input, block_input = tokens * shape.hidden * size, patches * shape.vision_hidden * size
+    if not recipe.model.gradient_checkpointing:
+        vision = shape.vision_layers * tower_saved(shape, patches, size) if recipe.lora.vision else 0
+        layer = layer_saved(shape, tokens, size) + copied_keys(shape, recipe, load, load.rows)
+        kept = shape.layers * layer + vision
+        return Row("activations, not checkpointed", ("train",), kept, f"{shape.layers} layers whole")
+    if uses_unsloth(recipe):
+        return Row("layer inputs, offloaded", ("train",), 3 * layer_input, "three on the GPU, the rest in RAM")
+    blocks = shape.vision_layers if tower_has_gradient(recipe) else 0
+    kept = shape.layers * layer_input + blocks * block_input
+    return Row("layer inputs", ("train",), kept, f"of {shape.layers} layers and {blocks} vision blocks")
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+# Values per token that are live together, fitted to within a few percent to transformers' own layers with LoRA on them,
+# bf16 under autocast on a CPU, allocator watched (tests/preflight/test_activation_memory.py repeats it).
+
+
+def layer_forward(shape: ModelShape, tokens: int, size: int) -> int:
+    """Without gradients: the MLP's gate, and up_proj's output, LoRA delta and their sum."""
+    return tokens * size * (4 * shape.hidden + 4 * shape.intermediate)
+
+
+def layer_saved(shape: ModelShape, tokens: int, size: int) -> int:
+    """What a layer keeps for its own backward."""
+    return tokens * size * (13 * shape.hidden + 4 * shape.intermediate + 2 * shape.kv_width)
+
+
+def layer_backward(shape: ModelShape, tokens: int, size: int) -> int:
+    """A recomputed layer, and its gradients at their widest."""
+    return layer_saved(shape, tokens, size) + tokens * size * (4 * shape.hidden + 3 * shape.intermediate)
+
+
+def tower_forward(shape: ModelShape, patches: int, size: int) -> int:
+    """The wider of attention, whose rotation works in float32, and MLP."""
+    hidden = shape.vision_hidden
+    return patches * size * max(16 * hidden, 2 * hidden + 3 * shape.vision_intermediate)
+
+
+def tower_saved(shape: ModelShape, patches: int, size: int) -> int:
+    return patches * size * (11 * shape.vision_hidden + 3 * shape.vision_intermediate)
+
+
+def tower_backward(shape: ModelShape, patches: int, size: int) -> int:
+    return patches * size * (12 * shape.vision_hidden + 6 * shape.vision_intermediate)
+
+
+def dequantised(shape: ModelShape, recipe: Recipe) -> int:
+    """Two MLP matrices in 16 bits."""
+    return 2 * shape.hidden * shape.intermediate * value_bytes(recipe) if recipe.model.load_in_4bit else 0
+
+
+def mask_bytes(rows: int, length: int) -> int:
+    return rows * length**2 * (1 + 2)
+
+
+def _largest(moment: str, work: dict[str, int]) -> Row:
+    """Parts that are never live together: only the largest counts."""
+    part = max(work, key=work.__getitem__)
+    return Row(f"working memory: {part}", (moment,), work[part], f"largest of {', '.join(work)}")
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+def with_rollout(recipe: Recipe, *, prompts: int, generations: int, completion: int) -> Recipe:
+    """The recipe with one completion per pass and another rollout."""
+    changes = {
+        "prompts_per_step": prompts,
+        "prompts_per_rollout": None,
+        "num_generations": generations,
+        "completions_per_pass": 1,
+        "max_completion_length": completion,
+    }
+    return recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update=changes)})
+
+
+def largest_group(shape: ModelShape, recipe: Recipe, card: int, *, prompts: int, completion: int) -> int:
+    """The largest G, up to 64, that fits a card of so many bytes; 0 where not even 2 do."""
+    fitting = 0
+    for generations in range(2, 65):
+        smaller = with_rollout(recipe, prompts=prompts, generations=generations, completion=completion)
+        if plan(shape, smaller).total > card:
+            break
+        fitting = generations
+    return fitting

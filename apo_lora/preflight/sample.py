@@ -1,0 +1,58 @@
+"""A few short completions with the log-probs that they were sampled with: what preflight compares scoring with."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apo_lora.data.examples import Example
+from apo_lora.policy.loading import Policy
+from apo_lora.policy.shared_prompt.prefill import prompts_read_once
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rollout.sampling import Forward, generating, generation_options, prompt_inputs, watched_forwards
+
+PROBE_TOKENS = 16
+
+
+def sample_probe(
+    policy: Policy, examples: Sequence[Example], recipe: Recipe, groups: Sequence[int] | None = None
+) -> tuple[dict[str, Any], Tensor, list[Forward]]:
+    """A batch of short sampled completions, their log-probs while sampling (B, T), and the forward passes.
+
+    With `groups`, one number per example, prompts of the same number are read once, as in training.
+    """
+    inputs = prompt_inputs(policy, examples, recipe)
+    lengths = {"max_new_tokens": PROBE_TOKENS, "min_new_tokens": PROBE_TOKENS}
+    with ExitStack() as inside:
+        forwards = inside.enter_context(watched_forwards(policy.model))
+        inside.enter_context(generating(policy.model))
+        inside.enter_context(torch.no_grad())
+        if groups is not None:
+            inner_model = policy.model.get_base_model().model
+            inside.enter_context(prompts_read_once(inner_model, groups, [len(e.images) for e in examples]))
+        output = policy.model.generate(
+            **inputs,
+            **generation_options(policy, recipe) | lengths,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    completion_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    logits_BTV = torch.stack(output.logits, dim=1).float() / recipe.grpo.temperature
+    logps = torch.log_softmax(logits_BTV, dim=-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
+    return as_batch(inputs, completion_ids, examples), logps, forwards
+
+
+def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequence[Example]) -> dict[str, Any]:
+    """The shape in which TRL hands batches around, which scoring reads."""
+    return {
+        "prompt_ids": inputs["input_ids"],
+        "prompt_mask": inputs["attention_mask"],
+        "completion_ids": completion_ids,
+        "completion_mask": torch.ones_like(completion_ids),
+        "pixel_values": inputs.get("pixel_values"),
+        "image_grid_thw": inputs.get("image_grid_thw"),
+        "mm_token_type_ids": inputs.get("mm_token_type_ids"),
+        "num_images": [len(e.images) for e in examples],
+    }

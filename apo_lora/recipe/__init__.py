@@ -1,0 +1,1 @@
+"""A recipe: the frozen, strict schema, and its files. No torch."""

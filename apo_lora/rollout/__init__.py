@@ -1,0 +1,1 @@
+"""Completions: sampled, and given their credit."""

@@ -1,0 +1,60 @@
+"""completions.jsonl: every sampled completion with what it earned and what it weighed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from apo_lora.data.examples import Example
+from apo_lora.data.images import ImageRef
+from apo_lora.rollout.credit import ScoredRollout
+from apo_lora.run.directory import RunDir, append_jsonl, replacing
+
+
+def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, ScoredRollout], None]:
+    """The `record_rollout` of APOTrainer: one row per completion, and the picture of each prompt."""
+
+    def write(step: int, scored: ScoredRollout) -> None:
+        rollout, credit = scored.rollout, scored.credit
+        columns = {
+            "completion": rollout.texts,
+            "gold": rollout.golds,
+            "rewards": rollout.rewards_BF.tolist(),
+            "reward": scored.rewards_NG.flatten().tolist(),
+            "correct": scored.correct_NG.flatten().bool().tolist(),
+            "length": rollout.lengths_B.int().tolist(),
+            "truncated": rollout.truncated_B.bool().tolist(),
+            "advantage": credit.advantages_NG.flatten().tolist(),
+            "kl_weight": credit.kl_weights_NG.flatten().tolist(),
+            "stcr_multiplier": credit.stcr_multipliers_NG.flatten().tolist(),
+        }
+        append_jsonl(
+            run_dir.completions,
+            (
+                {"step": step, **_prompt(examples[index], run_dir), **dict(zip(columns, values, strict=True))}
+                for index, *values in zip(rollout.indices, *columns.values(), strict=True)
+            ),
+        )
+
+    return write
+
+
+def _prompt(example: Example, run_dir: RunDir) -> dict[str, object]:
+    images = [saved_image(image, run_dir.images, run_dir.path) for image in example.images]
+    return {"row": example.row, "prompt": example.problem, "images": images}
+
+
+def saved_image(image: ImageRef, folder: Path, root: Path, *, longest: int | None = None) -> str:
+    """The image's own path if it is a file, else that of a copy in `folder`, from `root` (the run directory) on.
+
+    Images of different data sets may have the same name ("row 5 image 1"): each set has a folder of its own. `longest`
+    makes the copy one to look at, of so many pixels at most and compressed: of a benchmark there are thousands.
+    """
+    if image.path is not None:
+        return str(image.path)
+    target = folder / (image.name.replace("/", "-").replace(" ", "-") + (".webp" if longest else ".png"))
+    if not target.exists():
+        picture = image.open()
+        if longest:
+            picture.thumbnail((longest, longest))
+        with replacing(target) as temporary:  # half a picture would never be written again
+            picture.save(temporary)
+    return str(target.relative_to(root))

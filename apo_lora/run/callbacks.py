@@ -1,0 +1,210 @@
+"""What happens around the optimizer steps: the record, the screen, the guard against NaN, and an orderly stop."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from apo_lora.errors import Interrupted, TrainingStopped
+from apo_lora.machine import ranks
+from apo_lora.run.directory import RunDir, append_jsonl
+from apo_lora.run.learning_signal import ALARM_SHARE, SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
+
+
+class MetricsWriter(TrainerCallback):
+    """One line of metrics.jsonl per optimizer step."""
+
+    def __init__(self, run_dir: RunDir):
+        self.run_dir = run_dir
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any):
+        if "reward" in logs:
+            # The Trainer's epoch is its way through the run's list of prompts, not through the data.
+            figures = {name: value for name, value in logs.items() if name != "epoch"}
+            append_jsonl(self.run_dir.metrics, [{"step": state.global_step, **figures}])
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skips an optimizer step whose loss or gradient is not finite, counts it, and stops after several in a row.
+
+    A float16 gradient that only its loss scale made infinite is no such fault: GradScaler skips the step and lowers the
+    scale, so it is counted as skipped and not towards the stop.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        max_in_a_row: int,
+        *,
+        skipped_before: int = 0,
+        scaler: Callable[[], Any] = lambda: None,
+    ):
+        """`skipped_before`: by the run that is continued. `scaler()` gives the torch.amp.GradScaler, or None."""
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_in_a_row = max_in_a_row
+        self.skipped = skipped_before
+        self.scaler = scaler
+        self.in_a_row = 0
+        self.loss_is_finite = True
+
+    def see_loss(self, loss: torch.Tensor) -> None:
+        """The loss of one micro-batch of the step under way."""
+        self.loss_is_finite = self.loss_is_finite and bool(torch.isfinite(loss))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any):
+        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
+        bad_loss, bad_gradient = ranks.summed(
+            {"loss": not self.loss_is_finite, "gradient": not all(torch.isfinite(norm) for norm in norms)}
+        ).values()
+        self.loss_is_finite = True
+        if not (bad_loss or bad_gradient):
+            self.in_a_row = 0
+            return
+        for parameter in self.parameters:
+            parameter.grad = None  # an optimizer leaves a parameter without gradient alone, its state too
+        self.skipped += 1
+        scale = scaler.get_scale() if (scaler := self.scaler()) else 0
+        if bad_loss or scale <= 1:
+            self.in_a_row += 1
+            reason = f"its {'loss' if bad_loss else 'gradient'} is not finite (NaN or infinite)"
+        else:
+            reason = f"its float16 gradient overflowed at loss scale {scale:.0f}, which is halved; usual in first steps"
+        if ranks.is_main():
+            tqdm.write(f"step {state.global_step + 1:>4}  skipped: {reason}; {self.skipped} so far")
+
+    @property
+    def gave_up(self) -> bool:
+        return self.in_a_row >= self.max_in_a_row
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        if self.gave_up:
+            control.should_save = control.should_training_stop = True
+
+    def stopped(self, step: int) -> TrainingStopped:
+        return TrainingStopped(
+            f"step {step}: the gradient was not finite in {self.in_a_row} steps in a row; each was skipped, and the "
+            "adapter saved is the last good one. Lower train.learning_rate or raise grpo.beta, and start again"
+        )
+
+
+class TimedSave(TrainerCallback):
+    """A checkpoint at the first rollout border after so many minutes without one. The main process's clock decides."""
+
+    def __init__(self, minutes: float, steps_per_rollout: int, clock: Callable[[], float] = time.monotonic):
+        self.seconds = 60 * minutes
+        self.steps_per_rollout = steps_per_rollout
+        self.clock = clock
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        self.saved = self.clock()
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        is_due = ranks.is_main() and self.clock() - self.saved >= self.seconds
+        if state.global_step % self.steps_per_rollout == 0 and ranks.any_rank(is_due):
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs: Any):
+        self.saved = self.clock()
+
+
+ECHO_SECONDS = 1.0
+"""A launcher may pass on a signal that its processes have had already: so soon after the first it is the same one."""
+
+
+class OrderlyStop(TrainerCallback):
+    """Ctrl-C or SIGTERM finishes the step (and the rollout it belongs to), saves a checkpoint and ends the run.
+
+    A second signal stops at once, with the last checkpoint kept. A signal to one process stops them all.
+    """
+
+    def __init__(self, steps_per_rollout: int, clock: Callable[[], float] = time.monotonic):
+        self.steps_per_rollout = steps_per_rollout
+        self.clock = clock
+        self.requested = False
+        self.number = signal.SIGTERM  # also where another process was asked
+        self.asked: float | None = None
+
+    def __enter__(self) -> "OrderlyStop":
+        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is None:
+            self.requested, self.number, self.asked = True, signal.Signals(number), self.clock()
+            if ranks.is_main():  # past Python's streams: one of them may be in the middle of a write
+                os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
+        elif self.clock() - self.asked >= ECHO_SECONDS:
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        if state.global_step % self.steps_per_rollout == 0 and ranks.any_rank(self.requested):
+            self.requested = True
+            control.should_save = control.should_training_stop = True
+
+    def stopped(self, step: int, steps: int) -> Interrupted:
+        return Interrupted(
+            self.number,
+            f"Stopped by {self.number.name} after step {step} of {steps}, with a checkpoint; continue with "
+            "--resume auto",
+        )
+
+
+class Screen(TrainerCallback):
+    """A progress bar with an ETA, one line per logged step, and a word when there is nothing to learn from."""
+
+    def __init__(self, logging_steps: int):
+        self.logging_steps = logging_steps
+        self.steps_without_signal = 0
+        self.steps_truncated = 0
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", smoothing=0.1)
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any):
+        if "reward" not in logs:
+            return
+        if state.global_step % self.logging_steps == 0 or state.global_step in (1, state.max_steps):
+            self.bar.write(step_line(state.global_step, logs))
+        self.steps_without_signal = self.steps_without_signal + 1 if is_without_signal(logs) else 0
+        self.steps_truncated = self.steps_truncated + 1 if logs["truncated"] > ALARM_SHARE else 0
+        if self.steps_without_signal == SIGNAL_ALARM_STEPS:
+            self.bar.write(no_signal_warning(logs))
+        if self.steps_truncated == SIGNAL_ALARM_STEPS:
+            self.bar.write(
+                f"warning: more than half of the completions were cut at grpo.max_completion_length for "
+                f"{SIGNAL_ALARM_STEPS} steps; cut answers cannot be right. Raise it, or shorten the answers asked for."
+            )
+
+    def on_train_end(self, args, state, control, **kwargs: Any):
+        self.bar.close()
+
+
+def step_line(step: int, logs: dict[str, float | None]) -> str:
+    """One step in one line of plain words."""
+
+    def number(name: str, form: str) -> str:
+        value = logs.get(name)
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+    return (
+        f"step {step:>4}  reward {number('reward', '.2f')}  accuracy {number('accuracy', '.2f')}  "
+        f"length right {number('length_correct', '.0f')} wrong {number('length_wrong', '.0f')}  "
+        f"KL {number('kl', '.4f')}  entropy {number('entropy', '.3f')}  "
+        f"{number('seconds', '.1f')} s (generate {number('seconds_generate', '.1f')}, "
+        f"reward {number('seconds_reward', '.1f')}, score {number('seconds_score', '.1f')}, "
+        f"train {number('seconds_train', '.1f')})"
+    )

@@ -1,0 +1,249 @@
+"""The doctor: every check on a host where it holds and on one where it does not, and the real command on this one."""
+
+import getpass
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+from apo_lora.commands import main as cli
+from apo_lora.machine import doctor
+from apo_lora.machine import host as doctor_host
+from apo_lora.machine.host import Gpu, Host
+
+GiB = 2**30
+TESTED = {
+    **dict.fromkeys((*doctor.OWN_ROWS, "numpy", "pillow"), "1.2.3"),
+    "torch": "2.10.0",
+}
+RTX = Gpu("NVIDIA RTX 4060", 1, (8, 9), ("sm_75", "sm_86", "sm_90"), "bfloat16", 7 * GiB, 8 * GiB, "12.8")
+HOST = Host(
+    python=(3, 12),
+    installed=TESTED | {"torch": "2.10.0+cu128", "flash-attn": "2.9", "vllm": "0.20"},
+    tested=TESTED,
+    broken={},
+    torch_of_torchvision="2.10.0",
+    gpu=RTX,
+    gpu_problem=None,
+    free_ram=16 * GiB,
+    free_disk=100 * GiB,
+    free_hub_disk=100 * GiB,
+    commands=frozenset(doctor_host.LLAMA_CPP),
+    has_token=True,
+    cache=Path("nowhere"),
+    installed_at=0.0,
+)
+
+
+def installed(**versions):
+    """HOST's packages with these changed, or taken away by None."""
+    changed = HOST.installed | {name.replace("_", "-"): version for name, version in versions.items()}
+    return {"installed": {name: version for name, version in changed.items() if version}}
+
+
+def gpu(**values):
+    return {"gpu": replace(RTX, **values)}
+
+
+NO_GPU = {"gpu": None}
+OTHER_TORCH = installed(torch="2.11.0+cu130") | {"torch_of_torchvision": "2.11.0"}
+UNSLOTH_BROKEN = {"broken": {"unsloth": "NotImplementedError"}}
+
+
+def test_nothing_to_say_about_a_host_that_has_everything_as_tested():
+    rows = doctor.examine(HOST)
+    assert [row for row in rows if row.status != "ok" or row.remedy] == []
+    assert len(rows) == len(doctor.CHECKS) - 1  # torchvision against torch speaks up only where they differ
+    assert "Training works here, on the GPU. Notes: 0." in doctor.report(rows, "GPU")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status", "found", "remedy"),
+    [
+        ({"python": (3, 10)}, "python", "bad", "3.10", "3.12"),
+        ({"python": (3, 13)}, "python", "bad", "3.13", "3.12"),
+        ({"broken": {"apo-lora": "No module named 'x'"}}, "apo-lora", "bad", "named 'x'", "constraints.txt"),
+        (installed(torch=None), "torch", "bad", "not installed", "torch==2.10.0"),
+        (installed(torchvision=None), "torchvision", "bad", "not installed", "torch==2.10.0 torchvision==1.2.3"),
+        (installed(transformers=None), "transformers", "bad", "not installed", "pip install transformers==1.2.3"),
+        (installed(trl=None), "trl", "bad", "not installed", "pip install trl==1.2.3"),
+        (installed(peft=None), "peft", "bad", "not installed", "pip install peft==1.2.3"),
+        ({"broken": {"trl": "ImportError: no y"}}, "trl", "bad", "ImportError: no y", "--force-reinstall"),
+        (installed(trl="9"), "trl", "note", "9; tested with 1.2.3", "pip install trl==1.2.3"),
+        (OTHER_TORCH, "torch", "note", "2.11.0+cu130; tested with 2.10.0", "triton==1.2.3 xformers==1.2.3"),
+        ({"torch_of_torchvision": "2.9.1"}, "torch pair", "bad", "wants torch 2.9.1", "torchvision==1.2.3"),
+        (installed(bitsandbytes=None), "bitsandbytes", "bad", "not installed", "pip install bitsandbytes"),
+        (installed(bitsandbytes=None) | NO_GPU, "bitsandbytes", "note", "not installed", "pip install bitsandbytes"),
+        (UNSLOTH_BROKEN, "unsloth", "bad", "NotImplementedError", "unsloth==1.2.3"),
+        (installed(unsloth=None) | NO_GPU, "unsloth", "note", "only where there is a GPU", "unsloth==1.2.3"),
+        ({"tested": {}}, "tested set", "note", "cannot be read", "install apo-lora again"),
+        (installed(numpy="9.9"), "other packages", "note", "1 of 2 not as tested: numpy 9.9", "numpy==1.2.3"),
+        (NO_GPU, "GPU", "note", "tiny_cpu.yaml", "CUDA GPU"),
+        (NO_GPU | {"gpu_problem": "built without CUDA"}, "GPU", "note", "built without CUDA", "CUDA_VISIBLE_DEVICES"),
+        (gpu(count=2), "GPU", "ok", "the first of 2", ""),
+        (gpu(capability=(6, 1)), "capability", "bad", "6.1; this torch has kernels for sm_75", "another machine"),
+        (gpu(capability=(7, 5), dtype="float16"), "capability", "ok", "7.5, trains in float16", ""),
+        (gpu(free_bytes=GiB // 2), "VRAM", "bad", "0.5 GiB free of 8.0 GiB", "nvidia-smi"),
+        (gpu(free_bytes=5 * GiB), "VRAM", "note", "5.0 GiB", "gpu_8gb.yaml"),
+        ({"free_ram": GiB}, "RAM", "bad", "1.0 GiB", "close"),
+        ({"free_ram": 4 * GiB}, "RAM", "note", "4.0 GiB", "merging"),
+        ({"free_ram": None}, "RAM", "note", "not known", "merging"),
+        ({"free_disk": GiB // 10}, "disk here", "bad", "0.1 GiB", "make room"),
+        ({"free_disk": 5 * GiB}, "disk here", "note", "5.0 GiB", "output.dir"),
+        ({"free_hub_disk": GiB}, "disk, Hub cache", "note", "1.0 GiB", "HF_HOME"),
+        (installed(xformers=None), "xformers", "note", "not installed; PyTorch's attention", "xformers==1.2.3"),
+        ({"broken": {"xformers": "built for 2.9"}}, "xformers", "note", "built for 2.9", "xformers==1.2.3"),
+        (installed(flash_attn=None), "flash attention", "note", "not installed", "not needed"),
+        ({"broken": {"flash-attn": "undefined symbol"}}, "flash attention", "note", "undefined", "pip uninstall"),
+        (installed(vllm=None), "vLLM", "note", "not installed", "pip install vllm"),
+        ({"commands": frozenset({"llama-quantize"})}, "llama.cpp", "note", "llama-mtmd-cli, convert", "llama.cpp"),
+        ({"has_token": False}, "Hub token", "note", "none", "hf auth login"),
+    ],
+)
+def test_one_thing_amiss_is_one_row_with_its_remedy(changes, name, status, found, remedy):
+    rows = {row.name: row for row in doctor.examine(replace(HOST, **changes))}
+    row = rows[name]
+    assert row.status == status and found in row.found and remedy in row.remedy
+    assert bool(row.remedy) == (status != "ok")
+    assert sum(row.status == "bad" for row in rows.values()) == (status == "bad")
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, 0), (NO_GPU, 0), (installed(vllm=None), 0), ({"free_ram": 1}, 1)])
+def test_exit_code_1_only_where_training_could_not_work(changes, code, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "look", lambda: replace(HOST, **changes))
+    assert cli.main(["doctor"]) == code
+    assert ("Training cannot work here: 1 to mend." in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture", "runs"),
+    [
+        ((8, 9), "sm_86", True),
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_86", False),
+        ((12, 0), "compute_90", True),
+        ((9, 0), "sm_90a", True),
+        ((9, 1), "sm_90a", False),
+        ((12, 0), "sm_120", True),
+        ((12, 0), "gfx90", False),
+    ],
+)
+def test_which_kernels_a_gpu_runs(capability, architecture, runs):
+    assert doctor._runs_on(capability, architecture) is runs
+
+
+# --- Unsloth's cache -------------------------------------------------------------------------------------------------
+
+
+def write_cached(folder, *versions):
+    folder.mkdir(exist_ok=True)
+    head = '"""\n' + "".join(f"{version}\n" for version in versions) + '__UNSLOTH_VERSIONING__\n"""\n'
+    (folder / "UnslothGRPOTrainer.py").write_text((head if versions else "") + "import torch\n")
+
+
+def test_unsloths_cache_is_stale_if_another_version_wrote_it(tmp_path):
+    now = {"unsloth-zoo": "4", "unsloth": "3", "transformers": "2", "trl": "1.15.0"}
+    assert doctor.check_unsloth_cache(tmp_path, now, 0).found == "none"
+    write_cached(tmp_path, "4", "3", "2", "1.15.0")
+    assert doctor.check_unsloth_cache(tmp_path, now, 0).status == "ok"
+    write_cached(tmp_path, "4", "3", "2", "1.14.0")
+    row = doctor.check_unsloth_cache(tmp_path, now, 0)
+    assert (row.status, row.found, row.remedy) == ("note", "made by trl 1.14.0", "rm -r unsloth_compiled_cache")
+
+
+def test_a_cache_that_records_no_versions_is_judged_by_its_age(tmp_path):
+    write_cached(tmp_path)
+    written_at = (tmp_path / "UnslothGRPOTrainer.py").stat().st_mtime
+    assert doctor.check_unsloth_cache(tmp_path, {}, written_at - 60).status == "ok"
+    assert doctor.check_unsloth_cache(tmp_path, {}, written_at + 60).status == "note"
+
+
+def test_the_installed_unsloth_records_versions_in_the_order_that_is_read_here():
+    """Read as text: it cannot be imported without a GPU."""
+    zoo = Path(next(path for path in sys.path if (Path(path) / "unsloth_zoo").is_dir())) / "unsloth_zoo"
+    source = (zoo / "compiler.py").read_text()
+    start = source.index("    versioning = (")
+    written = source[start : source.index("__UNSLOTH_VERSIONING__", start)]
+    places = [written.index("{" + name.replace("-", "_") + "_version}") for name in doctor_host.CACHE_PACKAGES]
+    assert places == sorted(places)
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tested_set_is_constraints_txt(tmp_path):
+    tested = doctor_host.tested_versions()
+    pins = [line for line in (PROJECT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(tested) == len(pins)
+    assert {"torch", "unsloth-zoo", "pyyaml"} <= tested.keys()  # under canonical names
+    assert set(doctor.OWN_ROWS) <= tested.keys()
+    assert doctor_host.tested_versions([tmp_path / "absent.txt"]) == {}
+
+
+def test_imports_are_tried_in_another_process_that_may_crash_print_or_hang(tmp_path, monkeypatch):
+    """PROBES are looked up over there, so the fakes are modules of the names that they import."""
+    fakes = {
+        "torch": "print('noise', end='')",
+        "torchvision": "import os; os._exit(7)",
+        "peft": "raise SystemExit('no\\n peft')",
+        "bitsandbytes": "import time; time.sleep(60)",
+        "trl": "GRPOTrainer = 1",
+        "transformers": "pass",
+    }
+    for name, code in fakes.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    outcomes = doctor_host.try_out(["torch", "torchvision", "peft", "trl", "transformers", "bitsandbytes"], seconds=5)
+    assert outcomes["torch"].problem is None and outcomes["trl"].problem is None
+    assert outcomes["torchvision"].problem == "it ended the interpreter (exit code 7)"
+    assert outcomes["peft"].problem == "SystemExit: no peft"
+    assert outcomes["transformers"].problem.startswith("AttributeError")
+    assert outcomes["bitsandbytes"].problem is not None
+
+
+def test_a_gpu_survives_its_way_through_json():
+    import json
+    from dataclasses import asdict
+
+    assert doctor_host._as_gpu(json.loads(json.dumps(asdict(RTX)))) == RTX
+
+
+def test_private_names_are_taken_out():
+    text = "/home/ada/venv/lib/x.so and /data/ada/models and adapter"
+    assert doctor.without_private_names(text, "/home/ada", "ada") == "~/venv/lib/x.so and /data/USER/models and adapter"
+    assert doctor.without_private_names("/lib/x.so", "/", "") == "/lib/x.so"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_file", [True, False])
+def test_the_real_command_on_this_host_shows_no_token_and_no_path(tmp_path, by_file):
+    """Measured: 8 s on two busy cores."""
+    token = "hf_PlantedTokenThatNobodyMaySee"
+    home = tmp_path / "home"
+    (home / "hub").mkdir(parents=True)
+    (home / "token").write_text(token if by_file else "")
+    environment = {**os.environ, "HF_HOME": str(home)} | ({} if by_file else {"HF_TOKEN": token})
+    finished = subprocess.run(
+        [sys.executable, "-m", "apo_lora.commands.main", "doctor"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Hub token       present (not shown)" in finished.stdout and "Training works here" in finished.stdout
+    shown = finished.stdout + finished.stderr
+    assert token not in shown and "Planted" not in shown
+    assert str(Path.home()) not in shown and str(tmp_path) not in shown and f"/{getpass.getuser()}/" not in shown
+    assert shown.isascii()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]  # nothing was written
+
+
+def test_the_doctor_itself_imports_no_torch():
+    heavy = ("torch", "transformers", "unsloth")
+    code = f"import sys, apo_lora.machine.doctor; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,186 @@
+"""The memory plan's formulas for activations, against the allocator of a CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from apo_lora.preflight.memory_plan import (
+    LOGITS_BYTES,
+    attention_mask,
+    copied_keys,
+    layer_backward,
+    layer_forward,
+    layer_saved,
+    load_of,
+    logits_chunk,
+    tower_backward,
+    tower_forward,
+    tower_saved,
+)
+from apo_lora.preflight.model_shape import PUBLISHED
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.recipe.schema import Recipe
+
+
+def recipe_of(name: str, *overrides: str) -> Recipe:
+    return load_recipe(find_recipe(name), overrides)
+
+
+def memory_events(run) -> list[int]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def peak_of(run) -> int:
+    live = peak = 0
+    for change in memory_events(run):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def left_by(run) -> int:
+    return sum(memory_events(run))
+
+
+SMALL = replace(PUBLISHED["3b"], hidden=1024, intermediate=5504, heads=8, kv_heads=2)
+"""Half the width of the 3B, in its proportions."""
+
+
+@pytest.fixture(scope="module")
+def text_layer():
+    """run(tokens, mode): transformers' decoder layer with LoRA, bf16 under autocast, as the trainer runs it."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+    config = Qwen2_5_VLTextConfig(
+        hidden_size=SMALL.hidden,
+        intermediate_size=SMALL.intermediate,
+        num_attention_heads=SMALL.heads,
+        num_key_value_heads=SMALL.kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        attn_implementation="sdpa",
+    )
+    layer = Qwen2_5_VLDecoderLayer(config, 0).bfloat16().requires_grad_(False)
+    targets = [linear.name for linear in SMALL.language_linears()]
+    layer = inject_adapter_in_model(LoraConfig(r=16, target_modules=targets), layer).train()
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    def prepare(tokens, mode):
+        hidden = torch.randn(1, tokens, SMALL.hidden).bfloat16().requires_grad_(mode != "forward")
+        rotation = (torch.randn(1, tokens, SMALL.hidden // SMALL.heads).bfloat16(),) * 2
+        return lambda: _pass(lambda: layer(hidden, position_embeddings=rotation), mode, [layer, hidden])
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def vision_block():
+    """run(patches, mode): transformers' vision block, frozen, in windows of 64 patches."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+
+    config = Qwen2_5_VLVisionConfig(
+        hidden_size=SMALL.vision_hidden, intermediate_size=SMALL.vision_intermediate, num_heads=16
+    )
+    config._attn_implementation = "sdpa"
+    block = Qwen2_5_VLVisionBlock(config).bfloat16().requires_grad_(False).train()
+
+    def prepare(patches, mode):
+        hidden = torch.randn(patches, SMALL.vision_hidden).bfloat16().requires_grad_(mode != "forward")
+        rotation = (torch.randn(patches, SMALL.vision_hidden // 16),) * 2
+        windows = torch.arange(0, patches + 1, 64, dtype=torch.int32)
+        return lambda: _pass(lambda: block(hidden, cu_seqlens=windows, position_embeddings=rotation), mode, [hidden])
+
+    return prepare
+
+
+def _pass(forward, mode, with_gradients):
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(mode != "forward"):
+        out = forward()
+    if mode == "backward":
+        out.backward(torch.ones_like(out))
+        for owner in with_gradients:
+            owner.grad = None
+            if isinstance(owner, torch.nn.Module):
+                owner.zero_grad(set_to_none=True)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("of", "mode", "formula"),
+    [
+        ("text_layer", "forward", layer_forward),
+        ("text_layer", "saved", layer_saved),
+        ("text_layer", "backward", layer_backward),
+        ("vision_block", "forward", tower_forward),
+        ("vision_block", "saved", tower_saved),
+        ("vision_block", "backward", tower_backward),
+    ],
+)
+def test_activations_of_one_layer(of, mode, formula, request):
+    """Bytes per token, from two lengths, so that what does not grow with length drops out."""
+    prepare = request.getfixturevalue(of)
+    kept = []  # the output alive, so that its graph is
+    measure = peak_of if mode != "saved" else lambda run: left_by(lambda: kept.append(run()))
+    prepare(64, mode)()
+    few, many = (measure(prepare(tokens, mode)) for tokens in (128, 320))
+    assert formula(SMALL, 192, 2) == pytest.approx(many - few, rel=0.05)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_logits_of_the_training_pass(entropy_coef, chunks):
+    """The head alone, at the real vocabulary: the peak does not grow with the number of chunks."""
+    from apo_lora.policy.scoring import LOGITS_BYTES as REAL_LOGITS_BYTES
+    from apo_lora.policy.scoring import _head_logps
+
+    assert LOGITS_BYTES == REAL_LOGITS_BYTES
+    shape, rows = PUBLISHED["3b"], 4  # rows of a chunk, in place of 441
+    budget = 4 * shape.vocabulary * rows
+    head = torch.nn.Linear(32, shape.vocabulary, bias=False).bfloat16().requires_grad_(False)
+    hidden = torch.randn(rows * chunks, 32).bfloat16().requires_grad_()
+    targets = torch.randint(0, shape.vocabulary, (rows * chunks,))
+
+    def run():
+        logps, entropies = _head_logps(hidden, head, targets, 1.0, budget, entropy_coef > 0)
+        (logps.sum() - (entropy_coef * entropies.sum() if entropy_coef else 0)).backward()
+
+    real_rows = LOGITS_BYTES // (4 * shape.vocabulary)
+    recipe = recipe_of(
+        "gpu_8gb", f"apo.entropy_coef={entropy_coef}", f"grpo.max_completion_length={real_rows * chunks}"
+    )
+    logits = 4 * shape.vocabulary * real_rows
+    assert logits_chunk(shape, load_of(recipe, shape)) == logits
+    expected = (5 if entropy_coef else 3) * logits
+    run()
+    assert expected / logits == pytest.approx(peak_of(run) / budget, rel=0.05)
+
+
+def test_what_attention_behind_a_shared_prompt_keeps():
+    """Copied keys and values, a 16-bit mask per completion, and the output, as parts and as one."""
+    from apo_lora.policy.shared_prompt.attention import Families, attend, family
+
+    recipe = recipe_of(
+        "single_gpu", "grpo.prompts_per_step=6", "grpo.num_generations=4", "grpo.completions_per_pass=4",
+        "data.max_prompt_tokens=512", "data.max_pixels=null",
+        "grpo.max_completion_length=128", "model.dtype=bfloat16",
+    )  # fmt: skip
+    load, heads, width = load_of(recipe, SMALL), SMALL.heads, SMALL.hidden // SMALL.heads
+    query, key, value = (
+        torch.randn(1, n, load.pass_tokens, width).bfloat16().requires_grad_() for n in (heads, SMALL.kv_heads, 2)
+    )
+    families, kept = Families(family(512, (128,) * 4)), []
+    measured = left_by(lambda: kept.append(attend(query, key, value, families, None)))
+    masks = attention_mask(recipe, load).bytes - families.members[0].visible.nbytes
+    outputs = 2 * load.pass_tokens * SMALL.hidden * 2
+    assert copied_keys(SMALL, recipe, load, 4) + masks + outputs == pytest.approx(measured, rel=0.05)

@@ -1,0 +1,83 @@
+"""Sizes of models: against the real configuration and the published ones."""
+
+import re
+
+import pytest
+
+from apo_lora.errors import ModelError
+from apo_lora.preflight.model_shape import PUBLISHED, find_shape, shape_from_config
+
+GROUPS = {
+    "attention": r"language_model.*_proj\.weight$(?<=[qkvo]_proj\.weight)",
+    "mlp": r"language_model.*(gate|up|down)_proj\.weight$",
+    "embedding": r"embed_tokens",
+    "lm_head": r"^lm_head",
+    "vision_blocks": r"visual\.blocks",
+    "vision_ends": r"visual\.(patch_embed|merger)",
+    "biases_and_norms": r"language_model.*(bias|norm)",
+}
+
+
+def counted(model) -> dict[str, int]:
+    count = dict.fromkeys(GROUPS, 0)
+    for name, parameter in model.named_parameters():
+        group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+        count[group] += parameter.numel()
+    return count
+
+
+def test_published_sizes_are_those_of_the_real_config(shared_data):
+    assert find_shape(str(shared_data / "qwen2.5-vl-3b-processor")) == PUBLISHED["3b"]
+
+
+def test_parameters_of_the_real_3b(real_3b):
+    assert PUBLISHED["3b"].parameters() == counted(real_3b)
+    assert sum(PUBLISHED["3b"].parameters().values()) == 3_754_622_976
+
+
+def test_parameters_of_the_7b():
+    assert sum(PUBLISHED["7b"].parameters().values()) == 8_292_166_656  # published as 8.29 B
+
+
+def test_parameters_of_tiny(tiny_policy):
+    base = tiny_policy.model.unload()
+    assert find_shape("tiny").parameters() == counted(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit", "3b"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "3b"),
+        ("unsloth/Qwen2.5-VL-7B-Instruct-unsloth-bnb-4bit", "7b"),
+    ],
+)
+def test_published_models_need_no_network(name, size):
+    assert find_shape(name) is PUBLISHED[size]
+
+
+def test_both_layouts_of_a_config_give_the_same(real_3b):
+    assert shape_from_config(real_3b.config.to_dict(), "3b") == PUBLISHED["3b"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{", "cannot|can be read"),
+        ("[]", "no mapping"),
+        ('{"model_type": "llama"}', "is a llama"),
+        ('{"model_type": "qwen2_5_vl"}', "hidden_size: None"),
+        ('{"model_type": "qwen2_5_vl", "hidden_size": -3}', "hidden_size: -3"),
+    ],
+)
+def test_a_config_that_is_no_use_is_named(config, words, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=words) as caught:
+        find_shape(str(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_unknown_model_without_network_is_one_line():
+    with pytest.raises(ModelError, match="config.json") as caught:
+        find_shape("nobody/Qwen2.5-VL-72B-Instruct")
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,164 @@
+"""Recipes: shipped ones load, slips are named with the nearest key, and all at once."""
+
+import re
+
+import pytest
+import yaml
+
+from apo_lora.errors import RecipeError
+from apo_lora.recipe.files import describe_keys, find_recipe, load_recipe, shipped_recipes
+from apo_lora.recipe.schema import Recipe
+
+MINIMAL = "data:\n  train: boards\n"
+
+
+def recipe_file(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path, text, *overrides):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe_file(tmp_path, text), overrides)
+    return error.value.problems
+
+
+def test_every_expected_recipe_is_shipped():
+    assert set(shipped_recipes()) >= {
+        "tiny_cpu", "single_gpu", "colab_t4", "gpu_8gb", "grpo_baseline", "dads_only", "stcr_only",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipe_loads_and_tells_what_it_is_for(name):
+    path = find_recipe(f"{name}.yaml")
+    load_recipe(path)
+    header = path.read_text().split("\n\n")[0]
+    assert header.startswith("# ") and "# Hardware" in header and f"--recipe {name}.yaml" in header
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [("grpo_baseline", {"dads", "stcr"}), ("dads_only", {"stcr"}), ("stcr_only", {"dads"})],
+)
+def test_variants_are_tiny_cpu_minus_their_keys(name, without):
+    whole = yaml.safe_load(find_recipe("tiny_cpu").read_text())
+    variant = yaml.safe_load(find_recipe(name).read_text())
+    assert whole.pop("apo") == {**{key: whole_apo(key) for key in without}, **variant.pop("apo", {})}
+    assert variant == whole
+
+
+def whole_apo(key):
+    return yaml.safe_load(find_recipe("tiny_cpu").read_text())["apo"][key]
+
+
+def test_without_apo_keys_it_is_plain_grpo(tmp_path):
+    recipe = load_recipe(recipe_file(tmp_path, MINIMAL))
+    assert recipe.apo.dads is None and recipe.apo.stcr is None
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe = load_recipe(find_recipe("single_gpu"))
+    assert load_recipe(recipe_file(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    assert isinstance(yaml.safe_load("1e-5"), str)  # PyYAML's reading of YAML 1.1
+    recipe = load_recipe(recipe_file(tmp_path, MINIMAL + "train: {learning_rate: 1e-5}\n"), ["grpo.beta=1e-3"])
+    assert recipe.train.learning_rate == 1e-5 and recipe.grpo.beta == 1e-3
+
+
+def test_overrides_are_typed(tmp_path):
+    overrides = ["grpo.num_generations=4", "model.load_in_4bit=true", "rewards.functions=[accuracy]", "apo.stcr=null"]
+    recipe = load_recipe(recipe_file(tmp_path, MINIMAL + "apo: {stcr: 1.1}\n"), overrides)
+    assert recipe.grpo.num_generations == 4 and recipe.model.load_in_4bit is True
+    assert recipe.rewards.functions == ("accuracy",) and recipe.apo.stcr is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("grpo: {num_generation: 8}", "did you mean grpo.num_generations?"),
+        ("train: {num_generations: 8}", "did you mean grpo.num_generations?"),
+        ("gpro: {beta: 1}", "did you mean grpo?"),
+        ("grpo: {num_generations: eight}", "grpo.num_generations: 'eight'"),
+        ("grpo: {num_generations: true}", "grpo.num_generations: True"),
+        ("grpo: {num_generations: 8.5}", "grpo.num_generations: 8.5"),
+        ("grpo: {num_generations: 1}", "grpo.num_generations: 1"),
+        ("grpo: {beta: -0.1}", "grpo.beta: -0.1"),
+        ("grpo: {beta: .nan}", "grpo.beta: nan"),
+        ("grpo: {temperature: 0}", "grpo.temperature: 0"),
+        ("grpo: 8", "grpo: a section is a mapping"),
+        ("model: {load_in_4bit: 'yes'}", "model.load_in_4bit: 'yes'"),
+        ("model: {dtype: bf16}", "'bfloat16'"),
+        ("apo: {dads: exponential}", "'complement_exp'"),
+        ("apo: {stcr: 1.0}", "greater than 1"),
+        ("grpo: {completions_per_pass: 7}", "does not divide prompts_per_step x num_generations = 64"),
+        ("grpo: {prompts_per_rollout: 12}", "no multiple of grpo.prompts_per_step"),
+        ("{grpo: {prompts_per_rollout: 24}, train: {save_steps: 4}}", "no multiple of the 3 steps"),
+        ("{grpo: {beta: 0}, apo: {dads: complement_exp}}", "grpo.beta is 0"),
+        ("rewards: {functions: [format]}", "rewards.correct_by: 'accuracy' is not in"),
+        ("rewards: {weights: [1, 2, 3]}", "3 given for 2 functions"),
+        ("lora: {target_modules: [q_proj, lm_head]}", "lm_head is tied"),
+        ("data: {train: x, min_pixels: 5000, max_pixels: 100}", "is above data.max_pixels"),
+    ],
+)
+def test_a_slip_is_named_with_its_remedy(tmp_path, text, words):
+    tree = {"data": {"train": "boards"}, **yaml.safe_load(text)}
+    found = problems(tmp_path, yaml.safe_dump(tree))
+    assert len(found) == 1 and words in found[0] and found[0].startswith("mine.yaml: ")
+
+
+def test_all_problems_come_at_once(tmp_path):
+    text = "data: {trian: boards}\ngrpo: {num_generation: 8, beta: x, completions_per_pass: 7}\n"
+    found = "\n".join(problems(tmp_path, text, "train.max_step=3", "nonsense"))
+    for key in ("data.train: missing", "data.trian", "grpo.num_generation", "grpo.beta", "grpo.completions_per_pass",
+                "train.max_step:", "'nonsense'"):  # fmt: skip
+        assert key in found, key
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data: [unclosed", "line 1"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("data: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, words):
+    (problem,) = problems(tmp_path, text)
+    assert words in problem and "\n" not in problem
+
+
+def test_a_name_that_is_no_recipe():
+    with pytest.raises(RecipeError, match=re.escape("did you mean tiny_cpu?")):
+        find_recipe("tiny_cup.yaml")
+
+
+def test_recipes_are_frozen(tmp_path):
+    recipe = load_recipe(recipe_file(tmp_path, MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.grpo.beta = 1.0
+
+
+def test_every_key_is_listed_for_reading():
+    text = "\n".join(describe_keys())
+    for section, field in Recipe.model_fields.items():
+        assert f"{section}:" in text
+        assert all(f"  {key}: " in text for key in field.annotation.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["train.max_steps=7"], 7),
+        (["train.epochs=1"], 12),  # 100 examples, 8 a step
+        (["train.epochs=2.5"], 31),
+        (["train.epochs=2", "grpo.prompts_per_rollout=16", "train.save_steps=2"], 24),
+        (["train.epochs=0.01"], 1),
+    ],
+)
+def test_total_steps(tmp_path, overrides, steps):
+    assert load_recipe(recipe_file(tmp_path, MINIMAL), overrides).total_steps(num_examples=100) == steps

