@@ -332,12 +332,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m apo_lora.train ...` is `apo-lora train ...`."""
-    from apo_lora.commands.main import main as cli
+if __name__ == "__main__":  # `python -m apo_lora.train ...` is `apo-lora train ...`
+    from apo_lora.commands.main import main
 
-    return cli(["train", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -16,7 +16,8 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 def places():
     """Top-level files and folders of the package in the order of docs/architecture.md, which says what each holds."""
     text = (PROJECT / "docs" / "architecture.md").read_text()
-    return re.findall(r"^\| `([\w.]+)/?` \|", text, re.MULTILINE)
+    table = text.partition("| place | holds |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| `([\w.]+)/?` \|", table, re.MULTILINE)
 
 
 def place_of(module):

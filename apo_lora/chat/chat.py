@@ -11,8 +11,9 @@ from apo_lora.chat.columns import Column, SideBySide
 from apo_lora.data.examples import Example
 from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, read_row
 from apo_lora.data.images import image_refs
-from apo_lora.errors import DataError, ModelError
-from apo_lora.policy.loading import Policy, import_engine, load_policy, reference_mode
+from apo_lora.errors import DataError
+from apo_lora.policy.loading import Policy, reference_mode
+from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.answers.text import final_answer
 from apo_lora.rollout.sampling import GREEDY, Completion, sample
@@ -65,25 +66,6 @@ def example_of(question: str, image: str | None) -> Example:
     except BadRow as error:
         raise DataError(f"chat: {error}") from None
     return Example(1, fields.problem, fields.answer, None, images)
-
-
-def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
-    """The run's base, loaded as it was trained, with the run's adapter in place of the fresh one. Raises ModelError."""
-    import_engine(recipe.model)
-    from safetensors import SafetensorError
-
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
-    try:
-        loaded = policy.model.load_adapter(str(source.folder), policy.model.active_adapter)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(f"{source.folder}: the adapter cannot be loaded ({first_line})") from error
-    if loaded.missing_keys or loaded.unexpected_keys:
-        raise ModelError(
-            f"{source.folder}: not the adapter of this recipe: {len(loaded.missing_keys)} of its weights are "
-            f"missing and {len(loaded.unexpected_keys)} belong elsewhere"
-        )
-    return policy
 
 
 def _answer(policy: Policy, example: Example, recipe: Recipe, changes: dict[str, Any], column: Column) -> Completion:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from apo_lora.chat.chat import load_tuned
 from apo_lora.errors import ModelError
 from apo_lora.evaluation.measure import Score, answer_row, measure
 from apo_lora.evaluation.record import Batch, Record
 from apo_lora.policy.loading import Policy, load_policy, reference_mode
+from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.record import saved_image
 from apo_lora.run.adapter_source import AdapterSource

@@ -16,7 +16,7 @@ from typing import Literal
 
 from apo_lora import __version__
 from apo_lora.machine.host import CACHE_PACKAGES, LLAMA_CPP, Gpu, Host, look
-from apo_lora.rollout.vllm import PACKAGE as VLLM
+from apo_lora.machine.versions import VLLM
 
 GiB = 2**30
 

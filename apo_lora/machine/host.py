@@ -232,7 +232,7 @@ def _bitsandbytes() -> None:
 def _gpu() -> dict[str, Any] | None:
     import torch
 
-    from apo_lora.policy.loading import choose_dtype
+    from apo_lora.machine.device import choose_dtype
 
     if torch.version.cuda is None:
         raise RuntimeError("this torch is built without CUDA")

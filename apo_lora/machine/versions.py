@@ -12,6 +12,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
+VLLM = "vllm==0.19.1"
+"""The one for the tested torch and transformers. It brings an older numpy, so constraints.txt cannot hold it."""
+
+
 def installed(package: str) -> str | None:
     try:
         return version(package)

@@ -16,6 +16,7 @@ from torch import nn
 
 from apo_lora.errors import ModelError
 from apo_lora.machine.compat import mend_4bit_on_cpu
+from apo_lora.machine.device import choose_dtype, choose_engine
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 from apo_lora.tiny import BASE_DIR
 
@@ -63,28 +64,6 @@ class Policy:
 def base_path(name: str) -> str:
     """`tiny` is the model inside the package; everything else is a Hugging Face id or a folder as given."""
     return str(BASE_DIR) if name == "tiny" else name
-
-
-def choose_engine(requested: str, has_gpu: bool) -> str:
-    """Unsloth where there is a GPU, transformers + PEFT where there is none. Raises ModelError for the impossible."""
-    if requested == "auto":
-        return "unsloth" if has_gpu else "transformers"
-    if requested == "unsloth" and not has_gpu:
-        raise ModelError(
-            "model.engine: unsloth needs a CUDA GPU and none is visible; use a machine with one, or model.engine=auto"
-        )
-    return requested
-
-
-def choose_dtype(requested: str, has_gpu: bool, bf16_is_native: bool) -> torch.dtype:
-    """bfloat16 where the GPU computes it natively, else float16 (T4, V100); float32 on a CPU."""
-    if requested == "auto":
-        return (torch.bfloat16 if bf16_is_native else torch.float16) if has_gpu else torch.float32
-    if requested == "bfloat16" and has_gpu and not bf16_is_native:
-        raise ModelError("model.dtype: this GPU does not compute bfloat16 natively; use float16 or auto")
-    if requested == "float16" and not has_gpu:
-        raise ModelError("model.dtype: float16 needs a GPU; on a CPU use float32 or auto")
-    return getattr(torch, requested)
 
 
 def needs_gpu(model: ModelSection) -> str | None:

@@ -7,11 +7,8 @@ otherwise, and no importance weights correct for it. None of this has run on a G
 
 from typing import Any
 
-from apo_lora.machine.versions import installed
+from apo_lora.machine.versions import VLLM, installed
 from apo_lora.recipe.schema import Recipe
-
-PACKAGE = "vllm==0.19.1"
-"""The one for the tested torch and transformers. It brings an older numpy, so constraints.txt cannot hold it."""
 
 NEVER = -100.0
 """The lowest bias of a token that vLLM admits; next to it a token's probability is about 1e-44."""
@@ -23,7 +20,7 @@ def vllm_problem(recipe: Recipe, *, has_gpu: bool) -> str | None:
         return None
     otherwise = "or rollout.engine=transformers, the default"
     if installed("vllm") is None:
-        return f"rollout.engine: vllm is not installed; `pip install {PACKAGE}` goes with the tested torch, {otherwise}"
+        return f"rollout.engine: vllm is not installed; `pip install {VLLM}` goes with the tested torch, {otherwise}"
     if not has_gpu:
         return f"rollout.engine: vllm needs a CUDA GPU and none is visible; use a machine with one, {otherwise}"
     return None

@@ -18,7 +18,7 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from apo_lora.errors import RunDirError, UserError
-from apo_lora.export.hub import one_line_errors
+from apo_lora.machine.hub import one_line_errors
 from apo_lora.run.directory import COMPLETE, RunDir, is_whole, replacing
 
 HUB = "hub:"
