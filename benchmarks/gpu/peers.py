@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
 from apo_lora.data.examples import load_examples, prompt_dataset
@@ -105,6 +106,7 @@ def build_ours(recipe: Recipe) -> APOTrainer:
 def build_unsloth(recipe: Recipe) -> GRPOTrainer:
     """Model and LoRA come from load_policy, which calls FastVisionModel as Unsloth's own notebooks do."""
     policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = ALL_ATTENTION_FUNCTIONS["sdpa"].__wrapped__  # its own attention, not ours
     return GRPOTrainer(
         model=policy.model,
         processing_class=policy.processor,

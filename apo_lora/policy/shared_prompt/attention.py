@@ -6,7 +6,9 @@ itself. Their cost is linear in the number of completions. The only mask is that
 wide as its prompt and itself; shorter ones use its corner, and every layer the same tensor.
 
 The model's layers get here through transformers' registry of attention functions: `Families` travels in the place of
-the attention mask, and whatever function the model uses is wrapped to recognise it.
+the attention mask, and whatever function the model uses is wrapped to recognise it. The same wrapper keeps sampling
+from copying keys and values: transformers repeats them for every query head wherever there is a mask, for each token
+and layer the whole cache.
 """
 
 import functools
@@ -52,30 +54,64 @@ def attend(query: Tensor, key: Tensor, value: Tensor, families: Families, scalin
 
     Unsloth compiles whole layers on a GPU. This stays out of their graphs: its shapes are other ones in every pass.
     """
-    repeats = query.shape[1] // key.shape[1]
     lengths = [length for prompt, completions, _ in families.members for length in (prompt, *completions)]
     # Splitting once keeps backward linear: the gradient of every single slice would be as long as the row.
-    queries, keys, values = (
-        iter(tensor.split(lengths, dim=2))
-        for tensor in (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
-    )
+    queries, keys, values = (iter(tensor[0].split(lengths, dim=1)) for tensor in (query, key, value))
     parts = []
     for prompt, completions, visible in families.members:
         prompt_key, prompt_value = next(keys), next(values)
-        parts.append(
-            scaled_dot_product_attention(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling)
-        )
+        parts.append(_attend_row(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling))
         for length in completions:
             parts.append(
-                scaled_dot_product_attention(
+                _attend_row(
                     next(queries),
-                    torch.cat([prompt_key, next(keys)], dim=2),
-                    torch.cat([prompt_value, next(values)], dim=2),
+                    torch.cat([prompt_key, next(keys)], dim=1),
+                    torch.cat([prompt_value, next(values)], dim=1),
                     attn_mask=visible[:length, : prompt + length],
                     scale=scaling,
                 )
             )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return torch.cat(parts).flatten(1, 2).unsqueeze(0)
+
+
+def _attend_row(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """query (heads, L, D); key and value (key heads, S, D). Returns (L, key heads, query heads of each, D).
+
+    Key heads take the place of the batch, and the query heads of each see it through a stride of 0. SDPA's enable_gqa
+    would copy: with a mask, or on a GPU before Ampere, no fused kernel takes it (PyTorch 2.10), and the one that is
+    left repeats keys and values, and holds the scores.
+    """
+    query = query.unflatten(0, (len(key), -1))
+    key, value = (tensor.unsqueeze(1).expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
+    return scaled_dot_product_attention(query, key, value, **options).permute(2, 0, 1, 3)
+
+
+def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """One new token per row against a cache: the query heads of a key head become its queries.
+
+    query (B, heads, 1, D); key and value (B, key heads, S, D); mask (B, 1, 1, S). Returns (B, 1, heads, D).
+    """
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, width)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(rows, 1, heads, width)
+
+
+@torch.compiler.disable
+def attend_several(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Prompts read into a cache. query (B, heads, L, D); key and value (B, key heads, S, D). Returns (B, L, heads, D).
+
+    mask (B, 1, L, S); None is causal, and sees the first L of the cache. Row by row: rows and key heads cannot both
+    take the place of the batch without a copy.
+    """
+    if mask is None:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    masks = [None] * len(query) if mask is None else mask.expand(len(query), -1, -1, -1)[:, 0]
+    rows = [
+        _attend_row(*row, attn_mask=visible, is_causal=visible is None, scale=scaling)
+        for *row, visible in zip(query, key, value, masks, strict=True)
+    ]
+    return torch.stack(rows).flatten(2, 3)
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -95,24 +131,51 @@ def obstacle(model: nn.Module) -> str | None:
     return None
 
 
-def recognise_families(language_model: nn.Module) -> None:
-    """From now on the model's attention function takes Families for a mask; everything else goes to it unchanged."""
+def recognise_families(model: nn.Module) -> None:
+    """From now on the model's attention function takes Families for a mask, and where it is transformers' SDPA,
+    sampling copies no keys and values for query heads. Everything else goes to it unchanged."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = language_model.config._attn_implementation
+    name = model.config.get_text_config()._attn_implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:  # obstacle() says so where that matters
+        return
     attention = ALL_ATTENTION_FUNCTIONS[name]
     if not getattr(attention, "_recognises_families", False):
-        ALL_ATTENTION_FUNCTIONS[name] = _recognising(attention)
+        ALL_ATTENTION_FUNCTIONS[name] = _recognising(attention, is_sdpa=name == "sdpa" and _is_upstreams(attention))
 
 
-def _recognising(attention: Attention) -> Attention:
+def _is_upstreams(attention: Attention) -> bool:
+    """Not a function that somebody registered in its place. Unsloth's stands aside for rows that are not packed."""
+    return attention.__module__.partition(".")[0] in ("transformers", "unsloth", "unsloth_zoo")
+
+
+def _recognising(attention: Attention, is_sdpa: bool) -> Attention:
     @functools.wraps(attention)  # Unsloth marks functions by attributes, and looks for them
     def call(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(attention_mask, Families):
             return attend(query, key, value, attention_mask, options.get("scaling")), None
+        if is_sdpa and _is_plain_sampling(module, query, key, attention_mask, options):
+            grouped = attend_one if query.shape[2] == 1 else attend_several
+            return grouped(query, key, value, attention_mask, options.get("scaling")), None
         return attention(module, query, key, value, attention_mask, **options)
 
     call._recognises_families = True
     return call
+
+
+def _is_plain_sampling(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> bool:
+    """Whether there are fewer key heads than query heads, no gradient, and nothing asked for but scale and mask."""
+    rows, heads, length, _ = query.shape
+    if heads == key.shape[1] or torch.is_grad_enabled():
+        return False
+    if any(
+        value is not None and not (name in ("dropout", "output_attentions") and not value)
+        for name, value in options.items()
+        if name not in ("scaling", "position_ids", "use_cache")  # the latter two mean nothing to SDPA
+    ):
+        return False
+    if mask is None:  # one token sees all of the cache; several are causal
+        return length == 1 or getattr(module, "is_causal", True)
+    return mask.shape[0] in (1, rows) and mask.shape[1:] == (1, length, key.shape[2])
