@@ -5,18 +5,20 @@ Activations are formulas with these assumptions:
 
 - the longest prompt the recipe admits, one image of `data.max_pixels` in it, every completion at full length;
 - TRL samples a whole rollout in one call: prompts per rollout x G sequences, whose prompts are prefilled at once, a
-  shared one once; and it holds each completion's pixels (float32) on the GPU from sampling to the rollout after;
+  shared one once, and its pixels are there once; between sampling and a pass that reads them, pixels are in the host's
+  memory;
 - Unsloth's key-value cache has its full length from the start, transformers' grows;
 - attention never holds its scores (SDPA, flash), but a mask: a byte and a 16-bit value per pair;
-- behind a shared prompt a layer copies the prompt's keys and values once per completion, and the vision tower, where it
-  is frozen, runs in the prefill alone;
+- keys and values are never repeated for query heads; behind a shared prompt a layer copies the prompt's once per
+  completion, and the vision tower, where it is frozen, runs in the prefill alone;
 - a layer is the eager one of transformers, in 16 bits, and one of them is live at a time, with two of its MLP matrices
   dequantised; Unsloth's fused kernels should need less;
 - checkpointing keeps each layer's input: on the GPU (transformers) or in the host's memory, three at a time on the
   GPU (Unsloth);
 - behind the peak of torch's allocator, CUDA's context and fragmentation take OVERHEAD.
 
-No figure here has been compared with a measured GPU run yet.
+On a CUDA runtime without arithmetic, PyTorch's allocator peaked within 3 % of it (test_memory_plan.py). No figure here
+has been compared with a measured GPU run yet.
 """
 
 import math
@@ -187,10 +189,12 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
     size, rollout = value_bytes(recipe), load.rollout
     read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else rollout
     patches = load.image * shape.patches_per_token
-    pixels = rollout * patches * shape.values_per_patch * 4
+    pixels = read * patches * shape.values_per_patch
     per_token = kv_bytes_per_token(shape, size)
-    yield Row("images of the rollout", MOMENTS, pixels, f"{rollout} x {patches:,} patches in float32")
-    yield Row("images of the last one", MOMENTS[:3], pixels, "held until the next rollout is complete")
+    both = ("prefill", "decode")
+    yield Row("images of the rollout", both, 4 * pixels, f"{read} x {patches:,} patches in float32")
+    if uses_unsloth(recipe) and size == 2:
+        yield Row("images in 16 bits", both, 2 * pixels, "Unsloth's copy for generate()")
     held = load.length if uses_unsloth(recipe) else load.prompt
     yield Row("KV cache", ("prefill",), read * held * per_token, f"{read} x {held:,} tokens")
     yield Row("KV cache", ("decode",), rollout * load.length * per_token, f"{rollout} x {load.length:,} tokens")
@@ -199,7 +203,8 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
         "one layer": layer_forward(shape, read * load.prompt, size) + dequantised(shape, recipe),
     }
     yield _largest("prefill", work)
-    yield Row("attention mask", ("prefill",), mask_bytes(read, load.prompt), "of padded prompts")
+    masks = (read + 2) * load.prompt * held
+    yield Row("attention mask", ("prefill",), masks, f"{read} x {load.prompt:,} x {held:,} pairs; a row's in 16 bits")
     logits = rollout * shape.vocabulary * (size + 4 * 4)
     grown = 0 if uses_unsloth(recipe) else rollout * load.length * shape.kv_width * size
     yield Row("next-token logits", ("decode",), logits, "one in 16 bits, four in float32")
@@ -215,6 +220,9 @@ def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]
         features = recipe.prompts_per_rollout * load.image * shape.hidden * size
         how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
         yield Row("image features", MOMENTS, features, how)
+    else:
+        how = f"{load.prompts} x {load.image:,} tokens' patches in float32"
+        yield Row("images of a pass", ("score", "train"), patches * shape.values_per_patch * 4, how)
     work = {
         "vision tower": 0 if tower_runs_once(recipe) else tower_forward(shape, patches, size),
         "one layer": layer_forward(shape, load.pass_tokens, size)
@@ -256,10 +264,8 @@ def attention_mask(recipe: Recipe, load: Load) -> Row:
 
 
 def copied_keys(shape: ModelShape, recipe: Recipe, load: Load, completions: int) -> int:
-    """Keys and values repeated for all query heads, and the prompt's once more before those of each completion."""
-    if not recipe.grpo.shared_prompt:
-        return 0
-    return 2 * (load.pass_tokens + completions * load.length) * shape.hidden * value_bytes(recipe)
+    """The prompt's keys and values, copied to stand before those of each completion."""
+    return 2 * completions * load.length * shape.kv_width * value_bytes(recipe) if recipe.grpo.shared_prompt else 0
 
 
 def tower_runs_once(recipe: Recipe) -> bool:

@@ -12,7 +12,7 @@ USUAL_CARDS = (8, 16, 24)
 COMPLETION_LENGTHS = (256, 512, 1024, 2048, 4096)
 
 REMEDIES = {
-    "prefill": "grpo.prompts_per_step, grpo.num_generations or data.max_pixels",
+    "prefill": "grpo.prompts_per_step or data.max_pixels",
     "decode": "grpo.prompts_per_step, grpo.num_generations or grpo.max_completion_length",
     "score": "grpo.completions_per_pass, grpo.max_completion_length or data.max_pixels",
     "train": "grpo.completions_per_pass, grpo.max_completion_length or data.max_pixels",
