@@ -22,6 +22,15 @@ from benchmarks.gpu.measurements import Setting
 REWARD = "benchmarks.gpu.work:alternating"
 TOKEN_SIDE = 28  # pixels: an image token is 28 x 28 of them
 
+# What a recipe reads or writes beside its model and training data, which are replaced: the Hub may be out of reach.
+OFFLINE = (
+    "data.eval=null",
+    "data.general=null",
+    "data.benchmarks=[]",
+    "output.report_to=[]",
+    "output.mirror=[]",
+)
+
 # What a rehearsal changes in every recipe: sizes that a CPU gets through in seconds.
 SMALLER = {
     "3b": (),
@@ -35,7 +44,7 @@ def alternating(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def recipe_on_random_model(name: str, setting: Setting, run: str, *overrides: str) -> Recipe:
-    """A shipped recipe on the random model, with problems of the largest size that it admits.
+    """A shipped recipe on the random model, with problems of the largest size that it admits; it needs no network.
 
     `run` names its folder in the scratch folder.
     """
@@ -47,6 +56,7 @@ def recipe_on_random_model(name: str, setting: Setting, run: str, *overrides: st
         f"rewards.correct_by={REWARD}",
         f"output.dir={setting.folder / run}",
         "train.warmup_steps=0",
+        *OFFLINE,
         *overrides,
         *SMALLER[setting.size],
     )

@@ -18,8 +18,10 @@ from conftest import PROJECT
 from PIL import Image
 from unsloth_on_cpu import ENVIRONMENT
 
-from apo_lora.errors import ModelError
+from apo_lora.data.examples import read_data
+from apo_lora.errors import DataError, ModelError
 from apo_lora.preflight.model_shape import PUBLISHED, shape_from_config
+from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
 from benchmarks.gpu import card, phase_clock, random_model, results, work
 from benchmarks.gpu.__main__ import main, measure
@@ -281,10 +283,43 @@ def test_a_picture_has_exactly_the_largest_size(pixels, size):
     assert work.picture_size(pixels) == size and size[0] * size[1] == pixels
 
 
-def test_every_prompt_of_a_shipped_recipe_has_exactly_its_largest_length(tmp_path):
-    setting = Setting("tiny", tmp_path)
+@pytest.fixture(scope="module")
+def tiny_setting(tmp_path_factory):
+    setting = Setting("tiny", tmp_path_factory.mktemp("tiny"))
     random_model.make("tiny", setting.model)
-    recipe = work.recipe_on_random_model("colab_t4", setting, "run")  # asserts it
+    return setting
+
+
+def shipped(name: str, *overrides: str) -> Recipe:
+    return load_recipe(PROJECT / "recipes" / f"{name}.yaml", overrides)
+
+
+GPU_RECIPES = [
+    path.stem for path in sorted((PROJECT / "recipes").glob("*.yaml")) if shipped(path.stem).model.load_in_4bit
+]
+
+
+@pytest.mark.parametrize("name", GPU_RECIPES)
+def test_the_suite_runs_every_gpu_recipe_without_a_network(tiny_setting, name):
+    """conftest keeps the Hub out of reach, so what a recipe still reads from there is an error."""
+    recipe = work.recipe_on_random_model(name, tiny_setting, f"offline-{name}")
+    assert recipe.train.evaluate  # else held-out data would not be read anyway
+    train, held_out = read_data(recipe)
+    assert len(train.examples) == max(2, recipe.prompts_per_rollout) and not held_out
+    assert Path(recipe.model.name).is_dir() and not recipe.data.benchmarks
+    assert not recipe.output.report_to and not recipe.output.mirror
+
+
+def test_held_out_data_of_a_recipe_needs_a_network(tiny_setting):
+    """So the test above can fail."""
+    assert set(CARDS) <= set(GPU_RECIPES) and shipped("colab_t4").data.eval
+    recipe = work.recipe_on_random_model("colab_t4", tiny_setting, "online", "data.eval=hiyouga/geometry3k")
+    with pytest.raises(DataError, match="hiyouga/geometry3k"):
+        read_data(recipe)
+
+
+def test_every_prompt_of_a_shipped_recipe_has_exactly_its_largest_length(tiny_setting):
+    recipe = work.recipe_on_random_model("colab_t4", tiny_setting, "run")  # asserts it
     folder = Path(recipe.data.train).parent
     rows = [json.loads(line) for line in Path(recipe.data.train).read_text().splitlines()]
     assert len(rows) == recipe.grpo.prompts_per_step and recipe.model.dtype == "float16"
