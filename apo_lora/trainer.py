@@ -252,11 +252,12 @@ class APOTrainer(GRPOTrainer):
         """
         # Before the passes: out of memory repeats them on one process alone, and this asks all of them.
         totals = self._step_totals()
-        accumulated = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in self.trained_parameters]
+        # The micro-batch's own gradients come apart, so that dropping them undoes what a failed attempt left behind.
+        accumulated = [parameter.grad for parameter in self.trained_parameters]
 
         def forward_and_backward(rows_per_pass: int) -> list[Pass]:
-            for parameter, gradient in zip(self.trained_parameters, accumulated, strict=True):
-                parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            for parameter in self.trained_parameters:
+                parameter.grad = None
             passes = []
             for rows in row_slices(inputs, rows_per_pass):
                 done = self._forward(rows, *totals)
@@ -266,6 +267,9 @@ class APOTrainer(GRPOTrainer):
             return passes
 
         passes = self.pass_size.fitting(forward_and_backward)
+        for parameter, gradient in zip(self.trained_parameters, accumulated, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         for done in passes:
             self.step_figures.add(done)
         return torch.stack([done.loss for done in passes]).sum().requires_grad_(torch.is_grad_enabled())

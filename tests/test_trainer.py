@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_trainer import KeepGradients, adapter, largest_difference, logged, recipe_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apo_lora.apo import apo_loss
 
@@ -237,6 +238,48 @@ def test_out_of_memory_halves_the_pass_and_changes_nothing(make_trainer):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
     moved = sum((adapter(roomy)[n] - adapter(tight)[n]).norm() for n in adapter(roomy))
     assert moved < 1e-2 * sum(p.norm() for p in adapter(roomy).values())
+
+
+def test_out_of_memory_keeps_the_gradients_of_earlier_micro_batches(make_trainer):
+    """It strikes at the end of the second micro-batch's backward, when its gradients are there already."""
+    one_step = recipe_of(grpo={"completions_per_pass": 4}, train={"max_steps": 1})
+    expected = step_gradient(make_trainer(one_step))
+    tight = make_trainer(one_step)
+    backward, calls = tight.accelerator.backward, []
+
+    def second_runs_out(loss, **options):
+        backward(loss, **options)
+        calls.extend([loss] if loss.grad_fn else [])  # the Trainer's own backward gets a leaf
+        if loss.grad_fn and len(calls) == 2:
+            raise torch.OutOfMemoryError("pretended")
+
+    tight.accelerator.backward = second_runs_out
+    gradient = step_gradient(tight)
+    assert len(calls) == 4 and tight.pass_size.rows == 2  # 4 completions; 4 in vain; twice 2
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_gradients_stay_on_the_device_between_micro_batches(make_trainer):
+    """They would go to the CPU and back in every one: thousands of small copies a step for the 3B."""
+    trainer = make_trainer(recipe_of(grpo={"completions_per_pass": 2}, train={"max_steps": 1}))
+    copied, accumulated, compute_loss = [], [], trainer.compute_loss
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+                copied.append(arguments[0].data_ptr())
+            return function(*arguments, **(options or {}))
+
+    def watch(model, inputs, **options):
+        with Copies():
+            loss = compute_loss(model, inputs, **options)
+        accumulated.append([p.grad.data_ptr() for p in trainer.trained_parameters])
+        return loss
+
+    trainer.compute_loss = watch
+    trainer.train()
+    assert len(accumulated) == 4 and all(pointers == accumulated[0] for pointers in accumulated)
+    assert copied and not set(copied) & set(accumulated[0])
 
 
 def test_out_of_memory_with_one_completion_names_what_helps(make_trainer):
