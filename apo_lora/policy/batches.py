@@ -41,20 +41,31 @@ def row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:
 _BY_IMAGE = ("pixel_values", "image_grid_thw")  # their first dimension counts patches and images, not sequences
 
 
+def pixels(batch: Batch) -> Tensor | None:
+    """(patches, values) of all images of the batch in order, on the device of its prompts. None without images."""
+    by_row = batch.get("pixel_values")
+    if not isinstance(by_row, list):
+        return by_row
+    parts = [part for part in by_row if part is not None]
+    return torch.cat(parts).to(batch["prompt_ids"].device) if parts else None
+
+
 def _rows_of(value: Any, start: int, stop: int) -> Any:
     return value[start:stop] if _is_by_row(value) else value
 
 
 def with_rows_replaced(batch: Batch, rows: Sequence[int], other: Batch) -> dict[str, Any]:
-    """The batch with the sequences of `other`, in order, in the place of its `rows`. Scalars stay.
+    """The batch with the sequences of `other`, in order, in the place of its `rows`, which are whole groups.
 
+    Scalars stay, and so does `group`: the numbers of `other` are its own, and could be those of groups that stay.
     Prompts are padded on the left and completions on the right where the two are not equally wide.
     """
     parts = [list(row_slices(both, 1)) for both in (batch, other)]
     for row, replacement in zip(rows, parts[1], strict=True):
         parts[0][row] = replacement
     return {
-        key: _joined(key, [part[key] for part in parts[0]]) if _is_by_row(batch[key]) else batch[key] for key in batch
+        key: _joined(key, [part[key] for part in parts[0]]) if _is_by_row(value) and key != "group" else value
+        for key, value in batch.items()
     }
 
 

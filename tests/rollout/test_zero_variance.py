@@ -5,6 +5,8 @@ import torch
 from tiny_trainer import KeepGradients, logged, recipe_of
 
 from apo_lora.policy.batches import row_slices, with_rows_replaced
+from apo_lora.policy.loading import reference_mode
+from apo_lora.policy.scoring import token_logps
 from apo_lora.recipe.schema import combination_problems
 
 
@@ -75,6 +77,21 @@ def test_other_prompts_are_sampled_in_their_place(make_trainer):
     figures, gradient, _, asked = run(make_trainer, "resample", every)
     assert figures["resampled_groups"] >= 2 and figures["zero_variance_groups"] == 0 and gradient.norm() > 0
     assert not {0, 1} & set(asked) and all(len(set(asked[i : i + 4])) == 1 for i in (0, 4))
+
+
+def test_a_replaced_group_is_scored_behind_its_own_prompt(make_trainer):
+    """The one that stays has the first number, as the replacement had among the prompts sampled for it."""
+    recipe = recipe_of(grpo={"zero_variance_groups": "resample"}, train={"max_steps": 1})
+    trainer = spoiled(make_trainer(recipe), {0, *range(2, 16)})  # the second prompt's group has no variance
+    trainer.train()
+    (batch,) = trainer._buffered_inputs
+    assert batch["group"].tolist() == [0] * 4 + [1] * 4
+    alone = {key: value for key, value in batch.items() if key not in ("group", "image_features")}
+    with torch.no_grad(), reference_mode(trainer.model):
+        expected, _ = token_logps(trainer.model, alone)
+        other, _ = token_logps(trainer.model, batch | {"group": torch.zeros_like(batch["group"])})
+    assert (other - expected).abs().max() > 1  # nats, behind the other prompt
+    assert (batch["ref_logps"] - expected).abs().max() < 1e-4
 
 
 def test_what_stays_without_variance_is_skipped(make_trainer):
