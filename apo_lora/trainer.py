@@ -6,7 +6,7 @@ and steps. Overridden are:
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       leaves the old policy's log-probs to _score_frozen_policies
-    _generate_single_turn                    reads each prompt once for its G completions
+    _generate_single_turn                    reads each prompt once for its G completions, its images processed once
     _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
     training_step                            tells the NaN guard the loss
@@ -42,6 +42,7 @@ from apo_lora.policy.shared_prompt.vision_features import image_features, tower_
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.functions import completion_text
 from apo_lora.rollout.credit import Rollout, ScoredRollout, score_rollout
+from apo_lora.rollout.group_images import RowPixels, images_processed_once
 from apo_lora.rollout.sampling import generation_fault, watched_forwards, without_dropout
 from apo_lora.rollout.trl_config import changed_values
 from apo_lora.rollout.zero_variance import resampled, without_rows, without_variance
@@ -85,6 +86,7 @@ class APOTrainer(GRPOTrainer):
             tqdm.write(f"grpo.shared_prompt: {reason}; every completion is scored with a prompt of its own")
             self.shares_prompts = False
         self.rollout_features: list[Tensor | None] | None = None
+        self.rollout_pixels: RowPixels = []
         self.trained_parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.nonfinite_guard = NonFiniteGuard(
             self.model,
@@ -120,12 +122,15 @@ class APOTrainer(GRPOTrainer):
         )
         return rewards_BF
 
-    def _generate_single_turn(self, prompt_ids, images, *arguments, **options):
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *arguments, **options):
         if self.use_vllm or not self.shares_prompts:
-            return super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+            if self.rollout_pixels and not self.use_vllm:  # vLLM processes them itself; the others want every row's
+                pixels = [part for part in self.rollout_pixels if part is not None]
+                multimodal_fields = {**multimodal_fields, "pixel_values": torch.cat(pixels)}
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
         images_per_row = [len(own or ()) for own in images or [None] * len(prompt_ids)]
         with prompts_read_once(self._inner_model, self._groups(len(prompt_ids)), images_per_row) as features:
-            output = super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+            output = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
         if tower_is_frozen(self._inner_model):
             self.rollout_features = features
         return output
@@ -154,7 +159,11 @@ class APOTrainer(GRPOTrainer):
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         try:
-            with watched_forwards(model) as forwards, without_dropout(model):
+            with (
+                watched_forwards(model) as forwards,
+                without_dropout(model),
+                images_processed_once(self.processing_class, self._groups(len(inputs))) as self.rollout_pixels,
+            ):
                 batch = super()._generate_and_score_completions(inputs)
         except torch.OutOfMemoryError:
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
@@ -163,6 +172,8 @@ class APOTrainer(GRPOTrainer):
         self.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
         self.seconds["reward"] += self.rollout.seconds_for_rewards
         self.sampled_tokens += self.rollout.lengths_B.sum().item()
+        if self.rollout_pixels:
+            batch["pixel_values"] = self.rollout_pixels
         return self._with_shared_prompts(batch), self.rollout
 
     def _generate_and_score_completions(self, inputs):

@@ -1,7 +1,9 @@
 """A batch as TRL's trainers hand it around, and how it is cut into rows.
 
 Its keys: prompt_ids, prompt_mask, completion_ids, completion_mask, each (B, .), prompts padded on the left; for images
-pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids. Added where prompts are shared:
+pixel_values, image_grid_thw, num_images (images per sequence), mm_token_type_ids. pixel_values are those of all images
+in one tensor on the model's device, as a processor gives them, or a list with a tensor per sequence (None without
+images), which sequences of the same prompt share and which may lie on the CPU. Added where prompts are shared:
 
     group            (B,) integers: rows with the same one have the same prompt, images included
     image_features   a list of B tensors (image tokens, H), or None for a row without images; see
@@ -24,16 +26,16 @@ def row_slices(batch: Batch, rows: int) -> Iterator[dict[str, Any]]:
     if rows >= total:
         yield dict(batch)
         return
-    has_images = batch.get("pixel_values") is not None
-    patches_per_image = batch["image_grid_thw"].prod(dim=-1).tolist() if has_images else []
+    by_image = [key for key in _BY_IMAGE if isinstance(batch.get(key), Tensor)]
+    patches_per_image = batch["image_grid_thw"].prod(dim=-1).tolist() if by_image else []
     image = patch = 0
     for start in range(0, total, rows):
-        part = {key: _rows_of(value, start, start + rows) for key, value in batch.items() if key not in _BY_IMAGE}
-        if has_images:
+        part = {key: _rows_of(value, start, start + rows) for key, value in batch.items() if key not in by_image}
+        if by_image:
             images = sum(part["num_images"])
             patches = sum(patches_per_image[image : image + images])
-            part["pixel_values"] = batch["pixel_values"][patch : patch + patches] if images else None
-            part["image_grid_thw"] = batch["image_grid_thw"][image : image + images] if images else None
+            where = {"pixel_values": slice(patch, patch + patches), "image_grid_thw": slice(image, image + images)}
+            part |= {key: batch[key][where[key]] if images else None for key in by_image}
             image, patch = image + images, patch + patches
         yield part
 

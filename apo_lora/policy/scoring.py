@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from apo_lora.policy.batches import Batch, row_slices
+from apo_lora.policy.batches import Batch, pixels, row_slices
 from apo_lora.policy.shared_prompt.attention import recognise_families
 from apo_lora.policy.shared_prompt.rows import pack
 from apo_lora.policy.shared_prompt.vision_features import embed, image_features
@@ -84,8 +84,9 @@ def _hidden_states_of_shared_prompts(inner_model: nn.Module, batch: Batch) -> Te
 def _completion_hidden_states(inner_model: nn.Module, batch: Batch) -> Tensor:
     """Final hidden states at the positions that predict the completion tokens. Returns (B, T, H)."""
     num_completion_tokens = batch["completion_ids"].shape[1]
-    images = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if batch.get(key) is not None}
-    if images:
+    images = {}
+    if (pixel_values := pixels(batch)) is not None:
+        images = {"pixel_values": pixel_values, "image_grid_thw": batch["image_grid_thw"]}
         images["mm_token_type_ids"] = _padded_to(batch["mm_token_type_ids"], num_completion_tokens, batch)
     hidden = inner_model(
         input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apo_lora.data.examples import Example
-from apo_lora.policy.batches import Batch, row_slices
+from apo_lora.policy.batches import Batch, pixels, row_slices
 from apo_lora.policy.loading import Policy
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import obstacle
@@ -69,6 +69,7 @@ def _in_one_line(error: Exception) -> str:
 def _one_group(batch: Batch) -> dict[str, Any]:
     """The first prompt of the batch with everybody's completions behind it, the later ones cut shorter."""
     first, completion_ids = next(row_slices(batch, 1)), batch["completion_ids"]
+    first["pixel_values"] = pixels(first)
     members, width = max(2, len(completion_ids)), completion_ids.shape[1]
     completion_ids = completion_ids.expand(members, -1)
     lengths = torch.linspace(width, 1, members, device=completion_ids.device).long()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apo_lora.policy.batches import pixels
 from apo_lora.trainer import APOTrainer
 
 Batch = dict[str, Any]
@@ -39,6 +40,7 @@ def unsloth_backward(trainer: APOTrainer, batches: list[Batch], *, weighted: boo
         samples_B = weights_B / (num_sequences * batch["completion_mask"].sum(1))
         fed = {
             **batch,
+            "pixel_values": pixels(batch),
             "advantages": batch["advantages"] / (samples_B * num_tokens),
             "unsloth_sample_weight": samples_B,
             "ref_per_token_logps": batch["ref_logps"],

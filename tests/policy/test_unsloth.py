@@ -172,6 +172,11 @@ def test_a_prompt_is_read_once_for_its_completions(facts):
     assert facts["trained"]["rows"] == {"reading": [4], "writing": [16]}  # prompts of a step, completions
 
 
+def test_each_image_is_processed_and_kept_once(facts):
+    assert facts["trained"]["images_processed"] == [4, 4]  # of two rollouts with 4 prompts
+    assert facts["trained"]["pixels_kept"] == [2] * 4  # of micro-batches with two prompts
+
+
 def test_checkpointing_survives_our_sampling(facts):
     """compat.kept_checkpointing can go when the last one is True."""
     assert facts["checkpointing"] == {

@@ -1,5 +1,9 @@
 """APOTrainer on the tiny model, for tests: conftest's `make_trainer` builds it, and these look at what it did."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 from transformers import TrainerCallback
 
@@ -39,3 +43,17 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         self.gradient = torch.cat(gradients).clone()
+
+
+@contextmanager
+def processed_images(processor) -> Iterator[list[int]]:
+    """How many images the processor's image processor computes pixels of, call by call."""
+    kind, counts = type(processor.image_processor), []
+    compute = kind._preprocess
+
+    def counted(self, images, *arguments, **options):
+        counts.append(len(images))
+        return compute(self, images, *arguments, **options)
+
+    with patch.object(kind, "_preprocess", counted):  # not the object's: checkpoints hold its attributes
+        yield counts

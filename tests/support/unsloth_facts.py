@@ -20,11 +20,13 @@ start()
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from tiny_trainer import processed_images  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 
 from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
 from apo_lora.errors import ModelError  # noqa: E402
+from apo_lora.policy.batches import pixels  # noqa: E402
 from apo_lora.policy.loading import Policy, _load_with_unsloth, reference_mode  # noqa: E402
 from apo_lora.policy.scoring import token_logps  # noqa: E402
 from apo_lora.policy.shared_prompt import attention as shared_attention  # noqa: E402
@@ -205,7 +207,7 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
 
     compute_loss, trainer.compute_loss = trainer.compute_loss, watch_loss
     fresh = adapter(policy)
-    with watched_layers(policy) as seen, counted_rows(policy) as rows:
+    with watched_layers(policy) as seen, counted_rows(policy) as rows, processed_images(policy.processor) as images:
         trainer.train()
     trainer.compute_loss = compute_loss
     with torch.no_grad():
@@ -220,6 +222,8 @@ def train(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
         "layers": sorted(seen),
         "rows": {what: sorted(counts) for what, counts in rows.items()},
         "image_grids": [batch["image_grid_thw"].tolist() for batch in batches],
+        "images_processed": images,
+        "pixels_kept": [len({part.data_ptr() for part in batch["pixel_values"]}) for batch in batches],
     }
 
 
@@ -242,7 +246,7 @@ def full_logps(model: Any, batch: Batch) -> Tensor:
         input_ids=ids,
         attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
         mm_token_type_ids=(ids == model.config.image_token_id).long(),
-        pixel_values=batch["pixel_values"],
+        pixel_values=pixels(batch),
         image_grid_thw=batch["image_grid_thw"],
     ).logits[:, -width - 1 : -1]
     log_softmax_BTV = torch.log_softmax(logits_BTV.double() / TEMPERATURE, dim=-1)

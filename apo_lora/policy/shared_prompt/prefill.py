@@ -22,6 +22,7 @@ def prompts_read_once(
 ) -> Iterator[RowFeatures]:
     """Inside, generate() on rows whose prompts are equal where their `groups` are reads each of those once.
 
+    It may be given the pixels of every row's images, or those of each group's first row alone.
     Afterwards the list holds, for every row, the features (image tokens, H) of its images, computed on the way.
     """
     first_rows = [groups.index(group) for group in dict.fromkeys(groups)]
@@ -62,13 +63,12 @@ def _of_rows(inputs: Mapping[str, Any], rows: Sequence[int], images_per_row: Seq
         return chosen
     ends = torch.tensor(images_per_row).cumsum(0).tolist()
     images = [image for row in rows for image in range(ends[row] - images_per_row[row], ends[row])]
-    patches = inputs["image_grid_thw"].prod(dim=-1).tolist()
-    pixels = inputs["pixel_values"].split(patches)
-    return {
-        **chosen,
-        "pixel_values": torch.cat([pixels[image] for image in images]),
-        "image_grid_thw": inputs["image_grid_thw"][images],
-    }
+    chosen["image_grid_thw"] = inputs["image_grid_thw"][images]
+    if len(inputs["pixel_values"]) > chosen["image_grid_thw"].prod(dim=-1).sum():  # else they are these rows' alone
+        patches = inputs["image_grid_thw"].prod(dim=-1).tolist()
+        pixels = inputs["pixel_values"].split(patches)
+        chosen["pixel_values"] = torch.cat([pixels[image] for image in images])
+    return chosen
 
 
 def _rows_of(name: str, value: Any, rows: Sequence[int]) -> Any:

@@ -7,7 +7,7 @@ backward through the tower wherever checkpointing makes its inputs require gradi
 import torch
 from torch import Tensor, nn
 
-from apo_lora.policy.batches import Batch, row_slices
+from apo_lora.policy.batches import Batch, pixels, row_slices
 
 
 def tower_is_frozen(inner_model: nn.Module) -> bool:
@@ -30,9 +30,9 @@ def image_features(inner_model: nn.Module, batch: Batch) -> list[Tensor | None]:
 
 
 def _features_of_row(inner_model: nn.Module, row: Batch) -> Tensor | None:
-    if row.get("pixel_values") is None:
+    if (pixel_values := pixels(row)) is None:
         return None
-    by_image = inner_model.get_image_features(row["pixel_values"], row["image_grid_thw"]).pooler_output
+    by_image = inner_model.get_image_features(pixel_values, row["image_grid_thw"]).pooler_output
     return torch.cat(list(by_image))
 
 
