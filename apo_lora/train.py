@@ -7,7 +7,7 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from apo_lora.data.examples import Example, Loaded
     from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
-    from apo_lora.rewards.verifier import Verifier
     from apo_lora.run.callbacks import OrderlyStop
     from apo_lora.trainer import APOTrainer
 
@@ -76,7 +75,9 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier,
         trackers_in(run_dir),
     ):
-        rewards = reward_functions(recipe.rewards, verifier)  # a user's own one fails here, before the model is loaded
+        finite = FiniteRewards()
+        # A user's own function fails here, before the model is loaded.
+        rewards = [finite.watching(function) for function in reward_functions(recipe.rewards, verifier)]
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
@@ -94,11 +95,20 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             if ranks.is_main():
                 write_json(run_dir.evaluation, evaluation)
 
+        def troubles() -> dict[str, float]:
+            return ranks.summed(
+                {
+                    "verifier_timeouts": verifier.timeouts,
+                    "verifier_crashes": verifier.crashes,
+                    "nonfinite_rewards": finite.replaced,
+                }
+            )
+
         evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
         if checkpoint is None:
             measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
-        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, verifier, mirrors, stop)
+        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop)
         started = time.perf_counter()
         with stop, _only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -108,10 +118,10 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             _save_adapter(policy.model, run_dir)
         if not (stop.requested or guard.gave_up):
             measure("after")
-        troubles = trainer.more_figures() | {"steps skipped as not finite": guard.skipped}
+        counts = troubles() | {"steps skipped as not finite": guard.skipped}
         done, steps = trainer.state.global_step, trainer.args.max_steps
         if ranks.is_main():
-            _close_run(run_dir, fitted, policy.base_name, evaluation, seconds, done, troubles)
+            _close_run(run_dir, fitted, policy.base_name, evaluation, seconds, done, counts)
             mirrors.finish()
         ranks.wait()  # where one process ends with an error, the launcher ends the others
     if guard.gave_up:
@@ -149,52 +159,51 @@ def _trainer(
     policy: "Policy",
     examples: list["Example"],
     rewards: list[RewardFunction],
-    verifier: "Verifier",
+    troubles: Callable[[], dict[str, float]],
     mirrors: Mirrors,
     stop: "OrderlyStop",
 ) -> "APOTrainer":
+    """The drop-in trainer, with the run's record as callbacks."""
+    from transformers import PrinterCallback, ProgressCallback
+
     from apo_lora.data.examples import prompt_dataset, training_order
-    from apo_lora.rollout.record import rollout_writer
-    from apo_lora.rollout.trl_config import grpo_config
+    from apo_lora.rollout.record import CompletionsWriter
+    from apo_lora.rollout.training_arguments import refuse_changes, training_arguments
     from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave
+    from apo_lora.run.hooks import Figures
+    from apo_lora.run.sealing import SealedCheckpoints
     from apo_lora.trainer import APOTrainer
 
-    finite = FiniteRewards()
     steps = recipe.total_steps(len(examples))
     # Whole rollouts, also where the last one feeds more steps than are left.
     num_rollouts = -(-steps // recipe.steps_per_rollout)
     order = training_order(len(examples), num_rollouts * recipe.prompts_per_rollout, recipe.train.seed)
-
-    def troubles() -> dict[str, float]:
-        return ranks.summed(
-            {
-                "verifier_timeouts": verifier.timeouts,
-                "verifier_crashes": verifier.crashes,
-                "nonfinite_rewards": finite.replaced,
-            }
-        )
-
-    def checkpoint_saved() -> None:
-        mirrors.copy()
-        run_dir.remove_old_checkpoints(recipe.train.keep_checkpoints, spare=mirrors.in_use)
-
-    return APOTrainer(
-        recipe=recipe,
-        run_dir=run_dir,
-        record_rollout=rollout_writer(run_dir, examples) if recipe.output.log_completions else None,
-        more_figures=troubles,
-        checkpoint_saved=checkpoint_saved,
-        model=policy.model,
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    record = [
+        *([CompletionsWriter(run_dir, examples)] if recipe.output.log_completions else []),
+        *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
+        *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),
+    ]
+    arguments = training_arguments(recipe, policy, run_dir.checkpoints, steps)
+    trainer = APOTrainer(
+        policy.model,
+        rewards,
+        arguments,
         processing_class=policy.processor,
-        args=grpo_config(recipe, policy, run_dir.checkpoints, steps),
         train_dataset=prompt_dataset(examples, recipe.data, order),
-        reward_funcs=[finite.watching(function) for function in rewards],
         callbacks=[
-            *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
-            *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),
+            Figures(troubles),
+            *record,
+            SealedCheckpoints(run_dir, trained, mirrors, recipe.train.keep_checkpoints),
             stop,
         ],
     )
+    refuse_changes(trainer.args, vars(arguments), by=type(trainer).__mro__[1])
+    for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; Screen has words
+        trainer.remove_callback(upstream_screen)
+    trainer.create_model_card = lambda *args, **kwargs: None  # ours is written once, at the end
+    trainer.nonfinite_guard.skipped = run_dir.last_metrics().get("skipped_nonfinite_steps", 0)
+    return trainer
 
 
 def _close_run(

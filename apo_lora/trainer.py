@@ -9,100 +9,107 @@ and steps. Overridden are:
     _generate_single_turn                    reads each prompt once for its G completions, its images processed once
     _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
-    training_step                            tells the NaN guard the loss
-    log, _save_checkpoint                    one record per step; checkpoints that are sealed when whole
+    training_step                            collects the step's figures, tells the guard against NaN the loss
+    log, _save_checkpoint, _save_rng_state   figures beside TRL's; callbacks around checkpoints; several processes
 
 Imported after the engine is chosen, since the base class is fixed at import.
 """
 
+import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from apo_lora.apo import apo_loss
+from apo_lora.config import APOConfig
 from apo_lora.machine import ranks
 from apo_lora.machine.memory import peak_memory
 from apo_lora.policy.batches import row_slices
-from apo_lora.policy.loading import reference_mode
+from apo_lora.policy.loading import reference_mode, vision_token_ids
 from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import obstacle
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once
 from apo_lora.policy.shared_prompt.vision_features import image_features, tower_is_frozen
-from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.functions import completion_text
-from apo_lora.rollout.credit import Rollout, ScoredRollout, score_rollout
+from apo_lora.rollout.credit import Rollout, credit_rule
 from apo_lora.rollout.group_images import RowPixels, images_processed_once
 from apo_lora.rollout.sampling import generation_fault, watched_forwards, without_dropout
-from apo_lora.rollout.trl_config import changed_values
 from apo_lora.rollout.zero_variance import resampled, without_rows, without_variance
 from apo_lora.run.callbacks import NonFiniteGuard
-from apo_lora.run.directory import RunDir, seal_checkpoint
-from apo_lora.run.disk import room_for_checkpoint
-
-KEPT_LOGS = 50
-"""Steps whose figures stay in memory; metrics.jsonl has all."""
+from apo_lora.run.hooks import APOCallback
 
 
 class APOTrainer(GRPOTrainer):
-    """GRPO with DADS and STCR on a LoRA policy; the reference is the same model with its adapters off."""
+    """GRPO with DADS and STCR on a LoRA policy, in the place of `trl.GRPOTrainer` and with its arguments.
 
-    def __init__(
-        self,
-        *,
-        recipe: Recipe,
-        run_dir: RunDir,
-        record_rollout: Callable[[int, ScoredRollout], None] | None = None,
-        more_figures: Callable[[], dict[str, float]] = dict,
-        checkpoint_saved: Callable[[], None] = lambda: None,
-        **trainer_arguments: Any,
-    ):
-        """`record_rollout(step, scored)` is called once per rollout, on the main process alone, `more_figures()` once
-        per optimizer step, and `checkpoint_saved()` on the main process when one is whole."""
-        asked = dict(vars(trainer_arguments["args"]))
-        super().__init__(**trainer_arguments)
-        changed = changed_values(self.args, asked)  # Unsloth's trainer decides precision again, for example
-        assert not changed, f"{type(self).__mro__[1].__name__} changed its configuration: {'; '.join(changed)}"
-        for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; callbacks.Screen has words
-            self.remove_callback(upstream_screen)
-        self.recipe = recipe
-        self.run_dir = run_dir
-        self.record_rollout = record_rollout
-        self.more_figures = more_figures
-        self.checkpoint_saved = checkpoint_saved
-        self.pass_size = PassSize(recipe.grpo.completions_per_pass)
-        self.shares_prompts = recipe.grpo.shared_prompt
+    The reference is the same model with its adapter off: no second model and no copy of the adapter is made. `args` is
+    an APOConfig. Callbacks may be APOCallbacks. Raises ValueError for a model without an adapter, and for tools.
+    """
+
+    def __init__(self, model, reward_funcs=None, args: APOConfig | None = None, *arguments: Any, **named: Any):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = APOConfig(f"{Path(name).name}-APO")
+        if not isinstance(args, APOConfig):
+            raise ValueError(f"APOTrainer: args is a {type(args).__name__}; give an APOConfig, with the same arguments")
+        if any(named.get(name) for name in ("tools", "environment_factory", "rollout_func")):
+            raise ValueError("APOTrainer: tools, environments and rollout functions are not supported; leave them out")
+        # With a beta, TRL would copy the fresh adapter as a reference policy, and run a pass of its own over it.
+        super().__init__(model, reward_funcs, _without_beta(args), *arguments, **named)
+        self.args.beta = args.beta
+        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            raise ValueError("APOTrainer: the model has no adapter; give peft_config=LoraConfig(...), or a PeftModel")
+        self._never_sample(vision_token_ids(self.processing_class))
+        self.credit_of = credit_rule(self.args, self.reward_func_names, self.reward_weights)
+        self.pass_size = PassSize(self.args.per_device_train_batch_size)
+        self.shares_prompts = self.args.shared_prompt
         if self.shares_prompts and (reason := obstacle(self.model)):
-            tqdm.write(f"grpo.shared_prompt: {reason}; every completion is scored with a prompt of its own")
+            tqdm.write(f"shared_prompt: {reason}; every completion is scored with a prompt of its own")
             self.shares_prompts = False
         self.rollout_features: list[Tensor | None] | None = None
         self.rollout_pixels: RowPixels = []
         self.trained_parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.nonfinite_guard = NonFiniteGuard(
-            self.model,
-            recipe.train.max_nonfinite_steps,
-            skipped_before=run_dir.last_metrics().get("skipped_nonfinite_steps", 0),
-            scaler=lambda: self.accelerator.scaler,
+            self.model, self.args.max_nonfinite_steps, scaler=lambda: self.accelerator.scaler
         )
         self.add_callback(self.nonfinite_guard)
         self.rollout_figures: dict[str, float | None] = {}
-        self._start_step()
-
-    def _start_step(self) -> None:
+        self.logged: dict[str, list[float]] = defaultdict(list)
         self.step_figures = StepFigures()
+        self._start_log_window()
+
+    def _never_sample(self, token_ids: list[int]) -> None:
+        """A sampled image token has no pixels, and breaks the next forward pass."""
+        if self.use_vllm:
+            return
+        # Sampling from logits with a NaN raises (on a GPU it ends the process); scored, they cost one step alone.
+        options = {"remove_invalid_values": True, **({"suppress_tokens": token_ids} if token_ids else {})}
+        self.generation_config.update(**options)
+        self.generation_kwargs.update(options)
+
+    def _start_log_window(self) -> None:
         self.seconds = {"generate": 0.0, "reward": 0.0, "score": 0.0}
         self.sampled_tokens = 0.0
-        self.step_started = time.perf_counter()
+        self.steps_in_window = 0
+        self.window_started = time.perf_counter()
+
+    @property
+    def _apo_callbacks(self) -> list[APOCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, APOCallback)]
 
     # --- rollout -----------------------------------------------------------------------------------------------------
 
@@ -110,10 +117,10 @@ class APOTrainer(GRPOTrainer):
         started = time.perf_counter()
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.rollout = Rollout(
-            indices=ranks.gathered([example["index"] for example in inputs]),
-            golds=ranks.gathered([example["answer"] for example in inputs]),
+            indices=ranks.gathered([example.get("index") for example in inputs]),
             texts=ranks.gathered([completion_text(completion) for completion in completions]),
-            rewards_BF=rewards_BF.nan_to_num(0.0),  # gathered already; a reward function's None gives nothing
+            # Gathered already. A reward function's None gives nothing, and neither does what is not finite.
+            rewards_BF=rewards_BF.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
             lengths_B=rewards_BF.new_tensor(ranks.gathered([len(ids) for ids in completion_ids_list])),
             truncated_B=rewards_BF.new_tensor(
                 ranks.gathered([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
@@ -135,10 +142,14 @@ class APOTrainer(GRPOTrainer):
             self.rollout_features = features
         return output
 
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
     def _groups(self, rows: int) -> list[int]:
         """Which prompt each of this process's rows answers, counted over all processes: a group may lie on two."""
         first = ranks.rank() * rows
-        return [place // self.recipe.grpo.num_generations for place in range(first, first + rows)]
+        return [place // self._group_size for place in range(first, first + rows)]
 
     @property
     def _inner_model(self) -> nn.Module:
@@ -167,8 +178,8 @@ class APOTrainer(GRPOTrainer):
                 batch = super()._generate_and_score_completions(inputs)
         except torch.OutOfMemoryError:
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
-        fault = generation_fault(forwards)
-        assert self.use_vllm or fault is None, f"{fault} while sampling"  # vLLM has a cache and passes of its own
+        if not (self.use_vllm or self.use_transformers_continuous_batching) and (fault := generation_fault(forwards)):
+            warnings.warn(f"{fault} while sampling, which takes many times as long", RuntimeWarning, stacklevel=2)
         self.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
         self.seconds["reward"] += self.rollout.seconds_for_rewards
         self.sampled_tokens += self.rollout.lengths_B.sum().item()
@@ -178,10 +189,11 @@ class APOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch, rollout = self._sample(inputs)
-        scored = score_rollout(rollout, self.recipe)
-        on_zero_variance, num_resampled = self.recipe.grpo.zero_variance_groups, 0
-        if on_zero_variance == "resample":
-            batch, scored, num_resampled = resampled(batch, scored, self.recipe, self._other_items, self._sample)
+        credit_of = replace(self.credit_of, num_generations=self._group_size)
+        scored = credit_of(rollout)
+        on_zero_variance, num_resampled = self.args.zero_variance_groups, 0
+        if on_zero_variance == "resample" and self.model.training:
+            batch, scored, num_resampled = resampled(batch, scored, credit_of, self._other_items, self._sample)
         own = slice(ranks.rank() * len(inputs), (ranks.rank() + 1) * len(inputs))  # groups may lie across processes
         # Whatever is in the batch is split along with it.
         batch["advantages"] = scored.credit.advantages_NG.flatten()[own]
@@ -189,21 +201,24 @@ class APOTrainer(GRPOTrainer):
         batch["correct"] = scored.correct_NG.flatten()[own]
         is_skipped_N = without_variance(scored) & (on_zero_variance != "keep")
         if is_skipped_N.any():
-            batch = without_rows(batch, is_skipped_N.repeat_interleave(self.recipe.grpo.num_generations)[own])
+            batch = without_rows(batch, is_skipped_N.repeat_interleave(self._group_size)[own])
         self._score_frozen_policies(batch)
+        if not self.model.training:
+            return batch
         self.rollout_figures = {
-            **scored.figures(self.recipe),
+            **scored.figures(self.reward_func_names),
             "resampled_groups": float(num_resampled),
             "skipped_groups": is_skipped_N.sum().item(),
             "tokens_per_second": self.sampled_tokens / self.seconds["generate"],
         }
-        if self.record_rollout and ranks.is_main():
-            self.record_rollout(self.state.global_step + 1, scored)
+        if ranks.is_main():
+            for callback in self._apo_callbacks:
+                callback.on_rollout(self.state.global_step + 1, scored)
         return batch
 
     def _other_items(self, number: int, round_number: int) -> list[dict[str, Any]]:
         """Prompts in the place of others; the same ones where a run is continued."""
-        rng = random.Random(f"{self.recipe.train.seed} {self.state.global_step} {round_number}")
+        rng = random.Random(f"{self.args.seed} {self.state.global_step} {round_number}")
         return [self.train_dataset[rng.randrange(len(self.train_dataset))] for _ in range(number)]
 
     # --- scoring and loss --------------------------------------------------------------------------------------------
@@ -215,7 +230,7 @@ class APOTrainer(GRPOTrainer):
                 batch,
                 temperature=self.temperature,
                 rows_per_pass=rows_per_pass,
-                entropy_gradient=self.recipe.apo.entropy_coef > 0,
+                entropy_gradient=self.args.entropy_coef > 0,
             )
 
     def _with_shared_prompts(self, rollout: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +277,7 @@ class APOTrainer(GRPOTrainer):
         loss that is returned is a leaf: the Trainer's own backward ends at it.
         """
         # Before the passes: out of memory repeats them on one process alone, and this asks all of them.
-        totals = self._step_totals()
+        totals = self._step_totals(inputs)
         # The micro-batch's own gradients come apart, so that dropping them undoes what a failed attempt left behind.
         accumulated = [parameter.grad for parameter in self.trained_parameters]
 
@@ -281,7 +296,7 @@ class APOTrainer(GRPOTrainer):
         for parameter, gradient in zip(self.trained_parameters, accumulated, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-        for done in passes:
+        for done in passes if model.training else ():
             self.step_figures.add(done)
         return torch.stack([done.loss for done in passes]).sum().requires_grad_(torch.is_grad_enabled())
 
@@ -294,6 +309,10 @@ class APOTrainer(GRPOTrainer):
                     parameter.grad = torch.zeros_like(parameter)
             # The scoring pass calls the inner model, around the wrapper that would average gradients.
             ranks.sum_gradients(self.trained_parameters)
+            for name, value in {**self.rollout_figures, **self.step_figures.over_ranks()}.items():
+                self.logged[name] += [value] if value is not None else []  # None is the mean of nothing
+            self.step_figures = StepFigures()
+            self.steps_in_window += 1
         return loss
 
     def _forward(self, inputs: dict[str, Any], num_tokens: float, num_sequences: float) -> Pass:
@@ -306,20 +325,21 @@ class APOTrainer(GRPOTrainer):
             inputs["completion_mask"],
             inputs["advantages"],
             inputs["kl_weights"],
-            beta=self.recipe.grpo.beta,
-            epsilon=self.recipe.grpo.epsilon,
+            beta=self.args.beta,
+            epsilon=self.args.epsilon,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
             entropies_BT=entropies,
-            entropy_coef=self.recipe.apo.entropy_coef,
+            entropy_coef=self.args.entropy_coef,
         )
         return Pass(inputs, loss, figures, logps, entropies)
 
-    def _step_totals(self) -> tuple[float, float]:
+    def _step_totals(self, inputs: dict[str, Any]) -> tuple[float, float]:
         """Tokens and sequences that this optimizer step trains on, over all its micro-batches and processes."""
         passes = self.current_gradient_accumulation_steps
         first = self._step % self.args.steps_per_generation // passes * passes
-        masks = [batch["completion_mask"] for batch in self._buffered_inputs[first : first + passes]]
+        step = self._buffered_inputs[first : first + passes] if self.model.training else [inputs]
+        masks = [batch["completion_mask"] for batch in step]
         counts = {
             "tokens": sum(mask.sum().item() for mask in masks),
             "sequences": sum(mask.any(dim=-1).sum().item() for mask in masks),
@@ -327,44 +347,40 @@ class APOTrainer(GRPOTrainer):
         tokens, sequences = ranks.summed(counts).values()
         return max(tokens, 1), max(sequences, 1)
 
-    # --- record ------------------------------------------------------------------------------------------------------
+    # --- figures and checkpoints -------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics["train"].clear()  # TRL's own figures: ours cover them, under one name each
-        if "grad_norm" in logs:  # an optimizer step; the other call is the summary at the end of training
-            logs = {
-                **self.rollout_figures,
-                **self.step_figures.over_ranks(),
-                "grad_norm": logs["grad_norm"],
-                "learning_rate": logs["learning_rate"],
-                "skipped_nonfinite_steps": self.nonfinite_guard.skipped,
-                **self.more_figures(),
-                **self._step_cost(),
-            }
-            self._start_step()
-        Trainer.log(self, logs, start_time)
-        del self.state.log_history[:-KEPT_LOGS]  # it would grow in memory and in every checkpoint
+        """TRL's figures and ours, means over the optimizer steps since the last line; ours where both have a name."""
+        if self.steps_in_window and "grad_norm" in logs:  # not of an evaluation, nor the summary at the end
+            own = {name: sum(values) / len(values) if values else None for name, values in self.logged.items()}
+            own |= {"skipped_nonfinite_steps": self.nonfinite_guard.skipped}
+            for callback in self._apo_callbacks:
+                own |= callback.figures()
+            own |= self._step_cost()
+            for name in own:
+                self._metrics["train"].pop(name, None)
+            logs = {**logs, **own}
+            self.logged.clear()
+            self._start_log_window()
+        super().log(logs, start_time)
 
     def _step_cost(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.step_started
+        """Of one optimizer step."""
+        seconds = (time.perf_counter() - self.window_started) / self.steps_in_window
+        phases = {phase: spent / self.steps_in_window for phase, spent in self.seconds.items()}
         return {
-            **{f"seconds_{phase}": spent for phase, spent in self.seconds.items()},
-            "seconds_train": seconds - sum(self.seconds.values()),
+            **{f"seconds_{phase}": spent for phase, spent in phases.items()},
+            "seconds_train": seconds - sum(phases.values()),
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(),
         }
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Ours is written once, at the end, into the run directory."""
-
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with room_for_checkpoint(self.run_dir, folder, self.trained_parameters):
+        with ExitStack() as inside:
+            for callback in self._apo_callbacks:
+                inside.enter_context(callback.around_save(folder))
             super()._save_checkpoint(model, trial)
-            if ranks.is_main():
-                seal_checkpoint(folder)
-        if ranks.is_main():
-            self.checkpoint_saved()
         ranks.wait()  # nobody trains on, or ends, beside a checkpoint that is half there
 
     def _save_rng_state(self, output_dir):
@@ -375,3 +391,9 @@ class APOTrainer(GRPOTrainer):
         if ranks.is_main():
             for name, content in files:
                 (Path(output_dir) / name).write_bytes(content)
+
+
+def _without_beta(args: APOConfig) -> APOConfig:
+    args = copy.copy(args)
+    args.beta = 0.0
+    return args

@@ -26,7 +26,7 @@ from apo_lora.policy.loading import load_policy  # noqa: E402
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
 from apo_lora.rollout.credit import score_rollout  # noqa: E402
-from apo_lora.rollout.trl_config import grpo_config  # noqa: E402
+from apo_lora.rollout.training_arguments import training_arguments  # noqa: E402
 from apo_lora.run.directory import RunDir, write_json  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from benchmarks.gpu.witness import stir  # noqa: E402
@@ -46,13 +46,11 @@ def build_trainer(recipe: Recipe, folder: Path) -> APOTrainer:
     run_dir.create()
     length_parity.__name__ = "accuracy"
     return APOTrainer(
-        recipe=recipe,
-        run_dir=run_dir,
-        model=policy.model,
+        policy.model,
+        [length_parity],
+        training_arguments(recipe, policy, run_dir.checkpoints, 1),
         processing_class=policy.processor,
-        args=grpo_config(recipe, policy, run_dir.checkpoints, 1),
         train_dataset=prompt_dataset(examples, recipe.data),
-        reward_funcs=[length_parity],
     )
 
 

@@ -109,7 +109,7 @@ def make_batch():
 def make_trainer(tmp_path, load_tiny):
     """APOTrainer on the tiny model by a recipe of tiny_trainer.recipe_of, with rewards that vary in every group."""
     from apo_lora.data.examples import load_examples, prompt_dataset
-    from apo_lora.rollout.trl_config import grpo_config
+    from apo_lora.rollout.training_arguments import training_arguments
     from apo_lora.run.directory import RunDir
     from apo_lora.trainer import APOTrainer
 
@@ -126,13 +126,11 @@ def make_trainer(tmp_path, load_tiny):
         run_dir.create()
         examples = load_examples("boards", recipe.data, split="train", limit=recipe.data.limit).examples
         return APOTrainer(
-            recipe=recipe,
-            run_dir=run_dir,
-            model=policy.model,
+            policy.model,
+            [reward],
+            training_arguments(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
             processing_class=policy.processor,
-            args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
             train_dataset=prompt_dataset(examples, recipe.data),
-            reward_funcs=[reward],
         )
 
     return make

@@ -201,10 +201,10 @@ def test_4bit_trains_on_the_cpu(make_trainer):
 
 
 def test_config_values_survive_construction(load_tiny, tmp_path):
-    from apo_lora.rollout.trl_config import config_values, grpo_config
+    from apo_lora.rollout.training_arguments import config_values, training_arguments
 
     policy, recipe = load_tiny(), recipe_of()
-    config = grpo_config(recipe, policy, tmp_path, 2)
+    config = training_arguments(recipe, policy, tmp_path, 2)
     for key, value in config_values(recipe, policy, tmp_path, 2).items():
         if key not in ("report_to", "optim", "lr_scheduler_type", "save_strategy"):
             assert getattr(config, key) == value, key
@@ -375,7 +375,7 @@ def test_a_model_that_cannot_share_prompts_trains_all_the_same(make_trainer, mon
     expected = step_gradient(make_trainer(recipe_of(train={"max_steps": 1})))
     monkeypatch.setattr(module, "obstacle", lambda model: "not today")
     trainer = make_trainer(recipe_of(train={"max_steps": 1}))
-    assert capsys.readouterr().out.count("grpo.shared_prompt: not today") == 1
+    assert capsys.readouterr().out.count("shared_prompt: not today") == 1
     passes = watch_passes(trainer)
     gradient = step_gradient(trainer)
     assert all("group" not in rows for rows in passes)

@@ -237,8 +237,9 @@ def is_4bit(model: nn.Module) -> bool:
 
 
 def vision_token_ids(processor: Any) -> list[int]:
-    """Ids that must never be sampled: a generated image token has no pixels, and breaks the next forward pass."""
-    vocabulary = processor.tokenizer.get_vocab()
+    """Ids of a processor (or tokenizer) that must never be sampled: a generated image token has no pixels, and breaks
+    the next forward pass."""
+    vocabulary = getattr(processor, "tokenizer", processor).get_vocab()
     return [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
 
 

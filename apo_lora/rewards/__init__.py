@@ -1,1 +1,5 @@
-"""Text in, reward out: the scores, the verifier's process, the user's own functions, and their check."""
+"""What completions earn: final answers found, read and compared; the form they keep; rewards of one's own. No torch."""
+
+from apo_lora.rewards.scores import accuracy_reward, format_reward
+
+__all__ = ["accuracy_reward", "format_reward"]

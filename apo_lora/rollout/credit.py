@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apo_lora.apo import Credit, assign_credit
-from apo_lora.recipe.schema import Recipe
+from apo_lora.config import APOConfig
 from apo_lora.run.metrics import rollout_metrics
 
 
@@ -19,9 +19,8 @@ from apo_lora.run.metrics import rollout_metrics
 class Rollout:
     """In the order of the rollout, process after process: prompt by prompt, G completions each."""
 
-    indices: list[int]
-    """Which example each completion answers."""
-    golds: list[str]
+    indices: list[int | None]
+    """The column `index` of each completion's prompt, where the data set has one."""
     texts: list[str]
     rewards_BF: Tensor
     lengths_B: Tensor
@@ -49,10 +48,10 @@ class ScoredRollout:
     correct_NG: Tensor
     credit: Credit
 
-    def figures(self, recipe: Recipe) -> dict[str, float | None]:
-        """For the record of the step."""
+    def figures(self, reward_names: Sequence[str]) -> dict[str, float | None]:
+        """For the record of the step; `reward_names` are those of the F columns."""
         groups, rollout = self.rewards_NG.shape, self.rollout
-        columns = zip(recipe.rewards.functions, rollout.rewards_BF.T, strict=True)
+        columns = zip(reward_names, rollout.rewards_BF.T, strict=True)
         return {
             **rollout_metrics(
                 self.rewards_NG,
@@ -66,22 +65,50 @@ class ScoredRollout:
         }
 
 
-def score_rollout(rollout: Rollout, recipe: Recipe) -> ScoredRollout:
-    """Weighs the rewards, and gives every completion its credit by the recipe's APO keys."""
-    groups = (-1, recipe.grpo.num_generations)
-    weights_F = rollout.rewards_BF.new_tensor(recipe.rewards.weights or [1.0] * rollout.rewards_BF.shape[1])
-    rewards_NG = (rollout.rewards_BF * weights_F).sum(dim=-1).view(groups)
-    correct_column = recipe.rewards.functions.index(recipe.rewards.correct_by)
-    correct_NG = (rollout.rewards_BF[:, correct_column] == 1).float().view(groups)
-    apo = recipe.apo
-    credit = assign_credit(
-        rewards_NG,
-        correct_NG,
-        rollout.lengths_B.view(groups),
-        dads=apo.dads is not None,
-        dads_shape=apo.dads or "constant",
-        stcr=apo.stcr is not None,
-        stcr_base=apo.stcr or 1.0,
-        stcr_amplify_positive=apo.stcr_amplify_positive,
+@dataclass(frozen=True)
+class CreditRule:
+    """How rewards become credit: everything of apo.assign_credit that a run decides."""
+
+    num_generations: int
+    weights_F: Tensor
+    """A factor for each reward function."""
+    correct_column: int
+    """Which reward function says that a completion is correct."""
+    correct_from: float
+    """The value of that reward from which on it is."""
+    dads: str | None
+    stcr: float | None
+    stcr_amplify_positive: bool
+
+    def __call__(self, rollout: Rollout) -> ScoredRollout:
+        groups = (-1, self.num_generations)
+        rewards_NG = (rollout.rewards_BF * self.weights_F.to(rollout.rewards_BF.device)).sum(dim=-1).view(groups)
+        correct_NG = (rollout.rewards_BF[:, self.correct_column] >= self.correct_from).float().view(groups)
+        credit = assign_credit(
+            rewards_NG,
+            correct_NG,
+            rollout.lengths_B.view(groups),
+            dads=self.dads is not None,
+            dads_shape=self.dads or "constant",
+            stcr=self.stcr is not None,
+            stcr_base=self.stcr or 1.0,
+            stcr_amplify_positive=self.stcr_amplify_positive,
+        )
+        return ScoredRollout(rollout, rewards_NG, correct_NG, credit)
+
+
+def credit_rule(config: APOConfig, reward_names: Sequence[str], weights_F: Tensor) -> CreditRule:
+    """Raises ValueError where `config.correct_by` names none of the reward functions."""
+    if config.correct_by not in (None, *reward_names):
+        raise ValueError(
+            f"APOConfig: correct_by={config.correct_by!r} is not a reward function; there are {', '.join(reward_names)}"
+        )
+    return CreditRule(
+        num_generations=config.num_generations,
+        weights_F=weights_F,
+        correct_column=reward_names.index(config.correct_by) if config.correct_by else 0,
+        correct_from=config.correct_from,
+        dads=config.dads,
+        stcr=config.stcr,
+        stcr_amplify_positive=config.stcr_amplify_positive,
     )
-    return ScoredRollout(rollout, rewards_NG, correct_NG, credit)

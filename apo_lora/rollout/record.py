@@ -1,22 +1,27 @@
 """completions.jsonl: every sampled completion with what it earned and what it weighed."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from apo_lora.data.examples import Example
 from apo_lora.data.images import ImageRef
 from apo_lora.rollout.credit import ScoredRollout
 from apo_lora.run.directory import RunDir, append_jsonl, replacing
+from apo_lora.run.hooks import APOCallback
 
 
-def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, ScoredRollout], None]:
-    """The `record_rollout` of APOTrainer: one row per completion, and the picture of each prompt."""
+class CompletionsWriter(APOCallback):
+    """One row of completions.jsonl per completion, and the picture of each prompt."""
 
-    def write(step: int, scored: ScoredRollout) -> None:
+    def __init__(self, run_dir: RunDir, examples: list[Example]):
+        """`examples`: what the data set's column `index` counts through."""
+        self.run_dir = run_dir
+        self.examples = examples
+
+    def on_rollout(self, step: int, scored: ScoredRollout) -> None:
         rollout, credit = scored.rollout, scored.credit
         columns = {
             "completion": rollout.texts,
-            "gold": rollout.golds,
+            "gold": [self.examples[index].answer for index in rollout.indices],
             "rewards": rollout.rewards_BF.tolist(),
             "reward": scored.rewards_NG.flatten().tolist(),
             "correct": scored.correct_NG.flatten().bool().tolist(),
@@ -27,14 +32,12 @@ def rollout_writer(run_dir: RunDir, examples: list[Example]) -> Callable[[int, S
             "stcr_multiplier": credit.stcr_multipliers_NG.flatten().tolist(),
         }
         append_jsonl(
-            run_dir.completions,
+            self.run_dir.completions,
             (
-                {"step": step, **_prompt(examples[index], run_dir), **dict(zip(columns, values, strict=True))}
+                {"step": step, **_prompt(self.examples[index], self.run_dir), **dict(zip(columns, values, strict=True))}
                 for index, *values in zip(rollout.indices, *columns.values(), strict=True)
             ),
         )
-
-    return write
 
 
 def _prompt(example: Example, run_dir: RunDir) -> dict[str, object]:

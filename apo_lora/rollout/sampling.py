@@ -93,13 +93,16 @@ def watched_forwards(model: nn.Module) -> Iterator[list[Forward]]:
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         forwards.append(
             Forward(
-                length=kwargs["inputs_embeds"].shape[1],
+                length=next(kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None).shape[
+                    1
+                ],
                 cached=kwargs.get("past_key_values") is not None,
                 checkpointing=module.training and getattr(module, "gradient_checkpointing", False),
             )
         )
 
-    language_model = model.get_base_model().model.language_model
+    inner_model = model.get_base_model().model
+    language_model = getattr(inner_model, "language_model", inner_model)  # a text model is one itself
     handle = language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield forwards

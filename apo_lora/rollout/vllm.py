@@ -8,6 +8,7 @@ otherwise, and no importance weights correct for it. None of this has run on a G
 from typing import Any
 
 from apo_lora.machine.versions import VLLM, installed
+from apo_lora.policy.loading import vision_token_ids
 from apo_lora.recipe.schema import Recipe
 
 NEVER = -100.0
@@ -38,19 +39,16 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def generation_values(recipe: Recipe, never_sampled: list[int]) -> dict[str, Any]:
-    """GRPOConfig's keys on who samples; the tokens `never_sampled` are held back in either one's own words."""
+def generation_values(recipe: Recipe, processor: Any) -> dict[str, Any]:
+    """APOConfig's keys on who samples. The trainer holds vision tokens back from generate(), and this from vLLM."""
     if recipe.rollout.engine != "vllm":
-        # Sampling from logits with a NaN raises (on a GPU it ends the process); scored, they cost one step alone.
-        kwargs = {"suppress_tokens": never_sampled, "remove_invalid_values": True}
-        return {"use_vllm": False, "generation_kwargs": kwargs}
+        return {"use_vllm": False}
     return {
         "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": recipe.rollout.vllm_gpu_memory_utilization,
         "vllm_max_model_length": _max_length(recipe),
-        "vllm_importance_sampling_correction": False,  # it would multiply into TRL's loss, which ours replaces
-        "generation_kwargs": {"logit_bias": dict.fromkeys(never_sampled, NEVER)},
+        "generation_kwargs": {"logit_bias": dict.fromkeys(vision_token_ids(processor), NEVER)},
     }
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from apo_lora.policy.batches import Batch, with_rows_replaced
-from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.credit import Rollout, ScoredRollout, score_rollout
+from apo_lora.rollout.credit import CreditRule, Rollout, ScoredRollout
 
 MOST_ROUNDS = 2
 """Times that other prompts are sampled; each costs generation time, and on easy or hopeless data all are in vain."""
@@ -26,7 +25,7 @@ def without_variance(scored: ScoredRollout) -> Tensor:
 def resampled(
     batch: dict[str, Any],
     scored: ScoredRollout,
-    recipe: Recipe,
+    credit_of: CreditRule,
     draw: Callable[[int, int], list[dict[str, Any]]],
     sample: Callable[[list[dict[str, Any]]], Sampled],
 ) -> tuple[dict[str, Any], ScoredRollout, int]:
@@ -35,7 +34,7 @@ def resampled(
     `draw(number, round)` gives other prompts' items, and `sample(items)` a rollout of them, G items to a prompt. Groups
     that still have no variance after MOST_ROUNDS stay.
     """
-    num_generations, sampled = recipe.grpo.num_generations, 0
+    num_generations, sampled = credit_of.num_generations, 0
     for number in range(MOST_ROUNDS):
         groups = without_variance(scored).nonzero().flatten().tolist()
         if not groups:
@@ -44,7 +43,7 @@ def resampled(
         other_batch, other_rollout = sample(others)
         rows = [group * num_generations + place for group in groups for place in range(num_generations)]
         batch = with_rows_replaced(batch, rows, other_batch)
-        scored = score_rollout(scored.rollout.with_rows_replaced(rows, other_rollout), recipe)
+        scored = credit_of(scored.rollout.with_rows_replaced(rows, other_rollout))
         sampled += len(groups)
     return batch, scored, sampled
 

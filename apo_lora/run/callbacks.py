@@ -17,6 +17,9 @@ from apo_lora.machine import ranks
 from apo_lora.run.directory import RunDir, append_jsonl
 from apo_lora.run.learning_signal import ALARM_SHARE, SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 
+KEPT_LOGS = 50
+"""Steps whose figures stay in memory; metrics.jsonl has all."""
+
 
 class MetricsWriter(TrainerCallback):
     """One line of metrics.jsonl per optimizer step."""
@@ -29,6 +32,7 @@ class MetricsWriter(TrainerCallback):
             # The Trainer's epoch is its way through the run's list of prompts, not through the data.
             figures = {name: value for name, value in logs.items() if name != "epoch"}
             append_jsonl(self.run_dir.metrics, [{"step": state.global_step, **figures}])
+            del state.log_history[:-KEPT_LOGS]  # it would grow in memory and in every checkpoint
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from apo_lora.data.examples import load_examples, prompt_dataset
 from apo_lora.policy.loading import choose_dtype, limit_image_size, load_policy, lora_targets, vision_token_ids
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.trl_config import grpo_config
+from apo_lora.rollout.training_arguments import training_arguments
 from apo_lora.run.directory import RunDir
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.card import pretend_card
@@ -93,13 +93,11 @@ def build_ours(recipe: Recipe) -> APOTrainer:
     run_dir = RunDir(recipe.output.dir)
     run_dir.create()
     return APOTrainer(
-        recipe=recipe,
-        run_dir=run_dir,
-        model=policy.model,
+        policy.model,
+        [alternating],
+        training_arguments(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
         processing_class=policy.processor,
-        args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
         train_dataset=problems(recipe),
-        reward_funcs=[alternating],
     )
 
 

@@ -89,7 +89,7 @@ def test_when_the_tower_has_a_gradient(overrides, gradient):
 
 
 def test_the_rollout_is_what_trl_samples_at_once(tiny_policy, tmp_path):
-    from apo_lora.rollout.trl_config import config_values
+    from apo_lora.rollout.training_arguments import config_values
 
     recipe = recipe_of("tiny_cpu", "grpo.prompts_per_rollout=16", "train.save_steps=10")
     values = config_values(recipe, tiny_policy, tmp_path, 1)

@@ -78,15 +78,14 @@ def test_unsloth_is_asked_for_an_engine_that_holds_the_longest_row(monkeypatch):
     assert asked["max_seq_length"] == tiny.data.max_prompt_tokens + tiny.grpo.max_completion_length
 
 
-def test_grpo_config_takes_the_values(tiny_policy, tmp_path):
+def test_the_arguments_take_the_values(tiny_policy, tmp_path):
     """TRL knows every key, and vision tokens are held back in vLLM's words."""
-    from trl import GRPOConfig
-
-    from apo_lora.rollout.trl_config import changed_values, config_values
+    from apo_lora.config import APOConfig
+    from apo_lora.rollout.training_arguments import changed_values, config_values
 
     tiny = recipe_of("rollout.engine=vllm", name="tiny_cpu")
     values = config_values(tiny, tiny_policy, tmp_path, 1)
-    config = GRPOConfig(**values)
+    config = APOConfig(**values)
     assert changed_values(config, values) == []
     assert config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_importance_sampling_correction
     assert set(config.generation_kwargs["logit_bias"]) == set(vision_token_ids(tiny_policy.processor))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_trainer import KeepGradients, logged, recipe_of
 
+from apo_lora import APOCallback
 from apo_lora.policy.batches import row_slices, with_rows_replaced
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.scoring import token_logps
@@ -35,7 +36,9 @@ def run(make_trainer, how, prompts=(1,), **grpo):
         ),
         with_kwargs=True,
     )
-    trainer.record_rollout = lambda step, scored: asked.extend(scored.rollout.indices)
+    listener = APOCallback()
+    listener.on_rollout = lambda step, scored: asked.extend(scored.rollout.indices)
+    trainer.add_callback(listener)
     trainer.train()
     return logged(trainer)[0], keep.gradient, sum(height * width for height, width in rows), asked
 

@@ -21,7 +21,7 @@ def gradient(folder: Path) -> None:
     from apo_lora.machine import ranks
     from apo_lora.policy.loading import load_policy
     from apo_lora.recipe.schema import Recipe
-    from apo_lora.rollout.trl_config import grpo_config
+    from apo_lora.rollout.training_arguments import training_arguments
     from apo_lora.run.directory import RunDir
     from apo_lora.trainer import APOTrainer
 
@@ -57,13 +57,11 @@ def gradient(folder: Path) -> None:
         examples = load_examples("boards", recipe.data, split="train", limit=PROMPTS).examples
         watch = Watch()
         trainer = APOTrainer(
-            recipe=recipe,
-            run_dir=run_dir,
-            model=policy.model,
+            policy.model,
+            [accuracy],
+            training_arguments(recipe, policy, run_dir.checkpoints, 1),
             processing_class=policy.processor,
-            args=grpo_config(recipe, policy, run_dir.checkpoints, 1),
             train_dataset=prompt_dataset(examples, recipe.data),
-            reward_funcs=[accuracy],
             callbacks=[watch],
         )
         generate = trainer._generate_single_turn

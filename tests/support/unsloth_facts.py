@@ -34,7 +34,7 @@ from apo_lora.policy.shared_prompt.attention import Families, family  # noqa: E4
 from apo_lora.preflight.shared_prompt import compare_shared_prompt  # noqa: E402
 from apo_lora.recipe.schema import LoraSection, ModelSection, Recipe  # noqa: E402
 from apo_lora.rollout.sampling import generating, prompt_inputs  # noqa: E402
-from apo_lora.rollout.trl_config import changed_values, config_values, grpo_config  # noqa: E402
+from apo_lora.rollout.training_arguments import changed_values, config_values, training_arguments  # noqa: E402
 from apo_lora.run.directory import RunDir  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from benchmarks.gpu.witness import (  # noqa: E402
@@ -89,13 +89,11 @@ def build_trainer(recipe: Recipe, policy: Policy) -> APOTrainer:
     run_dir.create()
     examples = load_examples(recipe.data.train, recipe.data, split="train").examples
     return APOTrainer(
-        recipe=recipe,
-        run_dir=run_dir,
-        model=policy.model,
+        policy.model,
+        [accuracy],
+        training_arguments(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
         processing_class=policy.processor,
-        args=grpo_config(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
         train_dataset=prompt_dataset(examples, recipe.data),
-        reward_funcs=[accuracy],
     )
 
 
