@@ -1,0 +1,99 @@
+"""PyTorch's operations on the null GPU, computed by their CPU kernels: the card's memory is the host's."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+# They make or describe memory, and compute nothing.
+MEMORY = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "detach", "alias",
+    "lift_fresh", "_unsafe_view", "record_stream", "is_pinned", "_pin_memory",
+}  # fmt: skip
+
+
+def launches() -> int:
+    """Kernels and matrix products that this process asked the card for, none of which was computed."""
+    return ctypes.c_long.in_dll(ctypes.CDLL(None), "nullgpu_launches").value
+
+
+class ComputedOnCPU(TorchDispatchMode):
+    """Inside, an operation on tensors of the null GPU leaves what the CPU computes for it, in the card's memory.
+
+    Autograd, autocast and the choice of kernels happen before, as on a GPU. What does not pass PyTorch's dispatcher
+    is not computed: CUDA and Triton kernels that are called directly; launches() tells of them.
+    """
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        is_on_card = any(t.is_cuda for t in tensors) or _is_card(kwargs.get("device"))
+        if not is_on_card or any(t.is_meta for t in tensors) or _computes_nothing(func):
+            return func(*args, **kwargs)
+        return _compute(func, args, kwargs)
+
+
+def _computes_nothing(func: OpOverload) -> bool:
+    returns = func._schema.returns
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return is_view or func._schema.name.partition("::")[2] in MEMORY
+
+
+def _is_card(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _compute(func: OpOverload, args: tuple, kwargs: dict) -> Any:
+    on_card: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the CPU tensor, which is kept alive
+
+    def to_cpu(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_cuda:
+            same = _same_memory(x)
+            on_card[id(same)] = same, x
+            return same
+        if isinstance(x, torch.device) and x.type == "cuda":
+            return torch.device("cpu")
+        return None if isinstance(x, torch.Generator) else x
+
+    def to_card(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return on_card[id(x)][1] if id(x) in on_card else _on_card(x)
+
+    name = func._schema.name.partition("::")[2]
+    cpu_args, cpu_kwargs = tree_map(to_cpu, (args, kwargs))
+    for key in ("pin_memory", "non_blocking"):
+        cpu_kwargs.pop(key, None)
+    result = func(*cpu_args, **cpu_kwargs)
+    if name == "copy_":  # writes into its first argument, wherever that is
+        return args[0]
+    if name == "_to_copy" and not _is_card(kwargs.get("device") or args[0].device):
+        return result
+    return tree_map(to_card, result)
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    """A CPU tensor in the memory of one on the card."""
+    storage = tensor.untyped_storage()
+    if tensor.numel() == 0 or storage.nbytes() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    memory = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
+    cpu_storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    cpu_tensor = torch.empty(0, dtype=tensor.dtype)
+    return cpu_tensor.set_(cpu_storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _on_card(tensor: Tensor) -> Tensor:
+    copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda")
+    if tensor.numel():
+        _same_memory(copy).copy_(tensor)
+    return copy
