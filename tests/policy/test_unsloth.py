@@ -117,15 +117,16 @@ def test_values_of_ours_survive_and_changed_ones_are_caught(facts):
     assert "per_device_train_batch_size" in config["odd batch"]
 
 
-def test_a_trainer_that_changes_its_configuration_is_caught(monkeypatch):
+def test_a_trainer_that_changes_its_configuration_is_refused(monkeypatch):
     from apo_lora.trainer import APOTrainer
 
     def decide_again(self, args):
-        args.bf16, self.args = True, args
+        args.bf16, args.bf16_full_eval, self.args = True, True, args
 
     monkeypatch.setattr(APOTrainer.__mro__[1], "__init__", decide_again)
-    with pytest.raises(AssertionError, match="bf16 is True, not False"):
-        APOTrainer(recipe=None, run_dir=None, args=SimpleNamespace(bf16=False, beta=0.0))
+    args = SimpleNamespace(bf16=False, bf16_full_eval=False, beta=0.0)
+    with pytest.raises(ModelError, match=r"GRPOTrainer .* \(bf16 is True, not False\); install"):
+        APOTrainer(recipe=None, run_dir=None, args=args)
 
 
 def test_float32_on_a_gpu_is_refused(monkeypatch):
