@@ -5,11 +5,12 @@ tests/machine/test_compat.py shows of each that upstream still needs it, and tha
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -100,3 +101,30 @@ def kept_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in zip(checkpointing, before, strict=True):
             module.gradient_checkpointing = flag
+
+
+@contextmanager
+def kept_compiler_stance() -> Iterator[None]:
+    """Whatever happens inside, afterwards torch.compile compiles as it did before. Inside, it starts by default.
+
+    Symptom: generate() of a model that Unsloth loaded leaves the process's stance at "eager_on_recompile", with which
+    no new shape is compiled. Unsloth's for_training() puts it back, and so does a training pass through the whole
+    model; ours calls the inner one. So preflight checks and measures layers that are not compiled, and training's are.
+    Link: https://github.com/unslothai/unsloth-zoo (compiler.py, __DYNAMO__RECOMPILING__), seen in 2026.10.7.
+    Goes when: tests/test_emulated_gpu.py finds the stance "default" after generate() by itself.
+    """
+    with torch.compiler.set_stance("default"):
+        yield
+
+
+def torch_checkpoint() -> Callable[..., Any]:
+    """torch's own torch.utils.checkpoint.checkpoint, also where Unsloth has put its own in the place of it.
+
+    Symptom: a module that imports `checkpoint` after a model was loaded with offloaded checkpointing gets Unsloth's:
+    use_reentrant=False is overridden without a word, and what is checkpointed there is offloaded to the host as well.
+    Link: https://github.com/unslothai/unsloth-zoo (gradient_checkpointing.py, unsloth_checkpoint), seen in 2026.10.7.
+    Goes when: tests/test_emulated_gpu.py finds torch's function in torch.utils.checkpoint after a model was loaded.
+    """
+    module = torch.utils.checkpoint
+    kept = (getattr(module, name, None) for name in ("checkpoint", "_unsloth_pristine_checkpoint", "_old_checkpoint"))
+    return next(function for function in kept if getattr(function, "__module__", None) == module.__name__)

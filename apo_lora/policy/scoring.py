@@ -12,12 +12,14 @@ Shape suffixes: B sequences, T completion tokens, K = completion tokens that are
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from apo_lora.machine.compat import torch_checkpoint
 from apo_lora.policy.batches import Batch, pixels, row_slices
 from apo_lora.policy.shared_prompt.attention import recognise_families
 from apo_lora.policy.shared_prompt.rows import pack
 from apo_lora.policy.shared_prompt.vision_features import embed, image_features
+
+checkpoint = torch_checkpoint()
 
 LOGITS_BYTES = 256 * 2**20
 """Budget for one chunk of float32 logits; a handful of tensors of this size live at the peak."""

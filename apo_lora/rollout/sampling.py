@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apo_lora.data.examples import Example
-from apo_lora.machine.compat import kept_checkpointing
+from apo_lora.machine.compat import kept_checkpointing, kept_compiler_stance
 from apo_lora.policy.loading import Policy, vision_token_ids
 from apo_lora.recipe.schema import Recipe
 
@@ -70,7 +70,7 @@ def generating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with kept_checkpointing(model):
+        with kept_checkpointing(model), kept_compiler_stance():
             yield
     finally:
         model.train(was_training)

@@ -10,7 +10,9 @@ from apo_lora.machine.compat import (
     dequantize_blocks_across_rows_on_cpu,
     keep_4bit_layout_on_cpu,
     kept_checkpointing,
+    kept_compiler_stance,
     load_onto_numbered_cpus,
+    torch_checkpoint,
 )
 
 
@@ -77,6 +79,43 @@ def test_checkpointing_is_as_before_in_every_layer():
             layer.gradient_checkpointing = layer is model[1]
         raise RuntimeError
     assert model[0].gradient_checkpointing is True and model[1].gradient_checkpointing is False
+
+
+def test_the_compiler_compiles_as_before():
+    """That Unsloth's generate() still needs this is shown in test_emulated_gpu.py."""
+    compiled = []
+
+    @torch.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    def double(x):
+        return 2 * x
+
+    def compiles(dtype):
+        """A dtype that `double` has not seen is compiled for."""
+        compiled.clear()
+        double(torch.ones(2, dtype=dtype))
+        return bool(compiled)
+
+    try:
+        assert compiles(torch.float32)
+        torch.compiler.set_stance("eager_on_recompile")
+        assert not compiles(torch.float64)
+        torch.compiler.set_stance("default")
+        with pytest.raises(RuntimeError), kept_compiler_stance():
+            torch.compiler.set_stance("eager_on_recompile")
+            raise RuntimeError
+        assert compiles(torch.float64)
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("kept_as", ["_unsloth_pristine_checkpoint", "_old_checkpoint"])
+def test_torchs_checkpoint_is_found_behind_unsloths(monkeypatch, kept_as):
+    module = torch.utils.checkpoint
+    own = module.checkpoint
+    assert torch_checkpoint() is own
+    monkeypatch.setattr(module, kept_as, own, raising=False)
+    monkeypatch.setattr(module, "checkpoint", lambda *arguments: None)
+    assert torch_checkpoint() is own
 
 
 def test_torch_knows_no_numbered_cpu(tmp_path, monkeypatch):
