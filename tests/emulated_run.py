@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apo_lora.callbacks
 import apo_lora.model
+from apo_lora.model import Policy
 from apo_lora.recipe_file import find_recipe, load_recipe
 from apo_lora.run_dir import read_jsonl
 from tools.null_gpu.on_cpu import ComputedOnCPU, launches
@@ -51,18 +52,24 @@ def prepare_unsloth() -> types.ModuleType:
     return offloading
 
 
-def watch_passes(passes: set[tuple[str, str, str]]) -> None:
-    """What each pass of the language model is for, its autocast dtype, and whether torch.compile would compile it."""
+def stance() -> str:
+    """Whether torch.compile would compile what it has not seen."""
+    return torch._dynamo.eval_frame._stance.stance
+
+
+def watch_passes(policies: list[Policy], passes: set[tuple[str, str, str]]) -> None:
+    """The policy that is loaded; what each pass of its language model is for, its autocast dtype and stance."""
     load = apo_lora.model.load_policy
 
     def load_and_watch(*arguments: Any, **options: Any) -> Any:
         policy = load(*arguments, **options)
+        policies.append(policy)
 
         def note(module: nn.Module, inputs: tuple, options: dict) -> None:
             what = "training" if torch.is_grad_enabled() else "scoring"
             what = "sampling" if options.get("past_key_values") is not None else what
             arithmetic = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-            passes.add((what, str(arithmetic), torch._dynamo.eval_frame._stance.stance))
+            passes.add((what, str(arithmetic), stance()))
 
         policy.model.get_base_model().model.language_model.register_forward_pre_hook(note, with_kwargs=True)
         return policy
@@ -94,9 +101,10 @@ def watch_steps(steps: list[dict[str, Any]], offloading: types.ModuleType) -> No
 
 def main(file: Path) -> None:
     offloading = prepare_unsloth()
+    policies: list[Policy] = []
     passes: set[tuple[str, str, str]] = set()
     steps: list[dict[str, Any]] = []
-    watch_passes(passes)
+    watch_passes(policies, passes)
     watch_steps(steps, offloading)
     from apo_lora.train import train
 
@@ -105,10 +113,12 @@ def main(file: Path) -> None:
     # Attention as CPU kernels know it; the card would take one of CUDA's own.
     with ComputedOnCPU(), sdpa_kernel(SDPBackend.MATH):
         run_dir = train(recipe, recipe_name="tiny_cpu")
+        policies[0].model.generate(torch.ones(1, 4, dtype=torch.long, device="cuda"), max_new_tokens=4)
     scoring = sys.modules["apo_lora.scoring"]
     facts = {
         "passes": sorted(passes),
         "steps": steps,
+        "stance after generate": stance(),
         "not computed": launches() - launched_before,
         "checkpoint": {"torch": name_of(torch.utils.checkpoint.checkpoint), "scoring": name_of(scoring.checkpoint)},
         "preflight": json.loads(run_dir.preflight.read_text()),

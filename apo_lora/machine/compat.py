@@ -111,7 +111,7 @@ def kept_compiler_stance() -> Iterator[None]:
     no new shape is compiled. Unsloth's for_training() puts it back, and so does a training pass through the whole
     model; ours calls the inner one. So preflight checks and measures layers that are not compiled, and training's are.
     Link: https://github.com/unslothai/unsloth-zoo (compiler.py, __DYNAMO__RECOMPILING__), seen in 2026.10.7.
-    Goes when: tests/test_emulated_gpu.py finds the stance "default" after generate() by itself.
+    Goes when: tests/test_emulated_gpu.py finds the stance "default" after Unsloth's generate().
     """
     with torch.compiler.set_stance("default"):
         yield
