@@ -14,8 +14,8 @@ import pytest
 
 from tools.null_gpu.build import build, obstacle
 
-SCRIPT = Path(__file__).parent / "emulated_run.py"
-PROJECT = SCRIPT.parent.parent
+SCRIPT = Path(__file__).parent / "support" / "emulated_run.py"
+PROJECT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,7 +9,7 @@ from tiny_trainer import recipe_of
 from trl import GRPOConfig
 
 from apo_lora.errors import ModelError
-from apo_lora.trainer_config import DEPENDED_ON, config_values, refuse_changes
+from apo_lora.rollout.trl_config import DEPENDED_ON, config_values, refuse_changes
 
 SCREEN_AND_SPEED = {"report_to", "disable_tqdm", "log_completions", "dataloader_num_workers", "dataloader_pin_memory"}
 

@@ -1,6 +1,6 @@
 """Runs in a fresh interpreter on the null GPU for test_emulated_gpu.py: the real command on the tiny model, as facts.
 
-    python -m tools.null_gpu emulated_run.py facts.json
+    python -m tools.null_gpu tests/support/emulated_run.py facts.json
 
 The tiny model goes through Unsloth's CUDA branch, as any model does on a GPU, and every operation is computed on the
 CPU. The order of imports is the command's own: the trainer comes after the model.
@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import apo_lora.callbacks
-import apo_lora.model
-from apo_lora.model import Policy
-from apo_lora.recipe_file import find_recipe, load_recipe
-from apo_lora.run_dir import read_jsonl
+import apo_lora.policy.loading as loading
+import apo_lora.run.callbacks as callbacks
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.run.directory import read_jsonl
 from tools.null_gpu.on_cpu import ComputedOnCPU, launches
 
-REWARD = Path(__file__).parent / "faults/rewards.py"
+REWARD = Path(__file__).parents[1] / "faults/rewards.py"
 
 RECIPE = [
     "model.engine=unsloth", "model.load_in_4bit=true", "model.gradient_checkpointing=true",
@@ -39,7 +38,7 @@ def prepare_unsloth() -> types.ModuleType:
     import unsloth  # noqa: F401  # before trl and transformers
     import unsloth_zoo.gradient_checkpointing as offloading
 
-    from apo_lora.compat import dequantize_blocks_across_rows_on_cpu
+    from apo_lora.machine.compat import dequantize_blocks_across_rows_on_cpu
 
     dequantize_blocks_across_rows_on_cpu()
     initialize = offloading.initialize_unsloth_gradient_checkpointing
@@ -57,9 +56,9 @@ def stance() -> str:
     return torch._dynamo.eval_frame._stance.stance
 
 
-def watch_passes(policies: list[Policy], passes: set[tuple[str, str, str]]) -> None:
+def watch_passes(policies: list[loading.Policy], passes: set[tuple[str, str, str]]) -> None:
     """The policy that is loaded; what each pass of its language model is for, its autocast dtype and stance."""
-    load = apo_lora.model.load_policy
+    load = loading.load_policy
 
     def load_and_watch(*arguments: Any, **options: Any) -> Any:
         policy = load(*arguments, **options)
@@ -74,11 +73,11 @@ def watch_passes(policies: list[Policy], passes: set[tuple[str, str, str]]) -> N
         policy.model.get_base_model().model.language_model.register_forward_pre_hook(note, with_kwargs=True)
         return policy
 
-    apo_lora.model.load_policy = load_and_watch
+    loading.load_policy = load_and_watch
 
 
 def watch_steps(steps: list[dict[str, Any]], offloading: types.ModuleType) -> None:
-    guard = apo_lora.callbacks.NonFiniteGuard
+    guard = callbacks.NonFiniteGuard
     original = guard.on_pre_optimizer_step
 
     def note(self: Any, *arguments: Any, **options: Any) -> None:
@@ -101,7 +100,7 @@ def watch_steps(steps: list[dict[str, Any]], offloading: types.ModuleType) -> No
 
 def main(file: Path) -> None:
     offloading = prepare_unsloth()
-    policies: list[Policy] = []
+    policies: list[loading.Policy] = []
     passes: set[tuple[str, str, str]] = set()
     steps: list[dict[str, Any]] = []
     watch_passes(policies, passes)
@@ -114,7 +113,7 @@ def main(file: Path) -> None:
     with ComputedOnCPU(), sdpa_kernel(SDPBackend.MATH):
         run_dir = train(recipe, recipe_name="tiny_cpu")
         policies[0].model.generate(torch.ones(1, 4, dtype=torch.long, device="cuda"), max_new_tokens=4)
-    scoring = sys.modules["apo_lora.scoring"]
+    scoring = sys.modules["apo_lora.policy.scoring"]
     facts = {
         "passes": sorted(passes),
         "steps": steps,
