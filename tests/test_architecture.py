@@ -54,6 +54,13 @@ def test_a_file_imports_only_its_own_folder_and_those_above_it(module):
     assert below == []
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_imports_nothing_that_is_not_installed_with_it(module):
+    """Not the tools of the developers, such as the null GPU."""
+    text = (PACKAGE / module).read_text()
+    assert not re.findall(r"^\s*(?:from|import) (?:tools|benchmarks|tests)\b.*", text, re.MULTILINE)
+
+
 def test_no_imports_run_in_a_circle():
     imports = {module: imported_modules(PACKAGE / module) for module in MODULES}
     while ends := [module for module, used in imports.items() if not used & imports.keys()]:

@@ -13,6 +13,7 @@ def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
     subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(source)], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
     subprocess.run([*pip, str(source)], check=True)
+    assert not any((tmp_path / "site" / folder).exists() for folder in ("tools", "benchmarks", "tests"))
     code = (
         "import apo_lora.recipe.files as r, apo_lora.tiny as t, json\n"
         f"assert t.__file__.startswith({str(tmp_path)!r}), t.__file__\n"

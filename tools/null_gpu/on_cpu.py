@@ -1,6 +1,7 @@
 """PyTorch's operations on the null GPU, computed by their CPU kernels: the card's memory is the host's."""
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class ComputedOnCPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -42,6 +43,12 @@ class ComputedOnCPU(TorchDispatchMode):
         return _compute(func, args, kwargs)
 
 
+@cache
+def _is_composite(func: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
 def _computes_nothing(func: OpOverload) -> bool:
     returns = func._schema.returns
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
