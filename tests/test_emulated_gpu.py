@@ -91,12 +91,12 @@ def test_scoring_checkpoints_with_torchs_own_function(run):
 
 
 def test_the_null_gpu_refuses_to_load_beside_a_real_one(tmp_path):
-    def loaded(files: str) -> subprocess.CompletedProcess:
-        library = build(tmp_path, f"-DREAL_GPU_FILES={files}")
-        return subprocess.run(["true"], env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True)
+    def loaded(*real_gpu_files: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "LD_PRELOAD": str(build(tmp_path, real_gpu_files))}
+        return subprocess.run(["true"], env=environment, capture_output=True, text=True)
 
-    assert loaded('"/absent"').returncode == 0
-    refused = loaded('"/absent", "/dev/null"')
+    assert loaded("/absent").returncode == 0
+    refused = loaded("/absent", "/dev/null")
     assert refused.returncode == 2 and "beside a real GPU (/dev/null)" in refused.stderr
 
 

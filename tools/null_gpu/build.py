@@ -10,12 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAME = (
-    "libcuda.so.1"  # the driver's: whoever loads that by its name gets ours, and its runtime takes the real one's place
-)
+NAME = "libcuda.so.1"  # the driver's, so that whoever loads that by its name gets ours
 
 REAL_LIBRARIES = ("cuda_runtime/lib/libcudart.so.*", "cublas/lib/libcublas.so.*", "cublas/lib/libcublasLt.so.*")
-REAL_GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg")  # runtime.c has them too
+REAL_GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg")
 
 
 def obstacle() -> str | None:
@@ -29,8 +27,11 @@ def obstacle() -> str | None:
     return None
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Compiles the library into `folder`. Raises RuntimeError where torch is a build without CUDA."""
+def build(folder: Path, real_gpu_files: tuple[str, ...] = REAL_GPU_FILES) -> Path:
+    """Compiles the library into `folder`; it will not load where one of `real_gpu_files` exists.
+
+    Raises RuntimeError where torch is a build without CUDA.
+    """
     real = [file for pattern in REAL_LIBRARIES for file in _package("nvidia").glob(pattern)]
     headers = _package("triton") / "backends/nvidia/include"
     if not (real and headers.is_dir()):
@@ -39,9 +40,10 @@ def build(folder: Path, *options: str) -> Path:
         names = _functions(real) | set(re.findall(r"\bcu[A-Z]\w+", (headers / "cuda.h").read_text()))
         rest = Path(scratch) / "rest.c"  # weak: a function of runtime.c or driver.c takes its place
         rest.write_text("".join(f"__attribute__((weak)) int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
+        refused = ", ".join(f'"{file}"' for file in real_gpu_files)
         sources = [HERE / "runtime.c", HERE / "driver.c", rest]
         _run(
-            *("cc", "-O1", "-fPIC", "-Wall", f"-I{headers}", *options),
+            *("cc", "-O1", "-fPIC", "-Wall", f"-I{headers}", f"-DREAL_GPU_FILES={refused}"),
             *("-shared", f"-Wl,-soname,{NAME}", *sources, "-o", folder / NAME, "-lpthread"),
         )
     return folder / NAME

@@ -11,12 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef REAL_GPU_FILES
-#define REAL_GPU_FILES "/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg"
-#endif
-
 __attribute__((constructor)) static void refuse_a_real_gpu(void) {
-    static const char *const files[] = {REAL_GPU_FILES};
+    static const char *const files[] = {REAL_GPU_FILES}; /* from build.py */
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (access(files[i], F_OK) == 0) {
             fprintf(stderr, "null_gpu: refuses to load beside a real GPU (%s)\n", files[i]);
@@ -44,7 +40,8 @@ static void *map_block(size_t size, enum cudaMemoryType type, size_t counted) {
     char *start = NULL;
     pthread_mutex_lock(&lock);
     if (used + counted <= card_bytes()) {
-        start = mmap(NULL, whole_pages(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        start = mmap(NULL, whole_pages(size), PROT_READ | PROT_WRITE, flags, -1, 0);
         if (start == MAP_FAILED) start = NULL;
     }
     if (start) {
@@ -119,7 +116,9 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *at, int value, size_t size) { return memset(at, value, size), cudaSuccess; }
-cudaError_t cudaMemsetAsync(void *at, int value, size_t size, cudaStream_t stream) { return cudaMemset(at, value, size); }
+cudaError_t cudaMemsetAsync(void *at, int value, size_t size, cudaStream_t stream) {
+    return cudaMemset(at, value, size);
+}
 
 /* Expandable segments, which Unsloth switches on: torch asks the driver for addresses, and for memory to put there. */
 
@@ -173,7 +172,8 @@ cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSI
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
     return *value = card_attribute(attribute), cudaSuccess;
 }
-cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *card, int device) { /* by the header cudaGetDeviceProperties_v2 */
+/* A macro of the header makes this cudaGetDeviceProperties_v2. */
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *card, int device) {
     const char *name = getenv("NULLGPU_NAME");
     memset(card, 0, sizeof *card);
     strncpy(card->name, name ? name : "Null GPU", sizeof card->name - 1);
@@ -226,8 +226,9 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { return *
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
+/* This one too becomes _v2. */
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-                                     cudaGraph_t *graph, const cudaGraphNode_t **nodes, size_t *count) { /* _v2, as above */
+                                     cudaGraph_t *graph, const cudaGraphNode_t **nodes, size_t *count) {
     if (id) *id = 0;
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
@@ -304,7 +305,9 @@ int cublasGetMathMode(void *handle, int *mode) { return *mode = 0; }
 int cublasGetPointerMode_v2(void *handle, int *mode) { return *mode = 0; }
 int cublasLtMatmulDescCreate(void **object, int compute, int scale) { return new_object(object); }
 int cublasLtMatmulDescDestroy(void *object) { return drop_object(object); }
-int cublasLtMatrixLayoutCreate(void **object, int type, size_t rows, size_t columns, long lead) { return new_object(object); }
+int cublasLtMatrixLayoutCreate(void **object, int type, size_t rows, size_t columns, long lead) {
+    return new_object(object);
+}
 int cublasLtMatrixLayoutDestroy(void *object) { return drop_object(object); }
 int cublasLtMatmulPreferenceCreate(void **object) { return new_object(object); }
 int cublasLtMatmulPreferenceDestroy(void *object) { return drop_object(object); }
