@@ -48,6 +48,8 @@ DEPENDED_ON = {
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "gradient_checkpointing",
     "use_cpu", "bf16", "fp16", "shuffle_dataset", "remove_unused_columns", "output_dir", "logging_steps",
     "save_strategy", "save_steps", "save_total_limit",
+    "dads", "stcr", "stcr_amplify_positive", "correct_by", "entropy_coef", "shared_prompt", "zero_variance_groups",
+    "max_nonfinite_steps",
 }  # fmt: skip
 """What a run's sampling, loss, optimisation or record depends on. Of the rest, Unsloth sets the precision of an
 evaluation that no run does (bf16_full_eval, fp16_full_eval), for example."""

@@ -24,6 +24,7 @@ from tiny_trainer import processed_images  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 
+from apo_lora.config import APOConfig  # noqa: E402
 from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
 from apo_lora.errors import ModelError  # noqa: E402
 from apo_lora.policy.batches import pixels  # noqa: E402
@@ -123,20 +124,17 @@ def other_loads() -> dict[str, Any]:
 
 
 def configured(recipe: Recipe, policy: Policy) -> dict[str, Any]:
-    """What Unsloth's GRPOConfig makes of values, and whether that is noticed."""
+    """What becomes of values where the base of APOConfig is Unsloth's class."""
+
+    def defaults(config: Any) -> list[Any]:
+        return [config.optim, config.warmup_steps, config.use_bias_correction_kl]
+
     values = config_values(recipe, policy, Path("checkpoints"), 2)
-
-    def changes(**asked: Any) -> list[str]:
-        asked = {**values, **asked}
-        return sorted(line.split(" ")[0] for line in changed_values(GRPOConfig(**asked), asked))
-
-    defaults = GRPOConfig(output_dir="checkpoints")
     return {
-        "is_unsloth": hasattr(GRPOConfig, "unsloth_num_chunks"),
-        "defaults": [defaults.optim, defaults.warmup_steps, defaults.use_bias_correction_kl],
-        "ours": changes(),
-        "dapo": changes(loss_type="dapo", mask_truncated_completions=None, epsilon_high=None),
-        "odd batch": changes(per_device_train_batch_size=3, gradient_accumulation_steps=1, steps_per_generation=None),
+        "is_unsloth": hasattr(APOConfig, "unsloth_num_chunks"),
+        "unsloth's defaults": defaults(GRPOConfig(output_dir="checkpoints")),
+        "our defaults": defaults(APOConfig(output_dir="checkpoints", use_cpu=True, bf16=False)),
+        "changed": changed_values(APOConfig(**values), values),
     }
 
 
