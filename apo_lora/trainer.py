@@ -35,10 +35,11 @@ from trl import GRPOTrainer
 
 from apo_lora.apo import apo_loss
 from apo_lora.config import APOConfig
+from apo_lora.family.lookup import closest_family, inner_model_of
 from apo_lora.machine import ranks
 from apo_lora.machine.memory import peak_memory
 from apo_lora.policy.batches import row_slices
-from apo_lora.policy.loading import reference_mode, vision_token_ids
+from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import obstacle
@@ -73,7 +74,7 @@ class APOTrainer(GRPOTrainer):
         self.args.beta = args.beta
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             raise ValueError("APOTrainer: the model has no adapter; give peft_config=LoraConfig(...), or a PeftModel")
-        self._never_sample(vision_token_ids(self.processing_class))
+        self._never_sample(closest_family(self.model).vision_token_ids(self.processing_class))
         self.credit_of = credit_rule(self.args, self.reward_func_names, self.reward_weights)
         self.pass_size = PassSize(self.args.per_device_train_batch_size)
         self.shares_prompts = self.args.shared_prompt
@@ -153,7 +154,7 @@ class APOTrainer(GRPOTrainer):
 
     @property
     def _inner_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model).get_base_model().model
+        return inner_model_of(self.accelerator.unwrap_model(self.model))
 
     def _prepare_inputs(self, generation_batch):
         """The micro-batches of a rollout in its own order: TRL shuffles sequences, which tears groups apart."""

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apo_lora.apo import apo_loss
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.machine.versions import environment
-from apo_lora.policy.loading import lora_targets, reference_mode
+from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.vision_features import image_features
 from apo_lora.recipe.schema import LoraSection
@@ -81,7 +82,8 @@ def build_base() -> nn.Module:
 def build_model() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(build_base(), LoraConfig(r=16, target_modules=lora_targets(LoraSection())))
+    targets = QWEN2_5_VL.lora_targets(LoraSection().target_modules, vision=False)
+    model = get_peft_model(build_base(), LoraConfig(r=16, target_modules=targets))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model.train()

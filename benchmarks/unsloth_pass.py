@@ -19,7 +19,8 @@ start()
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from apo_lora.policy.loading import lora_targets, reference_mode  # noqa: E402
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL  # noqa: E402
+from apo_lora.policy.loading import reference_mode  # noqa: E402
 from apo_lora.recipe.schema import LoraSection  # noqa: E402
 from apo_lora.tiny import BASE_DIR  # noqa: E402
 from benchmarks import shared_prompt  # noqa: E402
@@ -37,7 +38,11 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
         str(folder), load_in_4bit=False, dtype=torch.float32, use_gradient_checkpointing=True, use_exact_model_name=True
     )
     model = FastVisionModel.get_peft_model(
-        model, r=16, lora_alpha=8, target_modules=lora_targets(LoraSection()), use_gradient_checkpointing=True
+        model,
+        r=16,
+        lora_alpha=8,
+        target_modules=QWEN2_5_VL.lora_targets(LoraSection().target_modules, vision=False),
+        use_gradient_checkpointing=True,
     )
     fresh = {name: p for name, p in shared_prompt.build_model().named_parameters() if "lora_" in name}
     _, unexpected = model.load_state_dict(fresh, strict=False)

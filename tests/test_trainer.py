@@ -165,10 +165,10 @@ def test_nonfinite_steps_in_a_row_stop_the_run(make_trainer, monkeypatch):
 
 
 def test_vision_tokens_are_never_sampled(make_trainer, monkeypatch):
-    from apo_lora.policy.loading import vision_token_ids
+    from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 
     trainer = make_trainer(recipe_of(grpo={"temperature": 50.0, "max_completion_length": 64}))  # nearly uniform
-    forbidden = set(vision_token_ids(trainer.processing_class))
+    forbidden = set(QWEN2_5_VL.vision_token_ids(trainer.processing_class))
     sampled = set()
     original = trainer._calculate_rewards
 

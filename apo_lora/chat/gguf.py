@@ -13,7 +13,7 @@ from apo_lora.data.examples import Example
 from apo_lora.errors import ModelError
 from apo_lora.export.gguf import BASE_GGUF
 from apo_lora.export.image_limits import image_token_limits
-from apo_lora.policy.loading import VISION_TOKENS
+from apo_lora.family.lookup import family_of_base
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Completion
 from apo_lora.run.adapter_source import RECIPE_ON_HUB, find_adapter, recipe_beside
@@ -42,13 +42,14 @@ def chat_gguf(
     example = example_of(question, image)
     program = find_server(llama_cpp)
     limit = max_tokens or recipe.grpo.max_completion_length
+    family = family_of_base(recipe.model.name)
     sampling = _as_in_training(recipe) if sampled else GREEDY
     request = {"messages": chat_messages(example, recipe), "max_tokens": limit, **sampling}
     context = recipe.data.max_prompt_tokens + limit
 
     def answer(gguf: Gguf, column: Column) -> Completion:
-        with serving(gguf, program, context=context, image_tokens=image_token_limits(recipe.data)) as url:
-            never = [[token, False] for token in tokens_of(url, "".join(VISION_TOKENS))]
+        with serving(gguf, program, context=context, image_tokens=image_token_limits(recipe.data, family)) as url:
+            never = [[token, False] for token in tokens_of(url, "".join(family.vision_tokens))]
             stream = Answer(url, logit_bias=never, **request)
             text = ""
             for piece in stream:

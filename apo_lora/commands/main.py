@@ -152,8 +152,8 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from apo_lora.family.lookup import find_shape
     from apo_lora.preflight.memory_plan import plan
-    from apo_lora.preflight.model_shape import find_shape
     from apo_lora.preflight.plan_table import fits, plan_lines
 
     name, recipe = _recipe_of(options)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apo_lora.errors import DataError, printable
+from apo_lora.family.lookup import reserved_tokens
 from apo_lora.recipe.schema import DataSection
 
 IMAGE_MARK = "<image>"
@@ -39,8 +40,6 @@ COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
 
 _USER_ROLES, _ASSISTANT_ROLES = ("user", "human"), ("assistant", "gpt")
 _IMAGE_SUFFIX = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-# Inside a prompt these would open a turn or an image of their own, and the image tokens would no longer match.
-_RESERVED = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
 
 class BadRow(Exception):
@@ -116,8 +115,9 @@ def read_row(row: Any, columns: Columns) -> Fields:
         raise BadRow("not a mapping", f"the row is {_short(row)}")
     chat = read_problem(pick(row, columns.problem))
     choices = read_choices(pick(row, columns.choices))
-    if found := _RESERVED.search(f"{chat.problem} {chat.system} {choices}"):
-        raise BadRow("reserved token", f"the text holds {found.group()}")
+    texts = f"{chat.problem} {chat.system} {choices}"
+    if found := next((token for token in reserved_tokens() if token in texts), None):
+        raise BadRow("reserved token", f"the text holds {found}")
     gold = pick(row, columns.answer)
     fields = Fields(
         problem=chat.problem,

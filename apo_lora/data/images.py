@@ -16,13 +16,13 @@ from PIL import ExifTags, Image, ImageOps
 
 from apo_lora.data.formats import BadRow
 from apo_lora.errors import DataError
+from apo_lora.family.lookup import max_aspect_ratio
 
 if TYPE_CHECKING:
     import datasets
 
 # Named, so that no rarely used decoder (EPS starts Ghostscript) meets a file from the net.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-MAX_ASPECT_RATIO = 200  # the image processor of Qwen2-VL refuses more
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +165,8 @@ def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
         raise BadRow("image unreadable", f"{name} ({reason})") from None
     if min(width, height) < 1:
         raise BadRow("image unreadable", f"{name} is {width} x {height} pixels")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise BadRow("image too narrow", f"{name} is {width} x {height}; over {MAX_ASPECT_RATIO}:1 is refused")
+    if max(width, height) > (limit := max_aspect_ratio()) * min(width, height):
+        raise BadRow("image too narrow", f"{name} is {width} x {height}; over {limit}:1 is refused")
     return width, height
 
 

@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from apo_lora.family.record import Family
 from apo_lora.recipe.schema import DataSection
 
 # transformers 5 writes the first one, with the image processor inside; older folders have the second.
 _FILES = ("processor_config.json", "preprocessor_config.json")
-PIXELS_PER_TOKEN = 28 * 28  # of Qwen2.5-VL, in transformers and in llama.cpp: patches of 14 x 14, merged 2 x 2
 
 
 def write_image_limits(folder: Path, data: DataSection) -> None:
@@ -33,15 +33,15 @@ def write_image_limits(folder: Path, data: DataSection) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def image_token_limits(data: DataSection | None) -> dict[str, int]:
+def image_token_limits(data: DataSection | None, family: Family) -> dict[str, int]:
     """llama.cpp's options for the same: it counts tokens. Empty where the recipe sets no limit, or there is none.
 
     Rounded to whole tokens: up for the least, down for the most.
     """
     limits: dict[str, Any] = {}
     if data and data.min_pixels:
-        limits["--image-min-tokens"] = math.ceil(data.min_pixels / PIXELS_PER_TOKEN)
+        limits["--image-min-tokens"] = math.ceil(data.min_pixels / family.pixels_per_token)
     if data and data.max_pixels:
-        most = max(1, data.max_pixels // PIXELS_PER_TOKEN)
+        most = max(1, data.max_pixels // family.pixels_per_token)
         limits["--image-max-tokens"] = max(most, limits.get("--image-min-tokens", 0))
     return limits

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
 from apo_lora.export.image_limits import write_image_limits
+from apo_lora.family.lookup import family_of_base
 from apo_lora.run.adapter_source import CONFIG, WEIGHTS, AdapterSource
 
 # What stands beside the weights and is needed to run them: config, generation config, tokenizer, processor.
@@ -187,12 +188,13 @@ class Deltas:
                     f"{source.folder}: it adapts {layer}, whose weight this base uses for both embeddings and lm_head; "
                     "a merge would change both. Train without it"
                 )
-        self.layers = {canonical(layer): layer for layer in self.pairs}
+        self.family = family_of_base(str(base))
+        self.layers = {self.family.weight_name(layer): layer for layer in self.pairs}
         self.unused = set(self.layers)
 
     def added(self, name: str, weight: Tensor) -> Tensor:
         """`weight`, or what it becomes where the adapter has a pair for it; its dtype stays."""
-        layer = canonical(name.removesuffix(".weight"))
+        layer = self.family.weight_name(name.removesuffix(".weight"))
         if not name.endswith(".weight") or layer not in self.layers:
             return weight
         self.unused.discard(layer)
@@ -212,15 +214,6 @@ class Deltas:
         pattern = self.config["alpha_pattern"] or {}
         alpha = pattern.get(get_pattern_key(pattern, layer), self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config["use_rslora"] else rank)
-
-
-def canonical(name: str) -> str:
-    """A weight's name without the prefixes that differ between checkpoints and loaded models.
-
-    Checkpoints say model.layers.0 and visual.blocks.0, transformers model.language_model.layers.0 and
-    model.visual.blocks.0.
-    """
-    return re.sub(r"^((model|language_model)\.)+", "", name)
 
 
 def _config(source: AdapterSource) -> dict[str, Any]:

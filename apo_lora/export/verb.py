@@ -11,6 +11,7 @@ from apo_lora.errors import ModelError
 from apo_lora.export.disk import Need, require_disk
 from apo_lora.export.gguf import BASE_GGUF, BYTES_PER_16_BIT_BYTE, REPORT
 from apo_lora.export.image_limits import image_token_limits
+from apo_lora.family.lookup import family_of_base
 from apo_lora.machine.process import prepare_process
 from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource, find_adapter
 from apo_lora.run.directory import write_json
@@ -123,7 +124,7 @@ def finish_gguf(
     text, mmproj = (gguf.describe(file, [llama_cpp]) for file in files)
     if wrong := gguf.problems(text, mmproj, options.quantization):
         raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
-    limits = image_token_limits(source.recipe.data if source.recipe else None)
+    limits = image_token_limits(source.recipe.data if source.recipe else None, family_of_base(source.base_name))
     commands = gguf.commands(text["file"], mmproj["file"], name, limits)
     modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"])
     (folder / "Modelfile").write_text(modelfile, encoding="utf-8")

@@ -17,6 +17,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apo_lora.family.lookup import FAMILIES
+
 CACHE_PACKAGES = ("unsloth-zoo", "unsloth", "transformers", "trl")  # in the order of a cached file's first lines
 LLAMA_CPP = ("llama-mtmd-cli", "llama-quantize", "convert_hf_to_gguf.py")
 
@@ -201,12 +203,12 @@ def answer(names: Sequence[str]) -> None:
         print(f"\n{_MARK}{json.dumps([name, problem, value])}", flush=True)
 
 
-def _importing(module: str, attribute: str | None = None) -> Callable[[], None]:
+def _importing(module: str, *attributes: str) -> Callable[[], None]:
     """Several packages load their parts when they are asked for them: so ask."""
 
     def probe() -> None:
         imported = import_module(module)
-        if attribute:
+        for attribute in attributes:
             getattr(imported, attribute)
 
     return probe
@@ -263,7 +265,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     "apo-lora": _importing("apo_lora.trainer"),
     "torch": _importing("torch"),
     "torchvision": _importing("torchvision"),
-    "transformers": _importing("transformers", "Qwen2_5_VLForConditionalGeneration"),
+    "transformers": _importing("transformers", *(family.model_class for family in FAMILIES.values())),
     "trl": _importing("trl", "GRPOTrainer"),
     "peft": _importing("peft", "get_peft_model"),
     "bitsandbytes": _bitsandbytes,

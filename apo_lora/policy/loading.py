@@ -4,7 +4,6 @@ Two engines: Unsloth's FastVisionModel on a GPU, transformers + PEFT without one
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,22 +14,13 @@ import torch
 from torch import nn
 
 from apo_lora.errors import ModelError
+from apo_lora.family.lookup import closest_family
+from apo_lora.family.record import Family
 from apo_lora.machine.compat import mend_4bit_on_cpu
 from apo_lora.machine.device import choose_dtype, choose_engine
 from apo_lora.policy.shared_prompt.attention import recognise_families
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 from apo_lora.tiny import BASE_DIR
-
-VISION_TOKENS = (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
-# Linear layers of the vision tower, by the last part of their name; some share it with the language model.
-VISION_LAYERS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,15 @@ class Policy:
     dtype: torch.dtype
     base_name: str
     """As PEFT users would load it: a Hugging Face id or a folder."""
+
+    @property
+    def family(self) -> Family:
+        return closest_family(self.model)
+
+    @property
+    def never_sampled(self) -> list[int]:
+        """Ids of the vision tokens."""
+        return self.family.vision_token_ids(self.processor)
 
     @property
     def summary(self) -> str:
@@ -134,17 +133,18 @@ def load_policy(
 
 def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int) -> tuple:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
     path = base_path(model.name)
     quantization = None
     if model.load_in_4bit:
+        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", "model.visual"],  # the vision tower is small and quantises badly
+            llm_int8_skip_modules=closest_family(config).kept_in_16_bits,
         )
     base = AutoModelForImageTextToText.from_pretrained(
         path,
@@ -164,14 +164,14 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
             mend_4bit_on_cpu(base)
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
     torch.manual_seed(seed)
-    config = LoraConfig(
+    adapter = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora_targets(lora),
+        target_modules=closest_family(base).lora_targets(lora.target_modules, vision=lora.vision),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config), processor
+    return get_peft_model(base, adapter), processor
 
 
 def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int, **options: Any) -> tuple:
@@ -202,7 +202,7 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora_targets(lora),
+        target_modules=closest_family(base).lora_targets(lora.target_modules, vision=lora.vision),
         finetune_vision_layers=lora.vision,
         random_state=seed,
         use_gradient_checkpointing=checkpointing,
@@ -212,17 +212,11 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
 
 def _require_layers(base: nn.Module, lora: LoraSection, name: str) -> None:
     """PEFT passes over names that are in no layer, as long as one is."""
-    layers = {path.rpartition(".")[2] for path, _ in base.named_modules() if "language_model" in path}
+    family = closest_family(base)
+    layers = {path.rpartition(".")[2] for path, _ in base.named_modules() if family.is_language_layer(path)}
     if missing := [layer for layer in lora.target_modules if layer not in layers]:
         linear = sorted({layer for layer in layers if layer.endswith("_proj")})
         raise ModelError(f"lora.target_modules: {name} has no layer {', '.join(missing)}; it has {', '.join(linear)}")
-
-
-def lora_targets(lora: LoraSection) -> str:
-    """The regular expression over module names that PEFT matches in full."""
-    language = rf".*language_model.*\.({'|'.join(map(re.escape, lora.target_modules))})"
-    vision = rf".*visual\.blocks.*\.({'|'.join(VISION_LAYERS)})"
-    return f"({language}|{vision})" if lora.vision else language
 
 
 @contextmanager
@@ -234,13 +228,6 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
 
 def is_4bit(model: nn.Module) -> bool:
     return any(type(module).__name__ == "Linear4bit" for module in model.modules())
-
-
-def vision_token_ids(processor: Any) -> list[int]:
-    """Ids of a processor (or tokenizer) that must never be sampled: a generated image token has no pixels, and breaks
-    the next forward pass."""
-    vocabulary = getattr(processor, "tokenizer", processor).get_vocab()
-    return [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ Shape suffixes: B sequences, T completion tokens, K = completion tokens that are
 import torch
 from torch import Tensor, nn
 
+from apo_lora.family.lookup import closest_family
 from apo_lora.machine.compat import torch_checkpoint
 from apo_lora.policy.batches import Batch, pixels, row_slices
 from apo_lora.policy.shared_prompt.attention import recognise_families
@@ -36,7 +37,7 @@ def token_logps(
 ) -> tuple[Tensor, Tensor]:
     """(logps_BT, entropies_BT) of the batch's completion tokens under `model`, in float32; 0 at padding.
 
-    `model` is a (PEFT-wrapped) conditional-generation model: an inner model that gives hidden states, and an lm_head.
+    `model` is a (PEFT-wrapped) conditional-generation model: an inner model that gives hidden states, and a head.
     Its adapters count as they are switched at the moment. Gradients flow where they are enabled, and where a pass has a
     completion that is not masked out. `rows_per_pass`
     bounds memory; the result depends neither on it nor on batch["group"]. The entropy is that of the whole vocabulary
@@ -53,17 +54,18 @@ def token_logps(
 def _score_rows(
     model: nn.Module, batch: Batch, temperature: float, logits_bytes: int, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = closest_family(model)
+    inner_model, head = family.inner_of(model), family.head_of(model)
     mask_BT = batch["completion_mask"].bool()
     blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     if not mask_BT.any():  # every completion of the pass is masked out: there is nothing to compute
         return blank_BT, blank_BT
     if batch.get("group") is not None:
-        hidden_KH = _hidden_states_of_shared_prompts(base.model, batch)
+        hidden_KH = _hidden_states_of_shared_prompts(inner_model, batch)
     else:
-        hidden_KH = _completion_hidden_states(base.model, batch)[mask_BT]
+        hidden_KH = _completion_hidden_states(inner_model, batch)[mask_BT]
     logps_K, entropies_K = _head_logps(
-        hidden_KH, base.lm_head, batch["completion_ids"][mask_BT], temperature, logits_bytes, entropy_gradient
+        hidden_KH, head, batch["completion_ids"][mask_BT], temperature, logits_bytes, entropy_gradient
     )
     return blank_BT.masked_scatter(mask_BT, logps_K), blank_BT.masked_scatter(mask_BT, entropies_K)
 
@@ -73,11 +75,13 @@ def _hidden_states_of_shared_prompts(inner_model: nn.Module, batch: Batch) -> Te
     row = pack(inner_model, batch)
     features = batch.get("image_features") or image_features(inner_model, batch)
     used = [features[sequence] for sequence in row.prompt_rows]
-    recognise_families(inner_model.language_model)
-    hidden_1LH = inner_model.language_model(
-        inputs_embeds=embed(inner_model, row.input_ids_L, [part for part in used if part is not None]),
+    family = closest_family(inner_model)
+    language_model = family.language_of(inner_model)
+    recognise_families(language_model)
+    hidden_1LH = language_model(
+        **embed(inner_model, row.input_ids_L, [part for part in used if part is not None]),
+        **family.mask_inputs(row.families),
         position_ids=row.position_ids_3L.unsqueeze(1),
-        attention_mask={"full_attention": row.families},
         use_cache=False,
     )[0]
     return hidden_1LH[0].index_select(0, row.sources_K)

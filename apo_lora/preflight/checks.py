@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apo_lora.apo import token_kl
 from apo_lora.data.examples import Example, prompt_lengths
+from apo_lora.family.record import Family
 from apo_lora.machine import ranks
 from apo_lora.machine.memory import peak_memory, reset_peak_memory
 from apo_lora.policy.loading import Policy, limit_image_size, reference_mode
@@ -23,8 +24,8 @@ from apo_lora.preflight.shared_prompt import compare_shared_prompt, compare_shar
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
 
-MIN_PIXELS = 64 * 28 * 28
-"""Images are never shrunk below 64 tokens on our own account: much smaller, and nothing can be read in them."""
+MIN_IMAGE_TOKENS = 64
+"""Images are never shrunk below this on our own account: much smaller, and nothing can be read in them."""
 
 PROBE_EXAMPLES = 4
 
@@ -170,7 +171,7 @@ def fit_largest(
         except torch.OutOfMemoryError:
             fits = False
         if ranks.any_rank(not fits):
-            lower = next_rung(recipe, ranks.num_processes())
+            lower = next_rung(recipe, policy.family, ranks.num_processes())
             if lower is None:
                 return _does_not_fit(examples[longest]), given
             steps.append(ladder_step(recipe, lower))
@@ -205,16 +206,17 @@ def forward_and_backward(policy: Policy, example: Example, recipe: Recipe) -> No
         policy.model.zero_grad(set_to_none=True)
 
 
-def next_rung(recipe: Recipe, num_processes: int = 1) -> Recipe | None:
+def next_rung(recipe: Recipe, family: Family, num_processes: int = 1) -> Recipe | None:
     """The next cheaper recipe: completions per pass (same result), then image size, then generations per prompt."""
     grpo, data = recipe.grpo, recipe.data
     if grpo.completions_per_pass > 1:
         share = recipe.completions_per_step // num_processes
         smaller = max(d for d in range(1, grpo.completions_per_pass // 2 + 1) if share % d == 0)
         return recipe.model_copy(update={"grpo": grpo.model_copy(update={"completions_per_pass": smaller})})
-    if (data.max_pixels or 2 * MIN_PIXELS) > MIN_PIXELS:
-        # Without a limit of its own the processor allows 16,384 image tokens: start below what anybody has memory for.
-        pixels = max(MIN_PIXELS, (data.max_pixels or 4096 * 28 * 28) // 2)
+    least = MIN_IMAGE_TOKENS * family.pixels_per_token
+    # Without a limit in the recipe the processor allows more than anybody has memory for: start at an eighth.
+    pixels = max(least, (data.max_pixels or family.max_image_tokens * family.pixels_per_token // 4) // 2)
+    if data.max_pixels is None or pixels < data.max_pixels:
         return recipe.model_copy(update={"data": data.model_copy(update={"max_pixels": pixels})})
     fewer = range(max(2, grpo.num_generations // 2), 1, -1) if grpo.num_generations > 2 else ()
     for generations in fewer:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from apo_lora.preflight.model_shape import Linear, ModelShape, nf4_bytes
+from apo_lora.family.shape import Linear, ModelShape, nf4_bytes
 from apo_lora.recipe.schema import Recipe
 
 GiB = 2**30
@@ -37,7 +37,6 @@ MOMENTS = ("prefill", "decode", "score", "train")
 """Sampling reads the prompts, then writes token by token; the reference is scored; forward and backward."""
 
 LOGITS_BYTES = 256 * 2**20  # scoring.LOGITS_BYTES, which cannot be imported without torch; a test holds them together
-DEFAULT_IMAGE_TOKENS = 16384  # the processor's own limit, where the recipe has none
 
 
 class Row(NamedTuple):
@@ -81,7 +80,7 @@ def prompts_per_pass(recipe: Recipe) -> int:
 
 def load_of(recipe: Recipe, shape: ModelShape) -> Load:
     prompt, pixels = recipe.data.max_prompt_tokens, recipe.data.max_pixels
-    image = pixels // shape.pixels_per_token if pixels else DEFAULT_IMAGE_TOKENS
+    image = pixels // shape.pixels_per_token if pixels else shape.max_image_tokens
     return Load(
         rollout=recipe.prompts_per_rollout * recipe.grpo.num_generations,
         rows=recipe.grpo.completions_per_pass,
@@ -321,17 +320,15 @@ def layer_backward(shape: ModelShape, tokens: int, size: int) -> int:
 
 
 def tower_forward(shape: ModelShape, patches: int, size: int) -> int:
-    """The wider of attention, whose rotation works in float32, and MLP."""
-    hidden = shape.vision_hidden
-    return patches * size * max(16 * hidden, 2 * hidden + 3 * shape.vision_intermediate)
+    return patches * size * shape.tower_forward
 
 
 def tower_saved(shape: ModelShape, patches: int, size: int) -> int:
-    return patches * size * (11 * shape.vision_hidden + 3 * shape.vision_intermediate)
+    return patches * size * shape.tower_saved
 
 
 def tower_backward(shape: ModelShape, patches: int, size: int) -> int:
-    return patches * size * (12 * shape.vision_hidden + 6 * shape.vision_intermediate)
+    return patches * size * shape.tower_backward
 
 
 def dequantised(shape: ModelShape, recipe: Recipe) -> int:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from apo_lora.family.shape import ModelShape
 from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group
-from apo_lora.preflight.model_shape import ModelShape
 from apo_lora.recipe.schema import Recipe
 
 USUAL_CARDS = (8, 16, 24)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from apo_lora.data.examples import Example
+from apo_lora.family.lookup import inner_model_of
 from apo_lora.policy.loading import Policy
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once
 from apo_lora.recipe.schema import Recipe
@@ -30,7 +31,7 @@ def sample_probe(
         inside.enter_context(generating(policy.model))
         inside.enter_context(torch.no_grad())
         if groups is not None:
-            inner_model = policy.model.get_base_model().model
+            inner_model = inner_model_of(policy.model)
             inside.enter_context(prompts_read_once(inner_model, groups, [len(e.images) for e in examples]))
         output = policy.model.generate(
             **inputs,

@@ -88,7 +88,7 @@ class DataSection(Section):
     instruction: str | None = None
     """Text put after every problem, for instance how to dress the answer."""
     max_pixels: Count | None = None
-    """Larger images are shrunk to this many pixels, aspect ratio kept. 28 x 28 pixels are one token."""
+    """Larger images are shrunk to this many pixels, aspect ratio kept. One token is 28 x 28 of them in Qwen2.5-VL."""
     min_pixels: Count | None = None
     max_prompt_tokens: Count = 2048
     """Longer prompts (image tokens included) are dropped at load and counted, never truncated."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from apo_lora.data.examples import Example
+from apo_lora.family.lookup import closest_family
 from apo_lora.machine.compat import kept_checkpointing, kept_compiler_stance
-from apo_lora.policy.loading import Policy, vision_token_ids
+from apo_lora.policy.loading import Policy
 from apo_lora.recipe.schema import Recipe
 
 # No choice among tokens; None takes out what generate() would otherwise say is of no use then.
@@ -43,7 +44,7 @@ def generation_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
         "top_p": recipe.grpo.top_p,
         "top_k": recipe.grpo.top_k,
         "max_new_tokens": recipe.grpo.max_completion_length,
-        "suppress_tokens": vision_token_ids(policy.processor),
+        "suppress_tokens": policy.never_sampled,
     }
 
 
@@ -101,9 +102,8 @@ def watched_forwards(model: nn.Module) -> Iterator[list[Forward]]:
             )
         )
 
-    inner_model = model.get_base_model().model
-    language_model = getattr(inner_model, "language_model", inner_model)  # a text model is one itself
-    handle = language_model.register_forward_pre_hook(note, with_kwargs=True)
+    family = closest_family(model)
+    handle = family.language_of(family.inner_of(model)).register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield forwards
     finally:

@@ -73,7 +73,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: 
         "temperature": grpo.temperature,
         "top_p": grpo.top_p,
         "top_k": grpo.top_k,
-        **generation_values(recipe, policy.processor),
+        **generation_values(recipe, policy.never_sampled),
         "zero_variance_groups": grpo.zero_variance_groups,
         # credit and loss
         "reward_weights": list(recipe.rewards.weights) if recipe.rewards.weights else None,

@@ -8,7 +8,6 @@ otherwise, and no importance weights correct for it. None of this has run on a G
 from typing import Any
 
 from apo_lora.machine.versions import VLLM, installed
-from apo_lora.policy.loading import vision_token_ids
 from apo_lora.recipe.schema import Recipe
 
 NEVER = -100.0
@@ -39,7 +38,7 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def generation_values(recipe: Recipe, processor: Any) -> dict[str, Any]:
+def generation_values(recipe: Recipe, never_sampled: list[int]) -> dict[str, Any]:
     """APOConfig's keys on who samples. The trainer holds vision tokens back from generate(), and this from vLLM."""
     if recipe.rollout.engine != "vllm":
         return {"use_vllm": False}
@@ -48,7 +47,7 @@ def generation_values(recipe: Recipe, processor: Any) -> dict[str, Any]:
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": recipe.rollout.vllm_gpu_memory_utilization,
         "vllm_max_model_length": _max_length(recipe),
-        "generation_kwargs": {"logit_bias": dict.fromkeys(vision_token_ids(processor), NEVER)},
+        "generation_kwargs": {"logit_bias": dict.fromkeys(never_sampled, NEVER)},
     }
 
 

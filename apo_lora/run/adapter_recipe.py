@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 from apo_lora.errors import ModelError
+from apo_lora.family.lookup import family_of_base
+from apo_lora.family.record import Family
 from apo_lora.recipe.schema import LoraSection, Recipe
 from apo_lora.run.adapter_source import CONFIG, RECIPE_ON_HUB, WEIGHTS, AdapterSource
 
@@ -27,10 +29,10 @@ def recipe_for(source: AdapterSource, given: Recipe | None) -> Recipe:
     model = recipe.model
     if Path(source.base_name).is_dir() or not Path(source.base_name).is_absolute():  # not a path of another machine
         model = model.model_copy(update={"name": source.base_name})
-    return recipe.model_copy(update={"model": model, "lora": lora_section(source)})
+    return recipe.model_copy(update={"model": model, "lora": lora_section(source, family_of_base(model.name))})
 
 
-def lora_section(source: AdapterSource) -> LoraSection:
+def lora_section(source: AdapterSource, family: Family) -> LoraSection:
     """Rank, alpha and layers out of its config and the names of its weights. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
@@ -41,10 +43,10 @@ def lora_section(source: AdapterSource) -> LoraSection:
         beyond = [key for key in _BEYOND if config.get(key)]
         if beyond:
             raise ModelError(f"{source.folder}: trained with {', '.join(beyond)}; load it with PEFT itself")
-        language = sorted({layer.rpartition(".")[2] for layer in layers if ".visual." not in layer})
+        language = sorted({layer.rpartition(".")[2] for layer in layers if not family.is_tower_layer(layer)})
         if not language:
             raise ModelError(f"{source.folder}: no low-rank layer of a language model in {WEIGHTS}")
-        vision = any(".visual." in layer for layer in layers)
+        vision = any(map(family.is_tower_layer, layers))
         return LoraSection(
             r=config["r"], alpha=float(config["lora_alpha"]), target_modules=tuple(language), vision=vision
         )

@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
 from apo_lora.data.examples import load_examples, prompt_dataset
-from apo_lora.policy.loading import choose_dtype, limit_image_size, load_policy, lora_targets, vision_token_ids
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.policy.loading import choose_dtype, limit_image_size, load_policy
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.training_arguments import training_arguments
 from apo_lora.run.directory import RunDir
@@ -126,7 +127,7 @@ def build_trl(recipe: Recipe) -> GRPOTrainer:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", "model.visual"],
+            llm_int8_skip_modules=QWEN2_5_VL.kept_in_16_bits,
         ),
         device_map={"": 0 if on_gpu else "cpu"},
     )
@@ -137,7 +138,7 @@ def build_trl(recipe: Recipe) -> GRPOTrainer:
         peft_config=LoraConfig(
             r=recipe.lora.r,
             lora_alpha=recipe.lora.alpha,
-            target_modules=lora_targets(recipe.lora),
+            target_modules=QWEN2_5_VL.lora_targets(recipe.lora.target_modules, vision=recipe.lora.vision),
             task_type="CAUSAL_LM",
         ),
         processing_class=processor,
@@ -166,7 +167,7 @@ def stock_config(recipe: Recipe, processor: Any) -> GRPOConfig:
         gradient_accumulation_steps=grpo.num_generations // grpo.completions_per_pass,
         max_completion_length=grpo.max_completion_length,
         temperature=grpo.temperature,
-        generation_kwargs={"suppress_tokens": vision_token_ids(processor)},
+        generation_kwargs={"suppress_tokens": QWEN2_5_VL.vision_token_ids(processor)},
         beta=grpo.beta,
         loss_type="grpo",
         mask_truncated_completions=False,  # all of them are: masked, there would be nothing to train on

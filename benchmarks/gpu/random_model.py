@@ -6,6 +6,7 @@ is byte-level without merges: a byte is a token, and the special tokens have the
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,27 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from apo_lora.policy.loading import VISION_TOKENS
-from apo_lora.preflight.model_shape import PUBLISHED, ModelShape, find_shape
+from apo_lora.family.lookup import find_shape
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.family.shape import ModelShape
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.record import Record
 from tools.tiny_base.architecture import CHAT_TEMPLATE
 
 SHAPES = {
-    "3b": PUBLISHED["3b"],
+    "3b": QWEN2_5_VL.published["3b"],
     # Widths are multiples of 64, the block of NF4.
-    "tiny": ModelShape(64, 128, 2, 4, 2, 1088, tied=True, vision_hidden=64, vision_intermediate=128, vision_layers=2),
+    "tiny": replace(
+        QWEN2_5_VL.published["3b"],
+        hidden=64,
+        intermediate=128,
+        layers=2,
+        heads=4,
+        vocabulary=1088,
+        vision_hidden=64,
+        vision_intermediate=128,
+        vision_layers=2,
+    ),
 }
 
 # In the order of their published ids, which begin at 151,643: after every ordinary token.
@@ -74,7 +86,7 @@ def make(size: str, folder: Path) -> None:
         do_sample=True,
         temperature=1.0,
         # Random weights would sample them sooner or later, and no forward pass can take one back in.
-        suppress_tokens=[ids[token] for token in VISION_TOKENS],
+        suppress_tokens=[ids[token] for token in QWEN2_5_VL.vision_tokens],
     )
     unfinished = folder.with_name(f".{folder.name}")
     for old in (unfinished, folder):

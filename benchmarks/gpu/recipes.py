@@ -4,8 +4,8 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
+from apo_lora.family.lookup import find_shape
 from apo_lora.preflight.memory_plan import Plan, plan
-from apo_lora.preflight.model_shape import find_shape
 from apo_lora.recipe.schema import Recipe
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.card import pretend_card

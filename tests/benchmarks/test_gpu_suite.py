@@ -20,7 +20,8 @@ from unsloth_on_cpu import ENVIRONMENT
 
 from apo_lora.data.examples import read_data
 from apo_lora.errors import DataError, ModelError
-from apo_lora.preflight.model_shape import PUBLISHED, shape_from_config
+from apo_lora.family.lookup import shape_from_config
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
 from benchmarks.gpu import card, phase_clock, random_model, results, work
@@ -268,12 +269,13 @@ def test_the_random_model_has_the_published_shape_and_ids():
     ids = random_model.build_processor(random_model.ORDINARY_TOKENS["3b"]).tokenizer.get_vocab()
     published = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|vision_start|>": 151652, "<|image_pad|>": 151655}
     assert {token: ids[token] for token in published} == published and len(ids) == 151665
-    built = random_model.build_config(PUBLISHED["3b"], ids)
+    built = random_model.build_config(QWEN2_5_VL.published["3b"], ids)
     with torch.device("meta"):
         model = random_model.Qwen2_5_VLForConditionalGeneration(built)
-    assert sum(p.numel() for p in model.parameters()) == sum(PUBLISHED["3b"].parameters().values()) == 3_754_622_976
+    expected = sum(QWEN2_5_VL.published["3b"].parameters().values())
+    assert sum(p.numel() for p in model.parameters()) == expected == 3_754_622_976
     config = built.to_dict()
-    assert shape_from_config(config, "random") == PUBLISHED["3b"]
+    assert shape_from_config(config, "random") == QWEN2_5_VL.published["3b"]
     assert config["text_config"]["rope_parameters"]["mrope_section"] == [16, 24, 24]
     assert config["vision_config"]["fullatt_block_indexes"] == [7, 15, 23, 31]
 

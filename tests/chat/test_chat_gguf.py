@@ -19,6 +19,7 @@ from apo_lora.chat.gguf import chat_gguf, files_to_ask
 from apo_lora.chat.llama_server import Answer, find_gguf, find_server, serving
 from apo_lora.commands.main import main
 from apo_lora.errors import ModelError
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.rewards.answers.text import final_answer
 from apo_lora.run.adapter_source import RECIPE_ON_HUB
@@ -74,7 +75,7 @@ def greedy_answers(run, board):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from apo_lora.policy.loading import limit_image_size, vision_token_ids
+    from apo_lora.policy.loading import limit_image_size
 
     base_folder = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     recipe = load_recipe(run / "recipe.yaml")
@@ -87,7 +88,7 @@ def greedy_answers(run, board):
 
     def answer(model):
         ids = model.generate(
-            **inputs, do_sample=False, max_new_tokens=12, suppress_tokens=vision_token_ids(processor)
+            **inputs, do_sample=False, max_new_tokens=12, suppress_tokens=QWEN2_5_VL.vision_token_ids(processor)
         )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
         return processor.decode(ids, skip_special_tokens=True), len(ids)
 
@@ -139,7 +140,7 @@ def test_the_image_is_bounded_as_in_training(run, board, program):
     assert (bounded := image_tokens(processor, (280, 224))) < free
     example = example_of(QUESTION, str(board))
     prompts = []
-    for limits in (image_token_limits(recipe.data), {}):
+    for limits in (image_token_limits(recipe.data, QWEN2_5_VL), {}):
         with serving(find_gguf(run / "gguf"), find_server(None), context=1024, image_tokens=limits) as url:
             answer = Answer(url, chat_messages(example, recipe), max_tokens=1, temperature=0.0)
             list(answer)

@@ -294,7 +294,6 @@ def test_batches_have_seeds_of_their_own_and_both_models_the_same(load_tiny):
 def test_entropy_is_that_of_the_models_own_distribution(tiny_policy, stir_adapter):
     """Against a plain forward pass over prompt and completion; temperature does not count."""
     from apo_lora.data.examples import load_examples
-    from apo_lora.policy.loading import vision_token_ids
     from apo_lora.rollout.sampling import generation_options, prompt_inputs
 
     stir_adapter(tiny_policy.model, scale=0.05)
@@ -315,7 +314,7 @@ def test_entropy_is_that_of_the_models_own_distribution(tiny_policy, stir_adapte
     }
     with torch.no_grad():
         logits = tiny_policy.model(**inputs).logits[0, start - 1 : -1].float()
-    logits[:, vision_token_ids(tiny_policy.processor)] = -torch.inf
+    logits[:, tiny_policy.never_sampled] = -torch.inf
     entropies = torch.distributions.Categorical(logits=logits).entropy()
     assert recorder.means([length])[0] == pytest.approx(entropies.mean().item(), rel=1e-4)
     cooler = torch.distributions.Categorical(logits=logits / 0.5).entropy()

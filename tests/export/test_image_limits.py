@@ -8,6 +8,7 @@ from transformers import AutoProcessor
 
 from apo_lora.commands.main import main
 from apo_lora.export.image_limits import image_token_limits, write_image_limits
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.policy.loading import load_processor
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import DataSection
@@ -54,5 +55,5 @@ def test_limits_go_into_an_older_processors_file_too(tmp_path):
     ],
 )
 def test_llama_cpp_counts_tokens(limits, options):
-    assert image_token_limits(DataSection(train="boards", **limits)) == options
-    assert image_token_limits(None) == {}
+    assert image_token_limits(DataSection(train="boards", **limits), QWEN2_5_VL) == options
+    assert image_token_limits(None, QWEN2_5_VL) == {}

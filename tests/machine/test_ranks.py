@@ -12,6 +12,7 @@ import torch
 from conftest import PROJECT
 from two_ranks import GENERATIONS, PROMPTS
 
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.machine import ranks
 from apo_lora.preflight.checks import next_rung
 from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
@@ -192,7 +193,7 @@ def test_a_step_must_be_shared_out_evenly(processes, grpo, problem):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_rung_of_the_ladder_can_be_shared_out(processes):
     recipe = recipe_of(prompts_per_step=3, num_generations=8, completions_per_pass=8)
-    while (lower := next_rung(recipe, processes)) is not None:
+    while (lower := next_rung(recipe, QWEN2_5_VL, processes)) is not None:
         assert not list(combination_problems(lower, processes))
         recipe = lower
     assert recipe.grpo.completions_per_pass == 1 and recipe.grpo.num_generations == 2

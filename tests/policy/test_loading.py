@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apo_lora.errors import ModelError
-from apo_lora.policy.loading import choose_dtype, choose_engine, is_4bit, load_processor, needs_gpu, vision_token_ids
+from apo_lora.policy.loading import choose_dtype, choose_engine, is_4bit, load_processor, needs_gpu
 from apo_lora.policy.scoring import token_logps
 from apo_lora.recipe.schema import DataSection, ModelSection
 
@@ -107,7 +107,7 @@ def test_image_size_limits_keep_the_aspect_ratio():
 
 
 def test_vision_tokens_are_known(tiny_policy):
-    ids = vision_token_ids(tiny_policy.processor)
+    ids = tiny_policy.never_sampled
     assert len(ids) == 5 and tiny_policy.model.config.image_token_id in ids
 
 

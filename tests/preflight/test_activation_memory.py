@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.preflight.memory_plan import (
     LOGITS_BYTES,
     attention_mask,
@@ -18,7 +19,6 @@ from apo_lora.preflight.memory_plan import (
     tower_forward,
     tower_saved,
 )
-from apo_lora.preflight.model_shape import PUBLISHED
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 
@@ -48,7 +48,7 @@ def left_by(run) -> int:
     return sum(memory_events(run))
 
 
-SMALL = replace(PUBLISHED["3b"], hidden=1024, intermediate=5504, heads=8, kv_heads=2)
+SMALL = replace(QWEN2_5_VL.published["3b"], hidden=1024, intermediate=5504, heads=8, kv_heads=2)
 """Half the width of the 3B, in its proportions."""
 
 
@@ -145,7 +145,7 @@ def test_logits_of_the_training_pass(entropy_coef, chunks):
     from apo_lora.policy.scoring import _head_logps
 
     assert LOGITS_BYTES == REAL_LOGITS_BYTES
-    shape, rows = PUBLISHED["3b"], 4  # rows of a chunk, in place of 441
+    shape, rows = QWEN2_5_VL.published["3b"], 4  # rows of a chunk, in place of 441
     budget = 4 * shape.vocabulary * rows
     head = torch.nn.Linear(32, shape.vocabulary, bias=False).bfloat16().requires_grad_(False)
     hidden = torch.randn(rows * chunks, 32).bfloat16().requires_grad_()

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from apo_lora.family.lookup import find_shape
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.family.shape import Linear, nf4_bytes
 from apo_lora.preflight.memory_plan import (
     adam_bytes,
     kv_bytes_per_token,
@@ -10,7 +13,6 @@ from apo_lora.preflight.memory_plan import (
     lora_tensors,
     plan,
 )
-from apo_lora.preflight.model_shape import PUBLISHED, Linear, find_shape, nf4_bytes
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 
@@ -62,13 +64,12 @@ def test_lora_of_tiny(load_tiny, vision):
 def test_lora_of_the_real_3b(real_3b, recipe_name):
     from peft import LoraConfig, get_peft_model
 
-    from apo_lora.policy.loading import lora_targets
-
     recipe = recipe_of(recipe_name)
-    peft_model = get_peft_model(real_3b, LoraConfig(r=recipe.lora.r, target_modules=lora_targets(recipe.lora)))
+    targets = QWEN2_5_VL.lora_targets(recipe.lora.target_modules, vision=recipe.lora.vision)
+    peft_model = get_peft_model(real_3b, LoraConfig(r=recipe.lora.r, target_modules=targets))
     trained = sum(p.numel() for name, p in peft_model.named_parameters() if "lora_" in name)
     peft_model.unload()
-    assert lora_parameters(PUBLISHED["3b"], recipe) == trained
+    assert lora_parameters(QWEN2_5_VL.published["3b"], recipe) == trained
 
 
 @pytest.mark.parametrize("shape", [(16, 255), (16, 256), (8, 2048), (3, 2001)])
@@ -99,4 +100,4 @@ def test_a_filled_cache(tiny_policy, make_batch):
 
 
 def test_cache_of_the_3b():
-    assert kv_bytes_per_token(PUBLISHED["3b"]) * 1024 == 36 * 2**20
+    assert kv_bytes_per_token(QWEN2_5_VL.published["3b"]) * 1024 == 36 * 2**20

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from apo_lora.commands.main import main
+from apo_lora.family.lookup import find_shape
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.preflight.memory_plan import (
     MOMENTS,
     OVERHEAD,
@@ -19,7 +21,6 @@ from apo_lora.preflight.memory_plan import (
     tower_has_gradient,
     with_rollout,
 )
-from apo_lora.preflight.model_shape import PUBLISHED, find_shape
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 
@@ -43,9 +44,9 @@ def test_prompts_of_the_fullest_pass(rows, prompts):
     groups = [completion // 4 for completion in range(recipe.completions_per_step)]
     assert max(len(set(groups[start : start + rows])) for start in range(0, 24, rows)) == prompts
     assert prompts_per_pass(recipe) == prompts
-    load = load_of(recipe, PUBLISHED["3b"])
+    load = load_of(recipe, QWEN2_5_VL.published["3b"])
     assert load.pass_tokens == prompts * load.prompt + rows * load.completion
-    alone = load_of(shared(f"grpo.completions_per_pass={rows}", "grpo.shared_prompt=false"), PUBLISHED["3b"])
+    alone = load_of(shared(f"grpo.completions_per_pass={rows}", "grpo.shared_prompt=false"), QWEN2_5_VL.published["3b"])
     assert alone.pass_tokens == rows * alone.length
 
 
@@ -65,7 +66,7 @@ def test_sharing_prompts_needs_less_where_prompts_are_long():
     options = ("grpo.completions_per_pass=8", "grpo.max_completion_length=256")
 
     def above_what_is_held(moment, sharing):
-        rows = plan(PUBLISHED["3b"], recipe_of("single_gpu", *options, f"grpo.shared_prompt={sharing}")).rows
+        rows = plan(QWEN2_5_VL.published["3b"], recipe_of("single_gpu", *options, f"grpo.shared_prompt={sharing}")).rows
         return sum(row.bytes for row in rows if moment in row.moments and row.moments != MOMENTS)
 
     assert above_what_is_held("score", "true") < 0.8 * above_what_is_held("score", "false")
@@ -99,7 +100,7 @@ def test_the_rollout_is_what_trl_samples_at_once(tiny_policy, tmp_path):
 
 @pytest.mark.parametrize("name", GPU_RECIPES)
 def test_peaks_are_sums_of_rows(name):
-    made = plan(PUBLISHED["3b"], recipe_of(name))
+    made = plan(QWEN2_5_VL.published["3b"], recipe_of(name))
     held = sum(row.bytes for row in made.rows if row.moments == MOMENTS)
     assert all(peak > held > 2.9 * GiB for peak in made.peaks.values())
     assert made.total == max(made.peaks.values()) + OVERHEAD
@@ -121,15 +122,15 @@ def test_peaks_are_sums_of_rows(name):
     ],
 )
 def test_more_needs_more(override, moments):
-    before = plan(PUBLISHED["3b"], recipe_of("single_gpu")).peaks
-    after = plan(PUBLISHED["3b"], recipe_of("single_gpu", override)).peaks
+    before = plan(QWEN2_5_VL.published["3b"], recipe_of("single_gpu")).peaks
+    after = plan(QWEN2_5_VL.published["3b"], recipe_of("single_gpu", override)).peaks
     assert all(after[moment] > before[moment] for moment in moments)
 
 
 def test_decoding_is_what_the_allocator_held():
     """PyTorch's CUDA allocator above the weights, for one token of single_gpu without images, through Unsloth with all
     36 layers, on a CUDA runtime without arithmetic: 5.80 GiB; 7.0 where keys and values are repeated per query head."""
-    rows = plan(PUBLISHED["3b"], recipe_of("single_gpu")).rows
+    rows = plan(QWEN2_5_VL.published["3b"], recipe_of("single_gpu")).rows
     decoding = sum(row.bytes for row in rows if row.moments == ("decode",))
     assert decoding == pytest.approx(5.796 * GiB, rel=0.01)
 
@@ -141,7 +142,7 @@ FIRST_STEPS = {"gpu_8gb": (4.53, 4.35, 4.44), "single_gpu": (12.91, 5.75, 6.43),
 
 @pytest.mark.parametrize("name", GPU_RECIPES)
 def test_peaks_are_those_of_the_allocator_but_for_what_is_gone(name):
-    shape, recipe = PUBLISHED["3b"], recipe_of(name)
+    shape, recipe = QWEN2_5_VL.published["3b"], recipe_of(name)
     made = plan(shape, recipe)
     load, part = made.load, {row.part: row.bytes for row in made.rows}
     group, width = recipe.grpo.num_generations, 2 * shape.hidden * 2  # keys and values for every query head, 16 bits
@@ -158,7 +159,7 @@ def test_peaks_are_those_of_the_allocator_but_for_what_is_gone(name):
 
 @pytest.mark.parametrize("completion", [256, 1024])
 def test_the_largest_group_fits_and_one_more_does_not(completion):
-    shape, recipe, card = PUBLISHED["3b"], recipe_of("gpu_8gb"), 7 * GiB
+    shape, recipe, card = QWEN2_5_VL.published["3b"], recipe_of("gpu_8gb"), 7 * GiB
     largest = largest_group(shape, recipe, card, prompts=4, completion=completion)
 
     def total(generations):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apo_lora.data.examples import load_examples
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.preflight.checks import (
     check_agreement,
     check_generation,
@@ -148,7 +149,7 @@ def test_what_never_fits_is_said_with_what_helps(tiny_policy, examples):
 
 def test_every_rung_is_a_valid_recipe():
     recipe, rungs = RECIPE, 0
-    while (lower := next_rung(recipe)) is not None:
+    while (lower := next_rung(recipe, QWEN2_5_VL)) is not None:
         Recipe.model_validate(lower.model_dump())
         assert lower.completions_per_step % lower.grpo.completions_per_pass == 0
         recipe, rungs = lower, rungs + 1

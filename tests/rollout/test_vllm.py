@@ -8,10 +8,10 @@ import torch
 
 from apo_lora.commands.main import main
 from apo_lora.errors import RecipeError
+from apo_lora.family.lookup import find_shape
 from apo_lora.machine import versions
-from apo_lora.policy.loading import load_policy, vision_token_ids
+from apo_lora.policy.loading import load_policy
 from apo_lora.preflight.memory_plan import plan
-from apo_lora.preflight.model_shape import find_shape
 from apo_lora.preflight.plan_table import plan_lines
 from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
 from apo_lora.rollout import vllm as vllm_rollout
@@ -30,7 +30,7 @@ def test_it_is_off_by_default(name):
     recipe = recipe_of(name=name)
     assert recipe.rollout.engine == "transformers"
     assert vllm_problem(recipe, has_gpu=False) is None and loading_options(recipe) == {}
-    assert generation_values(recipe, processor=None) == {"use_vllm": False}
+    assert generation_values(recipe, never_sampled=[]) == {"use_vllm": False}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_arguments_take_the_values(tiny_policy, tmp_path):
     config = APOConfig(**values)
     assert changed_values(config, values) == []
     assert config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_importance_sampling_correction
-    assert set(config.generation_kwargs["logit_bias"]) == set(vision_token_ids(tiny_policy.processor))
+    assert set(config.generation_kwargs["logit_bias"]) == set(tiny_policy.never_sampled)
 
 
 def test_the_plan_says_what_it_does_not_know():

@@ -92,7 +92,7 @@ def make_adapter(folder, intermediate_size=512):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-    from apo_lora.policy.loading import lora_targets
+    from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
     from apo_lora.recipe.schema import LoraSection
 
     if not VOCABULARY.is_dir():
@@ -117,7 +117,8 @@ def make_adapter(folder, intermediate_size=512):
         if path.name not in ("config.json", "SOURCE.json"):
             shutil.copyfile(path, folder / "base" / path.name)
     lora = LoraSection(vision=True)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(lora), task_type="CAUSAL_LM")
+    targets = QWEN2_5_VL.lora_targets(lora.target_modules, vision=lora.vision)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
     peft_model = get_peft_model(model, config)
     with torch.no_grad():

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from apo_lora.family.lookup import closest_family
+
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -118,11 +120,11 @@ def obstacle(model: nn.Module) -> str | None:
     """Why this model cannot compute completions behind one shared prompt, or None."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base.config.model_type != "qwen2_5_vl":
-        return f"{base.config.model_type} is not a model that it is written for"
-    text = base.model.language_model.config
-    if set(text.layer_types) != {"full_attention"}:
+    model_family = closest_family(model)
+    if not model_family.shares_prompts:
+        return f"{model_family.model_type} is not a model that it is written for"
+    text = model_family.language_of(model_family.inner_of(model)).config
+    if set(getattr(text, "layer_types", ["full_attention"])) != {"full_attention"}:
         return "not every layer sees the whole sequence (sliding_attention)"
     if text.attention_dropout:
         return f"its attention drops out ({text.attention_dropout})"

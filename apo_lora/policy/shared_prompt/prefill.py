@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apo_lora.family.lookup import closest_family
+
 RowFeatures = list[Tensor | None]
 
 
@@ -23,7 +25,7 @@ def prompts_read_once(
     """Inside, generate() on rows whose prompts are equal where their `groups` are reads each of those once.
 
     It may be given the pixels of every row's images, or those of each group's first row alone.
-    Afterwards the list holds, for every row, the features (image tokens, H) of its images, computed on the way.
+    Afterwards the list holds, for every row, the features (image tokens, F) of its images, computed on the way.
     """
     first_rows = [groups.index(group) for group in dict.fromkeys(groups)]
     place = {groups[row]: number for number, row in enumerate(first_rows)}
@@ -99,7 +101,7 @@ def _noted_features(inner_model: nn.Module, features: RowFeatures, images_per_ro
 
     def noting(*arguments: Any, **options: Any) -> Any:
         output = get_image_features(*arguments, **options)
-        by_image = iter(output.pooler_output)
+        by_image = iter(closest_family(inner_model).features_by_image(output))
         features.extend(torch.cat([next(by_image) for _ in range(n)]) if n else None for n in images_per_row)
         return output
 

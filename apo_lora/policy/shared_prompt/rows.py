@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apo_lora.family.lookup import closest_family
 from apo_lora.policy.batches import Batch, row_slices
 from apo_lora.policy.shared_prompt.attention import Families, family
 
@@ -74,7 +75,5 @@ def _prompt(inner_model: nn.Module, row: Batch) -> tuple[Tensor, Tensor]:
     if row.get("image_grid_thw") is None:
         return ids_P, torch.arange(len(ids_P), device=ids_P.device).expand(3, -1)
     token_types_P = row["mm_token_type_ids"][0, : len(mask_P)][mask_P]
-    positions_31P, _ = inner_model.get_rope_index(
-        ids_P.unsqueeze(0), token_types_P.unsqueeze(0), image_grid_thw=row["image_grid_thw"]
-    )
-    return ids_P, positions_31P[:, 0]
+    family = closest_family(inner_model)
+    return ids_P, family.prompt_positions(inner_model, ids_P, token_types_P, row["image_grid_thw"])

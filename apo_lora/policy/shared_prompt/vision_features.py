@@ -4,19 +4,23 @@ A frozen tower needs no gradient, whichever way LoRA trains the language model b
 backward through the tower wherever checkpointing makes its inputs require gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from apo_lora.family.lookup import closest_family
 from apo_lora.policy.batches import Batch, pixels, row_slices
 
 
 def tower_is_frozen(inner_model: nn.Module) -> bool:
     """Only then do its features stay the same between the reference, the old and the policy pass, and over steps."""
-    return not any(parameter.requires_grad for parameter in inner_model.visual.parameters())
+    tower = closest_family(inner_model).tower_of(inner_model)
+    return not any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def image_features(inner_model: nn.Module, batch: Batch) -> list[Tensor | None]:
-    """One entry per sequence: the features (image tokens, H) of its prompt's images in order, None without any.
+    """One entry per sequence: the features (image tokens, F) of its prompt's images in order, None without any.
 
     Sequences of one `group` get the same tensor, computed once. It has a gradient only where the tower trains.
     """
@@ -32,20 +36,20 @@ def image_features(inner_model: nn.Module, batch: Batch) -> list[Tensor | None]:
 def _features_of_row(inner_model: nn.Module, row: Batch) -> Tensor | None:
     if (pixel_values := pixels(row)) is None:
         return None
-    by_image = inner_model.get_image_features(pixel_values, row["image_grid_thw"]).pooler_output
-    return torch.cat(list(by_image))
+    output = inner_model.get_image_features(pixel_values, row["image_grid_thw"])
+    return torch.cat(closest_family(inner_model).features_by_image(output))
 
 
-def embed(inner_model: nn.Module, input_ids_L: Tensor, features: list[Tensor]) -> Tensor:
-    """(1, L, H): the embeddings of a row of tokens, with the features of its images in the place of image tokens.
+def embed(inner_model: nn.Module, input_ids_L: Tensor, features: list[Tensor]) -> dict[str, Any]:
+    """What the language model is called with for a row of tokens: their embeddings (1, L, H), and the features of its
+    images in the place of image tokens.
 
     Raises ValueError where tokens and features are not equally many.
     """
     embeds_1LH = inner_model.get_input_embeddings()(input_ids_L.unsqueeze(0))
-    is_image_L = input_ids_L == inner_model.config.image_token_id
+    family = closest_family(inner_model)
+    is_image_L = family.is_image_token(inner_model, input_ids_L)
     num_tokens, num_features = int(is_image_L.sum()), sum(map(len, features))
     if num_tokens != num_features:
         raise ValueError(f"{num_tokens} image tokens and {num_features} image features do not go together")
-    if not features:
-        return embeds_1LH
-    return embeds_1LH.masked_scatter(is_image_L.view(1, -1, 1), torch.cat(features).to(embeds_1LH))
+    return family.embedding_inputs(embeds_1LH, is_image_L, torch.cat(features) if features else None)

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from apo_lora.errors import ModelError
-from apo_lora.preflight.model_shape import PUBLISHED, find_shape, shape_from_config
+from apo_lora.family.lookup import find_shape, shape_from_config
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 
 GROUPS = {
     "attention": r"language_model.*_proj\.weight$(?<=[qkvo]_proj\.weight)",
@@ -27,16 +28,16 @@ def counted(model) -> dict[str, int]:
 
 
 def test_published_sizes_are_those_of_the_real_config(shared_data):
-    assert find_shape(str(shared_data / "qwen2.5-vl-3b-processor")) == PUBLISHED["3b"]
+    assert find_shape(str(shared_data / "qwen2.5-vl-3b-processor")) == QWEN2_5_VL.published["3b"]
 
 
 def test_parameters_of_the_real_3b(real_3b):
-    assert PUBLISHED["3b"].parameters() == counted(real_3b)
-    assert sum(PUBLISHED["3b"].parameters().values()) == 3_754_622_976
+    assert QWEN2_5_VL.published["3b"].parameters() == counted(real_3b)
+    assert sum(QWEN2_5_VL.published["3b"].parameters().values()) == 3_754_622_976
 
 
 def test_parameters_of_the_7b():
-    assert sum(PUBLISHED["7b"].parameters().values()) == 8_292_166_656  # published as 8.29 B
+    assert sum(QWEN2_5_VL.published["7b"].parameters().values()) == 8_292_166_656  # published as 8.29 B
 
 
 def test_parameters_of_tiny(tiny_policy):
@@ -53,11 +54,11 @@ def test_parameters_of_tiny(tiny_policy):
     ],
 )
 def test_published_models_need_no_network(name, size):
-    assert find_shape(name) is PUBLISHED[size]
+    assert find_shape(name) is QWEN2_5_VL.published[size]
 
 
 def test_both_layouts_of_a_config_give_the_same(real_3b):
-    assert shape_from_config(real_3b.config.to_dict(), "3b") == PUBLISHED["3b"]
+    assert shape_from_config(real_3b.config.to_dict(), "3b") == QWEN2_5_VL.published["3b"]
 
 
 @pytest.mark.parametrize(
