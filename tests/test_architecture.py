@@ -82,6 +82,31 @@ def test_what_must_not_need_the_heavy_libraries_does_not(module):
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+FAMILY_WORDS = re.compile(r"qwen|language_model|\bvisual\b|<\|(vision|image|video)", re.IGNORECASE)
+FAMILY_ATTRIBUTES = {"language_model", "visual", "lm_head", "get_rope_index", "image_token_id", "pooler_output"}
+NAMED_ALL_THE_SAME = {
+    "run/licence.py": "licences go by the names of published models",
+    "evaluation/table.py": "a row of the paper's table",
+    "machine/doctor.py": "says what the recipes for a GPU train",
+    "notebook/machine.py": "says what the recipes for a GPU train",
+}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if place_of(m) != "family" and m not in NAMED_ALL_THE_SAME])
+def test_only_its_record_names_what_is_special_about_a_family(module):
+    """Neither names and tokens in a string, nor paths in a model; docstrings and comments may."""
+    nodes = list(ast.walk(ast.parse((PACKAGE / module).read_text())))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    words = [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+    assert [word for word in words if FAMILY_WORDS.search(word)] == []
+    assert [n.attr for n in nodes if isinstance(n, ast.Attribute) and n.attr in FAMILY_ATTRIBUTES] == []
+    assert [text for n in nodes if isinstance(n, ast.BinOp) and "28 * 28" in (text := ast.unparse(n))] == []
+
+
 def test_files_stay_small():
     lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in MODULES}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
