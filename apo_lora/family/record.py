@@ -68,8 +68,8 @@ class Family:
         return (self.patch * self.merge) ** 2
 
     def vision_token_ids(self, processor: Any) -> list[int]:
-        """Ids of a processor (or tokenizer) that must never be sampled: a generated image token has no pixels, and breaks
-        the next forward pass."""
+        """Ids that must never be sampled, by a processor or a tokenizer: a generated image token has no pixels, and
+        breaks the next forward pass."""
         vocabulary = getattr(processor, "tokenizer", processor).get_vocab()
         return [vocabulary[token] for token in self.vision_tokens if token in vocabulary]
 

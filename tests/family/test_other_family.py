@@ -147,6 +147,15 @@ def test_an_unknown_type_is_one_line_or_falls_back(tiny_policy):
     assert tiny_policy.never_sampled == QWEN2_5_VL.vision_token_ids(tiny_policy.processor)
 
 
+def test_a_text_model_is_its_own_language_model():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_hidden_layers=1, **sizes))
+    family = closest_family(model)
+    assert family.language_of(family.inner_of(model)) is model.model and not family.shares_prompts
+
+
 def test_a_base_is_known_by_its_config_here_or_by_its_name(base, registered):
     assert family_of_base(base) is OTHER_VL and family_of_base("tiny") is QWEN2_5_VL
     assert family_of_base("somebody/other-vl-1b") is OTHER_VL
