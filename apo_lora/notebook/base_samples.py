@@ -19,24 +19,18 @@ def answer_by_base(recipe_name: str, count: int, folder: Path, overrides: list[s
         raise ModelError(problem)
     import_engine(recipe.model)
     from apo_lora.data.examples import load_examples
-    from apo_lora.evaluation.measure import answer_row, measure
+    from apo_lora.evaluation.measure import answer_rows, measure
     from apo_lora.rewards.verifier import Verifier
-    from apo_lora.rollout.record import saved_image
+    from apo_lora.run.pictures import saved_images
 
-    data, title = recipe.data, "reasoning"
+    data, seed = recipe.data, recipe.train.seed
     spec, split = (data.eval, data.eval_split) if data.eval else (data.train, data.split)
-    examples = load_examples(spec, data, split=split, limit=count, seed=recipe.train.seed).examples
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
+    examples = load_examples(spec, data, split=split, limit=count, seed=seed).examples
+    policy = load_policy(recipe.model, recipe.lora, data, seed=seed)
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
-        answers = measure(policy, examples, recipe, verifier.score, seed=recipe.train.seed, greedy=True)
-    images = [[saved_image(image, folder / "images", folder) for image in example.images] for example in examples]
-    append_jsonl(
-        folder / "answers.jsonl",
-        (
-            answer_row(title, "base", 0, example, answer, paths, greedy=True)
-            for example, answer, paths in zip(examples, answers, images, strict=True)
-        ),
-    )
+        judged = measure(policy, examples, recipe, verifier.score, seed=seed, greedy=True)
+    images = [saved_images(example.images, folder / "images", folder) for example in examples]
+    append_jsonl(folder / "answers.jsonl", answer_rows("reasoning", "base", examples, judged, images, greedy=True))
 
 
 def main(recipe_name: str, count: str, folder: str, *overrides: str) -> int:

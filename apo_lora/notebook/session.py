@@ -9,8 +9,8 @@ from typing import Literal
 from IPython.display import HTML, DisplayHandle, Image, display
 
 from apo_lora.errors import UserError
+from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.machine.host import find_gpu
-from apo_lora.notebook.cards import answer_cards
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import StepFailed, run_module, run_verb
 from apo_lora.recipe.files import find_recipe, load_recipe
@@ -101,7 +101,7 @@ class Session:
                 "apo_lora.notebook.base_samples", self.recipe_name, str(SHOWN), folder, *self.overrides,
                 name="sample", secrets=_secrets(),
             )  # fmt: skip
-            display(HTML(answer_cards(read_jsonl(Path(folder) / "answers.jsonl"), Path(folder))))
+            display(HTML(static_gallery(read_jsonl(Path(folder) / "answers.jsonl"), Path(folder))))
 
     def train(self) -> None:
         """Trains, with curves that grow; a run that is there already is continued."""
@@ -142,7 +142,7 @@ class Session:
         rows = [row for row in _rows(self.run.evaluations / "held_out" / "answers.jsonl") if row["greedy"]]
         items = list(dict.fromkeys((row["set"], row["row"]) for row in rows))[:SHOWN]
         shown = [row for item in items for row in rows if (row["set"], row["row"]) == item]
-        display(HTML(answer_cards(shown, self.run.path)))
+        display(HTML(static_gallery(shown, self.run.path)))
 
     def _has_held_out(self) -> bool:
         if self.recipe.data.eval is None:
@@ -188,11 +188,13 @@ class Curves:
         if steps == self._drawn:
             return
         self._drawn = steps
-        picture = Image(overview(self.run))
+        png = overview(self.run)
+        if png is None:  # train starts again from nothing
+            return
         if self._handle is None:
-            self._handle = display(picture, display_id=True)
+            self._handle = display(Image(png), display_id=True)
         else:
-            self._handle.update(picture)
+            self._handle.update(Image(png))
 
 
 def _rows(path: Path) -> list[dict]:
