@@ -57,22 +57,23 @@ def all_figures(rows: Iterable[AnswerRow], items: Mapping[str, int]) -> dict[str
 
     A model that has not answered everything greedily is left out, and so is the difference without both.
     """
-    answers = _grouped(rows, "greedy", "model", "set")
+    groups = _grouped(rows, "model", "set", "greedy")
 
-    def of(greedy: bool, model: str, title: str) -> list[AnswerRow]:
-        return answers.get((greedy, model, title), [])
+    def answers(model: str, title: str, greedy: bool = True) -> list[AnswerRow]:
+        return groups.get((model, title, greedy), [])
 
     figures: dict[str, Any] = {
         model: {
-            title: summary(of(True, model, title)) | {"pass_at_k": passes(of(False, model, title))} for title in items
+            title: summary(answers(model, title)) | {"pass_at_k": passes(answers(model, title, greedy=False))}
+            for title in items
         }
         for model in MODELS
-        if all(len(of(True, model, title)) == count for title, count in items.items())
+        if all(len(answers(model, title)) == count for title, count in items.items())
     }
     if len(figures) == len(MODELS):
         figures["difference"] = {
-            title: compared(*(of(True, model, title) for model in MODELS))
-            | {"pass_at_k": passes_compared(*(of(False, model, title) for model in MODELS))}
+            title: compared(*(answers(model, title) for model in MODELS))
+            | {"pass_at_k": passes_compared(*(answers(model, title, greedy=False) for model in MODELS))}
             for title in items
         }
     return figures

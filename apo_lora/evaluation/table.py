@@ -47,9 +47,9 @@ def _accuracies(heading: str, figures: Figures, rows: Iterable[tuple[str, Mappin
     lines = [[heading, "items", *models]]
     if "difference" in figures:
         lines[0] += ["difference", "better / worse", "sign test p"]
-    for label, of in rows:
-        lines.append([label, str(of[models[0]]["items"]), *(_share(of[model]) for model in models)])
-        if change := of.get("difference"):
+    for label, by_column in rows:
+        lines.append([label, str(by_column[models[0]]["items"]), *(_share(by_column[model]) for model in models)])
+        if change := by_column.get("difference"):
             low, high = change["accuracy_95_low"], change["accuracy_95_high"]
             lines[-1].append(f"{change['accuracy']:+.3f} ({low:+.2f} to {high:+.2f})")
             lines[-1].append(f"{change['only_tuned']} / {change['only_base']}")
@@ -77,9 +77,10 @@ def _passes(figures: Figures) -> list[str]:
     rows = []
     for title in figures["sets"]:
         for k in figures[_models(figures)[0]][title].get("pass_at_k", {}):
-            of = {column: figures[column][title]["pass_at_k"][k] for column in _columns(figures)}
-            change = of.pop("difference", None)
-            rows.append([title, k, *(f"{v['value']:.3f} ({v['95_low']:.2f}-{v['95_high']:.2f})" for v in of.values())])
+            by_column = {column: figures[column][title]["pass_at_k"][k] for column in _columns(figures)}
+            change = by_column.pop("difference", None)
+            values = (f"{v['value']:.3f} ({v['95_low']:.2f}-{v['95_high']:.2f})" for v in by_column.values())
+            rows.append([title, k, *values])
             if change:
                 rows[-1].append(f"{change['value']:+.3f} ({change['95_low']:+.2f} to {change['95_high']:+.2f})")
     return aligned([["pass@k, sampled (95 %)", "k", *_columns(figures)], *rows])

@@ -201,7 +201,8 @@ def test_run_all_without_a_gpu(tmp_path):
     assert "step    5" in outputs["Go on: after a disconnect, or for more steps"]
     assert "Nothing is exported" in outputs["Export"]
     assert "Nothing is pushed" in outputs["Push to the Hub: needs HF_TOKEN among Colab's secrets (the key on the left)"]
-    (run,) = (tmp_path / "runs").iterdir()
+    run, base = sorted((tmp_path / "runs").iterdir())
+    assert base.name == f"{run.name}-base" and not (base / "metrics.jsonl").exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
 

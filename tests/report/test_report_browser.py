@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from report_runs import OUTCOMES, write_run
+from report_runs import OUTCOMES, answer_rows, write_run
 
+from apo_lora.evaluation.gallery import write_gallery
 from apo_lora.report.write import report
 
 pytestmark = pytest.mark.slow
@@ -194,6 +195,18 @@ def test_a_run_without_anything_has_an_empty_gallery(open_page, tmp_path):
     assert shown(page) == "There is nothing to show here." and count(page, "all") == 0
     choose(page, "changed")
     assert page.locator(".item").count() == 0
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_the_page_of_an_evaluation_filters_and_shows_all_without_javascript(open_page, tmp_path, javascript):
+    write_gallery(answer_rows(), write_run(tmp_path / "run"), tmp_path / "gallery.html")
+    page = open_page(tmp_path / "gallery.html", viewport={"width": 400, "height": 900}, java_script_enabled=javascript)
+    assert page.locator(".item:visible").count() == (24 if javascript else 40)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400 and page.evaluate(WIDER_THAN_THE_PAGE) == []
+    assert {text: c for text, c in page.evaluate(CONTRASTS) if c < 4.5} == {}
+    if javascript:
+        choose(page, "broken")
+        assert shown(page) == f"{page.locator('.item:visible').count()} of 4 shown" == "4 of 4 shown"
 
 
 WIDER_THAN_THE_PAGE = """[...document.querySelectorAll("main *, header *")].filter((element) =>
