@@ -7,6 +7,7 @@ what is there. No torch.
 import base64
 import functools
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def _facts(row: AnswerRow, reward_names: Sequence[str]) -> list[str]:
 def _picture_files(pair: AnswerPair, source: AnswerSource) -> list[Path | None]:
     """None for a file that is gone. Paths are from the source's root on, or from here."""
     places = [(source.root / path, Path(path)) for path in pair.either.get("images") or []]
-    return [next((file.resolve() for file in of_picture if file.is_file()), None) for of_picture in places]
+    return [next((file.resolve() for file in of_picture if os.path.isfile(file)), None) for of_picture in places]
 
 
 def _thumbnail(file: Path | None) -> Thumbnail | None:

@@ -10,12 +10,21 @@ const radios = [...document.querySelectorAll("#filters input")];
 let matching = [];
 let numShown = 0;
 
-const textOf = (item) => [...item.querySelectorAll(SEARCHED)].map((element) => element.textContent).join("\n");
+const texts = new Map(); // filled when something is searched
+
+function textOf(item) {
+  if (!texts.has(item)) {
+    const parts = [...item.querySelectorAll(SEARCHED)].map((element) => element.textContent);
+    texts.set(item, parts.join("\n").toLowerCase());
+  }
+  return texts.get(item);
+}
+
 const passes = (item, radio) => radio.dataset.outcomes.split(" ").includes(item.dataset.outcome);
 
 function showMore() {
   const next = matching.slice(numShown, numShown + ITEMS_AT_ONCE);
-  for (const item of next) item.hidden = false;
+  for (const item of next) item.classList.add("shown");
   numShown += next.length;
   byId("more").hidden = numShown >= matching.length;
   byId("shown").textContent = matching.length
@@ -28,14 +37,14 @@ function update() {
   for (const source of sources) source.hidden = source !== chosen;
   const items = [...(chosen?.querySelectorAll(".item") ?? [])];
   const words = byId("search").value.trim().toLowerCase();
-  const found = words ? items.filter((item) => textOf(item).toLowerCase().includes(words)) : items;
+  const found = words ? items.filter((item) => textOf(item).includes(words)) : items;
   for (const radio of radios) {
     radio.parentElement.querySelector(".count").textContent = found.filter((item) => passes(item, radio)).length;
   }
   const checked = radios.find((radio) => radio.checked);
   matching = found.filter((item) => passes(item, checked));
   numShown = 0;
-  for (const item of items) item.hidden = true;
+  for (const item of document.querySelectorAll(".shown")) item.classList.remove("shown");
   showMore();
 }
 
