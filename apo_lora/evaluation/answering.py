@@ -30,7 +30,6 @@ def policies(
     An adapter is loaded once with its base, and switched off and on. An export is a model of its own, loaded after
     the base is gone, in the precision it is stored in.
     """
-
     if source and models:
         policy = load_tuned(source, recipe)
         print(policy.summary, flush=True)
