@@ -9,14 +9,14 @@ import torch
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
-from apo_lora.evaluation.measure import Score, answer_row, measure
-from apo_lora.evaluation.record import Batch, Record
+from apo_lora.evaluation.folder import EvaluationBatch, EvaluationFolder
+from apo_lora.evaluation.measure import Scorer, answer_rows, measure
 from apo_lora.policy.loading import Policy, load_policy, reference_mode
 from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.record import saved_image
 from apo_lora.run.adapter_source import AdapterSource
 from apo_lora.run.directory import RunDir
+from apo_lora.run.pictures import saved_images
 
 COPY_PIXELS = 768
 """Longest side of a copied picture."""
@@ -30,13 +30,6 @@ def policies(
     An adapter is loaded once with its base, and switched off and on. An export is a model of its own, loaded after
     the base is gone, in the precision it is stored in.
     """
-
-    def load(**changes: Any) -> Policy:
-        model = recipe.model.model_copy(update=changes)
-        policy = load_policy(model, recipe.lora, recipe.data, seed=recipe.train.seed)
-        print(policy.summary, flush=True)
-        return policy
-
     if source and models:
         policy = load_tuned(source, recipe)
         print(policy.summary, flush=True)
@@ -46,16 +39,17 @@ def policies(
         if "tuned" in models:
             yield "tuned", policy
         return
-    ways: dict[str, dict[str, Any]] = {"base": {}}
+    changes: dict[str, dict[str, Any]] = {"base": {}}
     if exported:
-        ways["tuned"] = {"name": str(exported), "revision": None, "load_in_4bit": False}
-    for model, changes in ways.items():
-        if model in models:
-            policy = load(**changes)
-            with reference_mode(policy.model):  # the adapter that every policy has is a fresh one here
-                yield model, policy
-            del policy
-            _free_memory()
+        changes["tuned"] = {"name": str(exported), "revision": None, "load_in_4bit": False}
+    for model in sorted(changes.keys() & models):
+        section = recipe.model.model_copy(update=changes[model])
+        policy = load_policy(section, recipe.lora, recipe.data, seed=recipe.train.seed)
+        print(policy.summary, flush=True)
+        with reference_mode(policy.model):  # the adapter that every policy has is a fresh one here
+            yield model, policy
+        del policy
+        _free_memory()
 
 
 def _free_memory() -> None:
@@ -65,12 +59,12 @@ def _free_memory() -> None:
 
 
 def answer(
-    todo: Sequence[Batch],
-    wanted: Sequence[Batch],
+    todo: Sequence[EvaluationBatch],
+    wanted: Sequence[EvaluationBatch],
     switched: Iterator[tuple[str, Policy]],
     recipe: Recipe,
-    score: Score,
-    record: Record,
+    score: Scorer,
+    folder: EvaluationFolder,
     run: RunDir,
 ) -> None:
     """Answers every batch that is to do, and writes it down before the next one."""
@@ -82,29 +76,25 @@ def answer(
         with tqdm(total=total, initial=total - left, desc=model, unit="answer") as bar:
             for batch in own:
                 bar.set_description(f"{model}: {batch.title}, {'sampled' if batch.sample else 'greedy'}")
-                record.add(_answered(batch, policy, recipe, score, record, run))
+                folder.add(_answered(batch, policy, recipe, score, folder, run))
                 bar.update(len(batch.examples))
         del policy  # before the next model is loaded
 
 
 def _answered(
-    batch: Batch, policy: Policy, recipe: Recipe, score: Score, record: Record, run: RunDir
+    batch: EvaluationBatch, policy: Policy, recipe: Recipe, score: Scorer, folder: EvaluationFolder, run: RunDir
 ) -> list[dict[str, Any]]:
     greedy, size = batch.sample == 0, len(batch.examples)
     seed = batch.seed(recipe.train.seed)
     try:
-        answers = measure(policy, batch.examples, recipe, score, seed=seed, greedy=greedy, batch_size=size)
+        judged = measure(policy, batch.examples, recipe, score, seed=seed, greedy=greedy, batch_size=size)
     except torch.OutOfMemoryError:
         raise ModelError(
             f"--batch-size: {size} answers at once are too many for this GPU's memory; give fewer (and another --name, "
             "where there are answers already)"
         ) from None
-    folder = record.images / batch.title
     images = [
-        [saved_image(image, folder, run.path, longest=COPY_PIXELS) for image in example.images]
+        saved_images(example.images, folder.images / batch.title, run.path, longest=COPY_PIXELS)
         for example in batch.examples
     ]
-    return [
-        answer_row(batch.title, batch.model, batch.sample, example, answer, paths, greedy=greedy)
-        for example, answer, paths in zip(batch.examples, answers, images, strict=True)
-    ]
+    return answer_rows(batch.title, batch.model, batch.examples, judged, images, sample=batch.sample, greedy=greedy)

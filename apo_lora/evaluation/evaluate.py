@@ -57,8 +57,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
         raise ModelError(problem)
     import_engine(recipe.model)
     from apo_lora.evaluation.answering import answer, policies
+    from apo_lora.evaluation.folder import EvaluationFolder, fingerprint, planned
     from apo_lora.evaluation.measure import ITEMS_PER_BATCH
-    from apo_lora.evaluation.record import Record, fingerprint, planned
     from apo_lora.rewards.verifier import Verifier
 
     processor = load_processor(recipe.model, recipe.data)
@@ -76,7 +76,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     }
     if tuned := _fingerprint_of_tuned(source, exported):
         settings["tuned"] = tuned
-    record = Record(run.evaluations / (options.name or default_name(options, specs)))
+    record = EvaluationFolder(run.evaluations / (options.name or default_name(options, specs)))
     settings = record.open(settings)
     plan = planned({title: of_set.examples for title, of_set in loaded.items()}, options.samples, batch_size)
     wanted = [batch for batch in plan if batch.model == "base" or not options.base]

@@ -3,8 +3,9 @@
 Greedy completions give accuracy and everything beside it; sampled ones give pass@k.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from apo_lora.evaluation.statistics import (
     Pairs,
@@ -15,47 +16,78 @@ from apo_lora.evaluation.statistics import (
     wilson_interval,
 )
 
-Row = Mapping[str, Any]
+MODELS = ("base", "tuned")
+OUTCOMES = ("fixed", "broken", "right", "wrong")
+"""`right` and `wrong` are so by both models."""
+
+AnswerRow = Mapping[str, Any]
+"""A line of answers.jsonl, as measure.answer_rows makes it."""
 
 
-def all_figures(rows: Sequence[Row], items: Mapping[str, int]) -> dict[str, Any]:
+class AnswerPair(NamedTuple):
+    """One answer to one item by each model; None where that model has not answered (yet)."""
+
+    base: AnswerRow | None
+    tuned: AnswerRow | None
+
+    @property
+    def either(self) -> AnswerRow:
+        return self.tuned or self.base
+
+    @property
+    def outcome(self) -> str:
+        """One of OUTCOMES; with a single answer, whether that is right."""
+        base, tuned = (bool((row or self.either)["correct"]) for row in self)
+        if base == tuned:
+            return "right" if tuned else "wrong"
+        return "fixed" if tuned else "broken"
+
+
+def paired(rows: Iterable[AnswerRow]) -> list[AnswerPair]:
+    """In the order of the rows. They are paired by set, row and sample; the greedy answer is no sample."""
+    found: dict[tuple, dict[str, AnswerRow]] = {}
+    for row in rows:
+        key = row["set"], row["row"], row.get("sample", 0), row.get("greedy", False)
+        found.setdefault(key, {})[row["model"]] = row
+    return [AnswerPair(*map(answers.get, MODELS)) for answers in found.values()]
+
+
+def all_figures(rows: Iterable[AnswerRow], items: Mapping[str, int]) -> dict[str, Any]:
     """`base`, `tuned` and `difference`, each by title of a set (title -> how many items it has).
 
     A model that has not answered everything greedily is left out, and so is the difference without both.
     """
-    greedy: dict[tuple[str, str], list[Row]] = {}
-    sampled: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        (greedy if row["greedy"] else sampled).setdefault((row["model"], row["set"]), []).append(row)
+    groups = _grouped(rows, "model", "set", "greedy")
+
+    def answers(model: str, title: str, greedy: bool = True) -> list[AnswerRow]:
+        return groups.get((model, title, greedy), [])
+
     figures: dict[str, Any] = {
         model: {
-            title: summary(greedy[model, title]) | {"pass_at_k": passes(sampled.get((model, title), []))}
+            title: summary(answers(model, title)) | {"pass_at_k": passes(answers(model, title, greedy=False))}
             for title in items
         }
-        for model in ("base", "tuned")
-        if all(len(greedy.get((model, title), [])) == count for title, count in items.items())
+        for model in MODELS
+        if all(len(answers(model, title)) == count for title, count in items.items())
     }
-    if len(figures) == 2:
+    if len(figures) == len(MODELS):
         figures["difference"] = {
-            title: compared(greedy["base", title], greedy["tuned", title])
-            | {
-                "categories": compared_by_category(greedy["base", title], greedy["tuned", title]),
-                "pass_at_k": passes_compared(sampled.get(("base", title), []), sampled.get(("tuned", title), [])),
-            }
+            title: compared(*(answers(model, title) for model in MODELS))
+            | {"pass_at_k": passes_compared(*(answers(model, title, greedy=False) for model in MODELS))}
             for title in items
         }
     return figures
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
+def summary(rows: Sequence[AnswerRow]) -> dict[str, Any]:
     """Of one completion per item: accuracy with its interval, mean tokens when right and when wrong, and fractions.
 
     `entropy` is the mean over completions of their nats per token. `categories` has the same for each of them.
     """
-    return _figures(rows) | {"categories": {name: _figures(members) for name, members in _by_category(rows).items()}}
+    return _figures(rows) | {"categories": {name: _figures(members) for name, members in _by_category(rows)}}
 
 
-def _figures(rows: Sequence[Row]) -> dict[str, Any]:
+def _figures(rows: Sequence[AnswerRow]) -> dict[str, Any]:
     right = sum(row["correct"] for row in rows)
     low, high = wilson_interval(right, len(rows))
     return {
@@ -71,9 +103,19 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compared(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, Any]:
-    """Of one completion per item and model, on the same items: the difference in accuracy, its interval and p."""
-    pairs = _pairs(base, tuned)
+def compared(base: Sequence[AnswerRow], tuned: Sequence[AnswerRow]) -> dict[str, Any]:
+    """Of one completion per item and model, on the same items: the difference in accuracy, its interval and p.
+
+    `categories` has the same for each of them.
+    """
+    tuned_members = dict(_by_category(tuned))
+    categories = {name: _compared(members, tuned_members[name]) for name, members in _by_category(base)}
+    return _compared(base, tuned) | {"categories": categories}
+
+
+def _compared(base: Sequence[AnswerRow], tuned: Sequence[AnswerRow]) -> dict[str, Any]:
+    count = Counter(pair.outcome for pair in paired([*base, *tuned]))
+    pairs = Pairs(both=count["right"], only_tuned=count["fixed"], only_base=count["broken"], neither=count["wrong"])
     low, high = paired_interval(pairs)
     return {
         "items": pairs.items,
@@ -85,17 +127,12 @@ def compared(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compared_by_category(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    tuned_members = _by_category(tuned)
-    return {category: compared(rows, tuned_members[category]) for category, rows in _by_category(base).items()}
-
-
-def passes(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def passes(rows: Iterable[AnswerRow]) -> dict[str, dict[str, float]]:
     """pass@k of sampled completions, with its interval, for k = 1, 2, 4, ... and all of them."""
     return {str(k): _with_interval(list(values.values())) for k, values in _pass_values(rows).items()}
 
 
-def passes_compared(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dict[str, float]]:
+def passes_compared(base: Iterable[AnswerRow], tuned: Iterable[AnswerRow]) -> dict[str, dict[str, float]]:
     """The tuned model's pass@k less the base's, item by item, with the interval of the mean."""
     of_tuned = _pass_values(tuned)
     return {
@@ -109,23 +146,10 @@ def powers_up_to(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length())} | {most}) if most else []
 
 
-def _pairs(base: Sequence[Row], tuned: Sequence[Row]) -> Pairs:
-    of_tuned = {row["row"]: row["correct"] for row in tuned}
-    verdicts = [(row["correct"], of_tuned[row["row"]]) for row in base]
-    return Pairs(
-        both=sum(b and t for b, t in verdicts),
-        only_tuned=sum(t and not b for b, t in verdicts),
-        only_base=sum(b and not t for b, t in verdicts),
-        neither=sum(not b and not t for b, t in verdicts),
-    )
-
-
-def _pass_values(rows: Sequence[Row]) -> dict[int, dict[int, float]]:
+def _pass_values(rows: Iterable[AnswerRow]) -> dict[int, dict[int, float]]:
     """k -> item -> estimate."""
-    verdicts: dict[int, list[bool]] = {}
-    for row in rows:
-        verdicts.setdefault(row["row"], []).append(row["correct"])
-    most = min((len(of_item) for of_item in verdicts.values()), default=0)
+    verdicts = {item: [row["correct"] for row in of_item] for (item,), of_item in _grouped(rows, "row").items()}
+    most = min(map(len, verdicts.values()), default=0)
     return {
         k: {item: pass_at_k(len(of_item), sum(of_item), k) for item, of_item in verdicts.items()}
         for k in powers_up_to(most)
@@ -137,12 +161,17 @@ def _with_interval(values: Sequence[float]) -> dict[str, float]:
     return {"value": sum(values) / len(values), "95_low": low, "95_high": high}
 
 
-def _by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """In the order of their names; nothing where the rows have none."""
-    found: dict[str, list[Row]] = {}
-    for row in sorted((row for row in rows if row["category"]), key=lambda row: row["category"]):
-        found.setdefault(row["category"], []).append(row)
+def _grouped(rows: Iterable[AnswerRow], *keys: str) -> dict[tuple, list[AnswerRow]]:
+    found: dict[tuple, list[AnswerRow]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return found
+
+
+def _by_category(rows: Iterable[AnswerRow]) -> list[tuple[str, list[AnswerRow]]]:
+    """In the order of their names; nothing where the rows have none."""
+    groups = _grouped((row for row in rows if row["category"]), "category")
+    return [(name, groups[name,]) for (name,) in sorted(groups)]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,111 +1,215 @@
-"""gallery.html: items with their pictures and both models' answers, in one file, without a script. No torch."""
+"""Answers with their pictures, as HTML: on the report's page, in gallery.html of `apo-lora eval`, in notebook cells.
 
-import html
-from collections.abc import Mapping, Sequence
+Whatever a model or a data set says is escaped text. A page's policy lets gallery.js alone run, which shows and hides
+what is there. No torch.
+"""
+
+import base64
+import functools
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from apo_lora.data.thumbnails import thumbnail_url
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from tqdm.auto import tqdm
+
+from apo_lora.evaluation.figures import MODELS, OUTCOMES, AnswerPair, AnswerRow, paired
+from apo_lora.rewards.scores import FORMAT_REWARD
 from apo_lora.run.directory import write_atomically
+from apo_lora.run.pictures import Thumbnail, thumbnail
 
-ITEMS_PER_GROUP = 24
-"""Of each set and each of GROUPS: bounds the file to some megabytes."""
-THUMBNAIL = 320  # pixels
-TEXT_LIMIT = 6000  # characters
-
-GROUPS = ("Right by the tuned model alone", "Right by the base alone", "Wrong by both", "Right by both")
-BASE_ALONE = ("Wrong", "Right")
-
-Row = Mapping[str, Any]
-Item = dict[str, Row]
-"""Model -> its greedy answer."""
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 1.5em auto; padding: 0 1em; color: #222 }}
-article {{ border-top: 1px solid #ccc; padding: .8em 0; display: grid; grid-template-columns: 20em 1fr; gap: 1em }}
-img {{ max-width: 100%; display: block; margin-bottom: .5em }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.4 ui-monospace, monospace; margin: .3em 0 }}
-.answers {{ display: grid; grid-template-columns: repeat({models}, 1fr); gap: 1em }}
-.right {{ border-left: 4px solid #2a7 }} .wrong {{ border-left: 4px solid #c43 }}
-.answers > div {{ padding-left: .7em }}
-summary {{ cursor: pointer; font-weight: 600; margin: .6em 0 }} small {{ color: #666 }}
-@media (max-width: 50em) {{ article, .answers {{ grid-template-columns: 1fr }} }}
-</style>
-<h1>{title}</h1>
-<p>Greedy answers. Of each group the first {most} items.</p>
-{sections}
-</html>
-"""
+MOST_BYTES = 5_000_000
+"""Of a page."""
+LONGEST_SIDE = 320
+"""Pixels of a picture."""
+LONGEST_TEXT = 12_000
+"""Characters of one text."""
 
 
-def write_gallery(rows: Sequence[Row], run_dir_path: Path, target: Path) -> None:
-    """Writes the page to `target`. `rows` are those of answers.jsonl; their pictures are found from the run directory.
+@dataclass(frozen=True)
+class AnswerSource:
+    """What can be looked through at once: one record of answers of one run."""
 
-    All text is escaped, pictures are small and inside the file; there is no script.
+    title: str
+    pairs: Sequence[AnswerPair]
+    root: Path
+    """Paths of pictures start here."""
+    reward_names: Sequence[str] = ()
+    """Of the rewards in rows of completions.jsonl."""
+    note: str = ""
+
+    @property
+    def tallies(self) -> dict[str, Counter]:
+        """Set to number of pairs by outcome, of the items that both models answered."""
+        counts: dict[str, Counter] = {}
+        for pair in self.pairs:
+            if pair.base and pair.tuned:
+                counts.setdefault(pair.base["set"], Counter())[pair.outcome] += 1
+        return counts
+
+
+def gallery(sources: Sequence[AnswerSource], most_bytes: int) -> Markup:
+    """What fits into `most_bytes`, source by source and outcome by outcome in turn, with the controls of gallery.js.
+
+    A page holds every picture once.
     """
-    items: dict[str, dict[int, Item]] = {}
+    items: list[dict[int, Markup]] = [{} for _ in sources]
+    pictures: dict[Thumbnail, int] = {}
+    small_copy = functools.cache(_thumbnail)
+    size = 0
+    total = sum(len(source.pairs) for source in sources)
+    for number, place in tqdm(_in_turn(sources), "pictures", total, delay=2, leave=False):
+        source = sources[number]
+        pair = source.pairs[place]
+        wanted = [small_copy(file) for file in _picture_files(pair, source)]
+        new = [picture for picture in dict.fromkeys(wanted) if picture and picture not in pictures]
+        numbers = pictures | {picture: len(pictures) + n for n, picture in enumerate(new)}
+        item = _item(pair, source, [(picture, numbers.get(picture)) for picture in wanted])
+        size += _num_bytes(item) + sum(len(picture.url) + 100 for picture in new)
+        if size > most_bytes:
+            break
+        items[number][place], pictures = item, numbers
+    shown = [[of_source[place] for place in sorted(of_source)] for of_source in items]
+    return _template().gallery(sources, shown, list(pictures))
+
+
+def write_gallery(rows: Iterable[AnswerRow], run_dir_path: Path, target: Path) -> None:
+    """Writes the greedy answers among `rows`, those of answers.jsonl, as a page of its own, a source per set."""
+    by_set: dict[str, list[AnswerRow]] = {}
     for row in rows:
         if row["sample"] == 0:
-            items.setdefault(row["set"], {}).setdefault(row["row"], {})[row["model"]] = row
-    models = max((len(item) for of_set in items.values() for item in of_set.values()), default=1)
-    sections = [_section(title, list(of_set.values()), run_dir_path) for title, of_set in items.items()]
-    title = html.escape(f"{run_dir_path.resolve().name}: {target.parent.name}")
-    page = PAGE.format(title=title, models=models, most=ITEMS_PER_GROUP, sections="\n".join(sections))
-    write_atomically(target, page)
+            by_set.setdefault(row["set"], []).append(row)
+    sources = [AnswerSource(title, paired(of_set), run_dir_path) for title, of_set in by_set.items()]
+    style, script = page_file("page.css") + page_file("gallery.css"), page_file("gallery.js")
+    title = f"{run_dir_path.resolve().name}: {target.parent.name}"
+    content = gallery(sources, MOST_BYTES - 100_000)
+    page = _template().page(title, "apo-lora eval", style, script, content_policy(style, script), content)
+    write_atomically(target, readable(page))
 
 
-def _section(title: str, items: Sequence[Item], root: Path) -> str:
-    paired = all(len(item) == 2 for item in items)
-    names = GROUPS if paired else BASE_ALONE
-    groups: dict[str, list[Item]] = {name: [] for name in names}
-    for item in items:
-        groups[_group(item) if paired else BASE_ALONE[next(iter(item.values()))["correct"]]].append(item)
-    parts = []
-    for place, (name, members) in enumerate(groups.items()):
-        shown = "\n".join(_article(item, root) for item in members[:ITEMS_PER_GROUP])
-        is_open = " open" if place == 0 else ""
-        parts.append(f"<details{is_open}><summary>{name}: {len(members)} of {len(items)}</summary>\n{shown}</details>")
-    return f"<h2>{html.escape(title)}</h2>\n" + "\n".join(parts)
+def static_gallery(rows: Iterable[AnswerRow], root: Path) -> str:
+    """All of `rows` without a script or anything around it, for the output of a notebook's cell."""
+    source = AnswerSource("", paired(rows), root)
+    items = [
+        _item(pair, source, [(_thumbnail(file), None) for file in _picture_files(pair, source)])
+        for pair in source.pairs
+    ]
+    return readable(f'<style>{page_file("gallery.css")}</style><div class="gallery">{Markup().join(items)}</div>')
 
 
-def _group(item: Item) -> str:
-    base, tuned = item["base"]["correct"], item["tuned"]["correct"]
-    if base != tuned:
-        return GROUPS[0] if tuned else GROUPS[1]
-    return GROUPS[3] if base else GROUPS[2]
+# --- parts of a page -------------------------------------------------------------------------------------------------
 
 
-def _article(item: Item, root: Path) -> str:
-    about = next(iter(item.values()))
-    pictures = "".join(_picture(root / path) for path in about["images"])
-    choices = "".join(f"\n{chr(65 + i)}. {choice}" for i, choice in enumerate(about["choices"] or []))
-    answers = "".join(_answer(model, item[model]) for model in ("base", "tuned") if model in item)
-    category = f", {html.escape(about['category'])}" if about["category"] else ""
+def page_file(name: str) -> Markup:
+    """One of our own files in page/, to stand inside a page as it is."""
+    return Markup(files("apo_lora.evaluation").joinpath("page", name).read_text(encoding="utf-8"))
+
+
+def content_policy(style: str, script: str) -> str:
+    """Content-Security-Policy of a page in which these two elements count, pictures inside it, and nothing else."""
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
     return (
-        f"<article><div>{pictures}<small>row {about['row']}{category}</small>"
-        f"<pre>{_text(about['problem'] + choices)}</pre><b>gold: {_text(about['gold'])}</b></div>"
-        f'<div class="answers">{answers}</div></article>'
+        f"default-src 'none'; img-src data:; style-src {digest(style)}; script-src {digest(script)}; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
-def _answer(model: str, row: Row) -> str:
-    verdict = "right" if row["correct"] else "wrong"
-    marks = [f"{row['length']} tokens", *(["truncated"] if row["truncated"] else [])]
-    found = _text(row["answer"]) if row["answer"] is not None else "none found"
-    return (
-        f'<div class="{verdict}"><b>{model}: {verdict}</b> <small>{", ".join(marks)}</small>'
-        f"<pre>{_text(row['text'])}</pre><small>answer read: {found}</small></div>"
+def readable(page: str) -> str:
+    """Without half characters, which a model can write and no file can hold."""
+    return page.encode("utf-8", "replace").decode()
+
+
+@functools.cache
+def _template() -> Any:
+    """The macros of gallery.html as functions that return Markup."""
+    environment = Environment(
+        loader=PackageLoader("apo_lora.evaluation", "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.get_template("gallery.html").module
 
 
-def _text(text: str) -> str:
-    cut = text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]} ... ({len(text) - TEXT_LIMIT} more characters)"
-    return html.escape(cut)
+# --- items -----------------------------------------------------------------------------------------------------------
 
 
-def _picture(path: Path) -> str:
-    """A thumbnail; a word where the file is gone or damaged."""
-    url = thumbnail_url(path, THUMBNAIL)
-    return f'<img alt="" src="{url}">' if url else f"<small>(no picture at {html.escape(str(path))})</small>"
+def _in_turn(sources: Sequence[AnswerSource]) -> Iterator[tuple[int, int]]:
+    """(source, place of the pair): one of each source and then the next of each, and so with the outcomes of a source.
+
+    Where not all fit, every filter has something to show.
+    """
+
+    def by_outcome(source: AnswerSource) -> Iterator[int]:
+        places = ([n for n, pair in enumerate(source.pairs) if pair.outcome == outcome] for outcome in OUTCOMES)
+        return (place for turn in zip_longest(*places) for place in turn if place is not None)
+
+    turns = zip_longest(*map(by_outcome, sources))
+    return ((number, place) for turn in turns for number, place in enumerate(turn) if place is not None)
+
+
+def _item(pair: AnswerPair, source: AnswerSource, pictures: Sequence[tuple[Thumbnail | None, int | None]]) -> Markup:
+    """`pictures` come with their number on the page, or None where each stands in its item."""
+    answers = [
+        {
+            "model": "in training" if "step" in row else model,
+            "row": row,
+            "text": _cut(row.get("text", row.get("completion", ""))),
+            "facts": _facts(row, source.reward_names),
+        }
+        for model, row in zip(MODELS, pair, strict=True)
+        if row is not None
+    ]
+    return _template().item(_heading(pair.either), pair.outcome, pair.either, pictures, answers)
+
+
+def _heading(row: AnswerRow) -> str:
+    if "step" in row:
+        return f"step {row['step']}, row {row['row']}"
+    sample = f", sample {row['sample']}" if row.get("sample") else ""
+    category = f", {row['category']}" if row.get("category") else ""
+    return f"{row['set']} {row['row']}{sample}{category}"
+
+
+def _cut(text: str) -> str:
+    excess = len(text) - LONGEST_TEXT
+    return text if excess <= 0 else f"{text[:LONGEST_TEXT]} ... ({excess:,} more characters)"
+
+
+def _facts(row: AnswerRow, reward_names: Sequence[str]) -> list[str]:
+    """What the completion earned, and in training what it weighed."""
+    rewards = dict(zip(reward_names, row.get("rewards", ()), strict=False)) or {
+        "accuracy": int(bool(row["correct"])),
+        "format": FORMAT_REWARD if row.get("well_formatted") else 0,
+    }
+    facts = ["rewards: " + ", ".join(f"{name} {value:g}" for name, value in rewards.items())]
+    if row.get("greedy"):
+        facts.append("greedy")
+    if row.get("entropy") is not None:
+        facts.append(f"entropy {row['entropy']:.3f} nats per token")
+    if "advantage" in row:
+        facts.append(f"advantage {row['advantage']:+.2f}")
+        facts.append(f"KL weight {row['kl_weight']:.2f}")
+        facts.append(f"STCR x {row['stcr_multiplier']:.3g}")
+    return facts
+
+
+def _picture_files(pair: AnswerPair, source: AnswerSource) -> list[Path | None]:
+    """None for a file that is gone. Paths are from the source's root on, or from here."""
+    places = [(source.root / path, Path(path)) for path in pair.either.get("images") or []]
+    return [next((file.resolve() for file in of_picture if os.path.isfile(file)), None) for of_picture in places]
+
+
+def _thumbnail(file: Path | None) -> Thumbnail | None:
+    return thumbnail(file, LONGEST_SIDE) if file else None
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))

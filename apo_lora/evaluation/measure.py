@@ -1,6 +1,6 @@
 """The measuring loop: items -> completions -> verdicts. Training's before and after and `apo-lora eval` share it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,11 @@ from apo_lora.rollout.sampling import GREEDY, sample
 
 ITEMS_PER_BATCH = 64
 
-Score = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
+Scorer = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
 """(completions, gold answers, choices) -> 1.0 where right; Verifier.score is one."""
 
 
-class Answer(NamedTuple):
-    """One completion, judged."""
-
+class JudgedCompletion(NamedTuple):
     text: str
     length: int
     """Tokens, the end token included."""
@@ -35,19 +33,19 @@ def measure(
     policy: Policy,
     examples: Sequence[Example],
     recipe: Recipe,
-    score: Score,
+    score: Scorer,
     *,
     seed: int,
     greedy: bool = False,
     batch_size: int = ITEMS_PER_BATCH,
     progress: Callable[[int], object] = lambda items: None,
-) -> list[Answer]:
+) -> list[JudgedCompletion]:
     """One completion per example: the likeliest tokens, or sampled at the recipe's temperature.
 
     Draws from its own random state, seeded once at the start: training around it is not disturbed, and the same
     examples in the same batches give the same answers. The adapters count as they are switched.
     """
-    answers: list[Answer] = []
+    judged: list[JudgedCompletion] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(examples), batch_size):
@@ -61,12 +59,12 @@ def measure(
                 [list(example.choices) if example.choices else None for example in batch],
             )
             means = entropies.means([completion.length for completion in sampled])
-            answers += [
-                Answer(completion.text, completion.length, completion.truncated, verdict == 1, mean)
+            judged += [
+                JudgedCompletion(completion.text, completion.length, completion.truncated, verdict == 1, mean)
                 for completion, verdict, mean in zip(sampled, verdicts, means, strict=True)
             ]
             progress(len(batch))
-    return answers
+    return judged
 
 
 class EntropyRecorder:
@@ -89,27 +87,35 @@ class EntropyRecorder:
         return [entropies_TB[:length, i].mean().item() for i, length in enumerate(lengths)]
 
 
-def answer_row(
-    title: str, model: str, sample: int, example: Example, answer: Answer, images: list[str], *, greedy: bool = False
-) -> dict[str, Any]:
-    """A line of answers.jsonl. `model` is base or tuned; `images` are paths as a reader of the run finds them."""
-    found = final_answer(answer.text)
-    return {
-        "set": title,
-        "model": model,
-        "row": example.row,
-        "sample": sample,
-        "greedy": greedy,
-        "problem": example.problem,
-        "gold": example.answer,
-        "choices": list(example.choices) if example.choices else None,
-        "category": example.category,
-        "images": images,
-        "text": answer.text,
-        "answer": found.text if found else None,
-        "correct": answer.correct,
-        "length": answer.length,
-        "truncated": answer.truncated,
-        "well_formatted": format_reward(answer.text) > 0,
-        "entropy": answer.entropy,
-    }
+def answer_rows(
+    title: str,
+    model: str,
+    examples: Sequence[Example],
+    judged: Sequence[JudgedCompletion],
+    images: Iterable[list[str]],
+    *,
+    sample: int = 0,
+    greedy: bool = False,
+) -> list[dict[str, Any]]:
+    """Lines of answers.jsonl. `model` is base or tuned; `images` are paths as a reader of the run finds them."""
+    rows = []
+    for example, completion, paths in zip(examples, judged, images, strict=True):
+        found = final_answer(completion.text)
+        rows.append(
+            {
+                "set": title,
+                "model": model,
+                "row": example.row,
+                "sample": sample,
+                "greedy": greedy,
+                "problem": example.problem,
+                "gold": example.answer,
+                "choices": list(example.choices) if example.choices else None,
+                "category": example.category,
+                "images": paths,
+                "answer": found.text if found else None,
+                "well_formatted": format_reward(completion.text) > 0,
+                **completion._asdict(),
+            }
+        )
+    return rows

@@ -1,9 +1,11 @@
 """The figures of an evaluation as lines for a terminal. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from apo_lora.data.benchmarks import BENCHMARKS
+from apo_lora.evaluation.figures import MODELS
+from apo_lora.run.tables import aligned
 
 Figures = dict[str, Any]
 """eval.json: base and tuned (title -> figures.summary), difference (title -> figures.compared), sets."""
@@ -11,83 +13,77 @@ Figures = dict[str, Any]
 
 def table(figures: Figures) -> list[str]:
     """Accuracy and difference per set; then how the answers look, pass@k, categories, and the paper's figures."""
-    parts = [_accuracy(figures), _manner(figures), _passes(figures), _categories(figures), paper_lines(figures)]
-    return [line for part in parts if part for line in [*part, ""]]
+    tables = [_sets(figures), _completions(figures), _passes(figures), _categories(figures), paper_lines(figures)]
+    return [line for lines in tables if lines for line in [*lines, ""]]
 
 
 def _models(figures: Figures) -> list[str]:
-    return [model for model in ("base", "tuned") if model in figures]
+    return [model for model in MODELS if model in figures]
 
 
-def _accuracy(figures: Figures) -> list[str]:
-    models = _models(figures)
-    rows = []
-    for title, about in figures["sets"].items():
-        row = [title, str(about["items"]), *(_share(figures[model][title]) for model in models)]
-        rows.append(row + _difference(figures.get("difference", {}).get(title)))
-    head = ["accuracy, greedy (95 %)", "items", *models]
-    return _aligned([*head, "difference", "better / worse", "sign test p"] if len(models) > 1 else head, rows)
+def _columns(figures: Figures) -> list[str]:
+    """The models, and their difference where there are two."""
+    return [column for column in (*MODELS, "difference") if column in figures]
 
 
-def _difference(compared: Figures | None) -> list[str]:
-    if compared is None:
-        return []
-    changes = f"{compared['only_tuned']} / {compared['only_base']}"
-    return [_signed(compared), changes, f"{compared['sign_test_p']:.2g}"]
-
-
-def _manner(figures: Figures) -> list[str]:
-    rows = [
-        [
-            title,
-            model,
-            _number(of_set["length_correct"], ".0f"),
-            _number(of_set["length_wrong"], ".0f"),
-            f"{of_set['truncated']:.3f}",
-            f"{of_set['well_formatted']:.3f}",
-            _number(of_set["entropy"], ".3f"),
-        ]
-        for title in figures["sets"]
-        for model in _models(figures)
-        for of_set in [figures[model][title]]
-    ]
-    head = [
-        "greedy completions",
-        "",
-        "tokens when right",
-        "when wrong",
-        "truncated",
-        "well formatted",
-        "nats per token",
-    ]
-    return _aligned(head, rows)
-
-
-def _passes(figures: Figures) -> list[str]:
-    models = _models(figures)
-    rows = []
-    for title in figures["sets"]:
-        for k in figures[models[0]][title].get("pass_at_k", {}):
-            values = [figures[model][title]["pass_at_k"][k] for model in models]
-            row = [title, k, *(f"{v['value']:.3f} ({v['95_low']:.2f}-{v['95_high']:.2f})" for v in values)]
-            if len(models) > 1:
-                change = figures["difference"][title]["pass_at_k"][k]
-                row.append(f"{change['value']:+.3f} ({change['95_low']:+.2f} to {change['95_high']:+.2f})")
-            rows.append(row)
-    return _aligned(["pass@k, sampled (95 %)", "k", *models, "difference"][: 2 + len(models) + (len(models) > 1)], rows)
+def _sets(figures: Figures) -> list[str]:
+    rows = ((title, {column: figures[column][title] for column in _columns(figures)}) for title in figures["sets"])
+    return _accuracies("accuracy, greedy (95 %)", figures, rows)
 
 
 def _categories(figures: Figures) -> list[str]:
+    rows = (
+        (f"{title}: {name}", {column: figures[column][title]["categories"][name] for column in _columns(figures)})
+        for title in figures["sets"]
+        for names in [figures[_models(figures)[0]][title]["categories"]]
+        for name in (names if len(names) > 1 else ())
+    )
+    return _accuracies("by category, greedy (95 %)", figures, rows)
+
+
+def _accuracies(heading: str, figures: Figures, rows: Iterable[tuple[str, Mapping[str, Figures]]]) -> list[str]:
+    """`rows` are (label, column -> its figures)."""
     models = _models(figures)
+    lines = [[heading, "items", *models]]
+    if "difference" in figures:
+        lines[0] += ["difference", "better / worse", "sign test p"]
+    for label, by_column in rows:
+        lines.append([label, str(by_column[models[0]]["items"]), *(_share(by_column[model]) for model in models)])
+        if change := by_column.get("difference"):
+            low, high = change["accuracy_95_low"], change["accuracy_95_high"]
+            lines[-1].append(f"{change['accuracy']:+.3f} ({low:+.2f} to {high:+.2f})")
+            lines[-1].append(f"{change['only_tuned']} / {change['only_base']}")
+            lines[-1].append(f"{change['sign_test_p']:.2g}")
+    return aligned(lines)
+
+
+def _completions(figures: Figures) -> list[str]:
+    columns = {
+        "tokens when right": ("length_correct", ".0f"),
+        "when wrong": ("length_wrong", ".0f"),
+        "truncated": ("truncated", ".3f"),
+        "well formatted": ("well_formatted", ".3f"),
+        "nats per token": ("entropy", ".3f"),
+    }
+    rows = [
+        [title, model, *(_number(figures[model][title][name], form) for name, form in columns.values())]
+        for title in figures["sets"]
+        for model in _models(figures)
+    ]
+    return aligned([["greedy completions", "", *columns], *rows])
+
+
+def _passes(figures: Figures) -> list[str]:
     rows = []
     for title in figures["sets"]:
-        categories = figures[models[0]][title]["categories"]
-        for category, of_category in categories.items() if len(categories) > 1 else ():
-            shares = [_share(figures[model][title]["categories"][category]) for model in models]
-            compared = figures.get("difference", {}).get(title, {}).get("categories", {}).get(category)
-            rows.append([f"{title}: {category}", str(of_category["items"]), *shares, *_difference(compared)])
-    head = ["by category, greedy (95 %)", "items", *models]
-    return _aligned([*head, "difference", "better / worse", "sign test p"] if len(models) > 1 else head, rows)
+        for k in figures[_models(figures)[0]][title].get("pass_at_k", {}):
+            by_column = {column: figures[column][title]["pass_at_k"][k] for column in _columns(figures)}
+            change = by_column.pop("difference", None)
+            values = (f"{v['value']:.3f} ({v['95_low']:.2f}-{v['95_high']:.2f})" for v in by_column.values())
+            rows.append([title, k, *values])
+            if change:
+                rows[-1].append(f"{change['value']:+.3f} ({change['95_low']:+.2f} to {change['95_high']:+.2f})")
+    return aligned([["pass@k, sampled (95 %)", "k", *_columns(figures)], *rows])
 
 
 def paper_lines(figures: Figures) -> list[str]:
@@ -95,49 +91,37 @@ def paper_lines(figures: Figures) -> list[str]:
     measured = [title for title in figures["sets"] if title in BENCHMARKS]
     if not measured:
         return []
-    names = list(BENCHMARKS)
-    rows = [
-        [f"paper: {who}", *(f"{BENCHMARKS[name].paper[place]:.1f}" for name in names)]
-        for place, who in enumerate(("Qwen2.5-VL-3B", "View-R1-3B"))
-    ]
-    for model in _models(figures):
-        rows.append([f"here: {model}", *(_percent(figures[model].get(name)) for name in names)])
-    if "difference" in figures:
-        rows.append(["here: difference", *(_percent(figures["difference"].get(name), sign="+") for name in names)])
-    head = ["accuracy in %", *(BENCHMARKS[name].title for name in names)]
+    rows = [["accuracy in %", *(benchmark.title for benchmark in BENCHMARKS.values())]]
+    for place, who in enumerate(("Qwen2.5-VL-3B", "View-R1-3B")):
+        rows.append([f"paper: {who}", *(f"{benchmark.paper[place]:.1f}" for benchmark in BENCHMARKS.values())])
+    for column in _columns(figures):
+        sign = "+" if column == "difference" else ""
+        rows.append([f"here: {column}", *(_percent(figures[column].get(name), sign) for name in BENCHMARKS)])
     return [
-        *_aligned(head, rows),
+        *aligned(rows),
         "Another prompt and judge than the paper's: compare differences, not rows (docs/evaluation.md says how).",
-        *_cut_words(figures, measured),
+        *_what_was_left_out(figures, measured),
     ]
 
 
-def _cut_words(figures: Figures, measured: Sequence[str]) -> list[str]:
+def _what_was_left_out(figures: Figures, measured: Sequence[str]) -> list[str]:
     """What makes the rows here smaller than the benchmarks."""
-    cut = []
+    lines = []
     for title in measured:
         about = figures["sets"][title]
         if about["limit"] is not None:
-            cut.append(f"{title}: the first {about['limit']} rows alone (--limit)")
+            lines.append(f"{title}: the first {about['limit']} rows alone (--limit)")
         if dropped := sum(about["dropped"].values()):
             reasons = ", ".join(f"{count} {reason}" for reason, count in about["dropped"].items())
-            cut.append(f"{title}: {dropped} of {about['rows']} rows left out ({reasons})")
-    return cut
-
-
-# --- pieces ----------------------------------------------------------------------------------------------------------
+            lines.append(f"{title}: {dropped} of {about['rows']} rows left out ({reasons})")
+    return lines
 
 
 def _share(of_set: Figures) -> str:
     return f"{of_set['accuracy']:.3f} ({of_set['accuracy_95_low']:.2f}-{of_set['accuracy_95_high']:.2f})"
 
 
-def _signed(compared: Figures) -> str:
-    low, high = compared["accuracy_95_low"], compared["accuracy_95_high"]
-    return f"{compared['accuracy']:+.3f} ({low:+.2f} to {high:+.2f})"
-
-
-def _percent(of_set: Figures | None, sign: str = "") -> str:
+def _percent(of_set: Figures | None, sign: str) -> str:
     if of_set is None:
         return "-"
     value, low, high = (100 * of_set[key] for key in ("accuracy", "accuracy_95_low", "accuracy_95_high"))
@@ -146,18 +130,3 @@ def _percent(of_set: Figures | None, sign: str = "") -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as they must be, words to the left, the rest to the right; nothing without rows."""
-    if not rows:
-        return []
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]

@@ -2,19 +2,19 @@
 
 import os
 import re
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Literal
 
 from IPython.display import HTML, DisplayHandle, Image, display
 
 from apo_lora.errors import UserError
+from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.machine.host import find_gpu
-from apo_lora.notebook.cards import answer_cards
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import StepFailed, run_module, run_verb
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir, read_jsonl, write_atomically
 from apo_lora.run.plots import overview
 
 DRIVE = Path("/content/drive")
@@ -95,13 +95,15 @@ class Session:
     # --- the cells ---------------------------------------------------------------------------------------------------
 
     def sample_before(self) -> None:
-        """Shows how the base answers a few held-out items."""
-        with tempfile.TemporaryDirectory() as folder:
-            run_module(
-                "apo_lora.notebook.base_samples", self.recipe_name, str(SHOWN), folder, *self.overrides,
-                name="sample", secrets=_secrets(),
-            )  # fmt: skip
-            display(HTML(answer_cards(read_jsonl(Path(folder) / "answers.jsonl"), Path(folder))))
+        """Shows how the base answers a few held-out items, else items of the training data; beside the run."""
+        base = RunDir(f"{self.run.path}-base")
+        shutil.rmtree(base.path, ignore_errors=True)
+        write_atomically(base.recipe, self.recipe.in_run_dir(base.path).to_yaml())
+        data = self.recipe.data
+        spec, split = (data.eval, data.eval_split) if data.eval else (data.train, data.split)
+        items = ["--data", spec, "--split", split, "--limit", str(SHOWN), "--name", "samples"]
+        run_verb("eval", str(base.path), "--base", *items, secrets=_secrets())
+        self._show_answers(base, "samples")
 
     def train(self) -> None:
         """Trains, with curves that grow; a run that is there already is continued."""
@@ -137,12 +139,14 @@ class Session:
 
     def sample_after(self) -> None:
         """Shows base and tuned answers of the first held-out items side by side."""
-        if not self._has_held_out():
-            return
-        rows = [row for row in _rows(self.run.evaluations / "held_out" / "answers.jsonl") if row["greedy"]]
+        if self._has_held_out():
+            self._show_answers(self.run, "held_out")
+
+    def _show_answers(self, run: RunDir, evaluation: str) -> None:
+        """The greedy ones to the first items."""
+        rows = [row for row in _rows(run.evaluations / evaluation / "answers.jsonl") if row["greedy"]]
         items = list(dict.fromkeys((row["set"], row["row"]) for row in rows))[:SHOWN]
-        shown = [row for item in items for row in rows if (row["set"], row["row"]) == item]
-        display(HTML(answer_cards(shown, self.run.path)))
+        display(HTML(static_gallery([row for row in rows if (row["set"], row["row"]) in items], run.path)))
 
     def _has_held_out(self) -> bool:
         if self.recipe.data.eval is None:
@@ -188,11 +192,13 @@ class Curves:
         if steps == self._drawn:
             return
         self._drawn = steps
-        picture = Image(overview(self.run))
+        png = overview(self.run)
+        if png is None:  # train starts again from nothing
+            return
         if self._handle is None:
-            self._handle = display(picture, display_id=True)
+            self._handle = display(Image(png), display_id=True)
         else:
-            self._handle.update(picture)
+            self._handle.update(Image(png))
 
 
 def _rows(path: Path) -> list[dict]:

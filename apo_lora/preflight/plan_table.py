@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from apo_lora.family.shape import ModelShape
 from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group
 from apo_lora.recipe.schema import Recipe
+from apo_lora.run.tables import aligned
 
 USUAL_CARDS = (8, 16, 24)
 """GiB, where no card is given."""
@@ -48,7 +49,7 @@ def _part_table(plan: Plan) -> list[str]:
     head = ["part", *MOMENTS, ""]
     parts = [[row.part, *(_cell(row, moment) for moment in MOMENTS), row.how] for row in plan.rows]
     peaks = ["peak of torch's allocator", *(f"{plan.peaks[m] / GiB:.2f}" for m in MOMENTS), ""]
-    return _aligned([head, *parts, peaks])
+    return aligned([head, *parts, peaks], left=(0, len(head) - 1))
 
 
 def _cell(row: Row, moment: str) -> str:
@@ -80,21 +81,8 @@ def _group_table(recipe: Recipe, shape: ModelShape, cards: Sequence[float]) -> l
         for prompts in sorted({1, recipe.prompts_per_rollout})
     ]
     title = "Largest num_generations that fits with completions_per_pass 1, by max_completion_length (up to 64):"
-    return [title, *_aligned([["card", "prompts per rollout", *map(str, COMPLETION_LENGTHS)], *rows])]
+    return [title, *aligned([["card", "prompts per rollout", *map(str, COMPLETION_LENGTHS)], *rows])]
 
 
 def _largest(recipe: Recipe, shape: ModelShape, card: float, prompts: int, completion: int) -> str:
     return str(largest_group(shape, recipe, int(card * GiB), prompts=prompts, completion=completion) or "none")
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Words (the first column, and one of sentences at the end) to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    words = {0} | {i for i, cell in enumerate(rows[1]) if " " in cell}
-    return [
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

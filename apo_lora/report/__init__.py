@@ -3,6 +3,6 @@
 runs.py      run directories as they were recorded      curves.py  metrics over steps: running means, bands of seeds
 groups.py    runs that differ only in their seed         credit.py  what DADS and STCR did
 chart.py     numbers into places of an SVG               cost.py    where time and memory went
-answers.py   held-out answers, base beside tuned         gallery.py what the page shows of them, within a size
+answers.py   which answers are shown (evaluation/gallery.py shows them)
 page.py      all of it into page/report.html             write.py   the verb
 """

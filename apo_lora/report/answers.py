@@ -1,69 +1,36 @@
-"""Held-out answers, those of the base beside those of the tuned model, and what changed between them."""
+"""The answers of runs that a report shows, each under a title."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
 
-from apo_lora.report.runs import Row
+from apo_lora.evaluation.figures import AnswerPair, paired
+from apo_lora.evaluation.gallery import AnswerSource
+from apo_lora.report.runs import OWN_ANSWERS, Run, answer_files, prompt_groups, read_answers
 
-OUTCOMES = ("fixed", "broken", "right", "wrong")
-"""`right` and `wrong` are so before and after."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One sampled answer to one item by each model; None where that model has not answered (yet)."""
-
-    base: Row | None
-    tuned: Row | None
-
-    @property
-    def either(self) -> Row:
-        return self.tuned or self.base
-
-    @property
-    def outcome(self) -> str:
-        """One of OUTCOMES; with a single answer, whether that is right."""
-        was, became = (row and bool(row["correct"]) for row in (self.base, self.tuned))
-        if None in (was, became) or was == became:
-            return "right" if self.either["correct"] else "wrong"
-        return "fixed" if became else "broken"
+TRAINING_GROUPS = 24
+"""Prompts of the last steps that are shown."""
 
 
-def paired(rows: Iterable[Row]) -> list[Pair]:
-    """In the order of the file. Rows are paired by set, row and sample; the likeliest answer is no sample."""
-    found: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault((row["set"], row["row"], row.get("sample", 0), row.get("greedy", False)), {})[row["model"]] = (
-            row
+def answer_sources(runs: Sequence[Run]) -> list[AnswerSource]:
+    return [source for run in runs for source in _sources(run, [] if len(runs) == 1 else [run.name])]
+
+
+def _sources(run: Run, prefix: list[str]) -> Iterator[AnswerSource]:
+    """Held-out answers; where the tuned model has none, completions of the last training steps too."""
+    root, has_tuned = run.folder.path, False
+    for title, path in answer_files(run).items():
+        pairs = paired(read_answers(path))
+        has_tuned = has_tuned or any(pair.tuned for pair in pairs)
+        parts = prefix if prefix and title == OWN_ANSWERS else [*prefix, title]
+        yield AnswerSource(", ".join(parts), pairs, root)
+    if not has_tuned:
+        last = deque(prompt_groups(run), maxlen=TRAINING_GROUPS)
+        yield AnswerSource(
+            ", ".join([*prefix, "training, last steps"]),
+            # In a training row the tuned model, as far as it was, has answered.
+            [AnswerPair(None, row) for group in reversed(last) for row in group],
+            root,
+            reward_names=run.recipe.rewards.functions,
+            note="There are no held-out answers of the tuned model (answers.jsonl), so completions of the last "
+            "training steps are shown, newest first.",
         )
-    return [Pair(models.get("base"), models.get("tuned")) for models in found.values()]
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Of one set: how many answers there are, and how many went which way."""
-
-    title: str
-    answers: int
-    fixed: int
-    broken: int
-    right: int
-    wrong: int
-
-    @property
-    def base_accuracy(self) -> float:
-        return (self.right + self.broken) / self.answers
-
-    @property
-    def tuned_accuracy(self) -> float:
-        return (self.right + self.fixed) / self.answers
-
-
-def tallies(pairs: Sequence[Pair]) -> list[Tally]:
-    """A row per set, over the answers that both models gave."""
-    counts: dict[str, Counter] = {}
-    for pair in pairs:
-        if pair.base and pair.tuned:
-            counts.setdefault(pair.base["set"], Counter())[pair.outcome] += 1
-    return [Tally(title, seen.total(), **{name: seen[name] for name in OUTCOMES}) for title, seen in counts.items()]

@@ -1,7 +1,5 @@
 """A report as HTML: everything the template needs, gathered and filled in. Nothing in it asks the network."""
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
@@ -13,18 +11,18 @@ from tqdm.auto import tqdm
 
 from apo_lora import __version__
 from apo_lora.errors import RunDirError
+from apo_lora.evaluation.gallery import MOST_BYTES, content_policy, gallery, page_file
+from apo_lora.report.answers import answer_sources
 from apo_lora.report.chart import Chart, rounded_range, scatter_chart, step_chart
 from apo_lora.report.cost import cost
 from apo_lora.report.credit import CreditSeen, credit_seen, dads_curve, stcr_curve
 from apo_lora.report.curves import curve
-from apo_lora.report.gallery import Gallery, gallery
 from apo_lora.report.groups import Group, differences, grouped, line_style
 from apo_lora.report.results import COLUMNS, result_row
 from apo_lora.report.runs import Run, prompt_groups
 from apo_lora.run.learning_signal import ALARM_SHARE, verdict
 from apo_lora.run.summary import evaluation_table
 
-MOST_BYTES = 5_000_000
 GENERATOR = "apo-lora report"
 
 SHARE = (0.0, 1.0)
@@ -73,14 +71,14 @@ def render(runs: Sequence[Run]) -> str:
         "credit": [_credit(group) for group in tqdm(groups, "completions", delay=2, leave=False)],
         "record": [_record(group) for group in groups],
     }
-    size = len(_filled(content, Gallery([], [])).encode("utf-8", "replace"))
-    room = MOST_BYTES - size - 100_000  # for the tables around the gallery
+    size = len(_filled(content, Markup()).encode("utf-8", "replace"))
+    room = MOST_BYTES - size - 100_000  # for what stands around the items
     if room < 0:
         raise RunDirError(f"a page of {len(runs)} runs takes {size / 1e6:.1f} MB without a completion; give fewer runs")
-    return _filled(content, gallery(runs, room))
+    return _filled(content, gallery(answer_sources(runs), room))
 
 
-def _filled(content: dict[str, Any], shown: Gallery) -> str:
+def _filled(content: dict[str, Any], completions: Markup) -> str:
     environment = Environment(
         loader=PackageLoader("apo_lora.report", "page"),
         autoescape=True,
@@ -88,25 +86,12 @@ def _filled(content: dict[str, Any], shown: Gallery) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = _own_file("style.css"), _own_file("gallery.js")
+    own_style = files("apo_lora.report").joinpath("page", "style.css").read_text(encoding="utf-8")
+    style = page_file("page.css") + page_file("gallery.css") + Markup(own_style)
+    script = page_file("gallery.js")
     return environment.get_template("report.html").render(
-        **content,
-        gallery=shown,
-        gallery_json=Markup(shown.to_json()),
-        style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'",
+        **content, completions=completions, style=style, script=script, policy=content_policy(style, script)
     )
-
-
-def _own_file(name: str) -> str:
-    return files("apo_lora.report").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    """As a Content-Security-Policy names an inline element that may run."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------

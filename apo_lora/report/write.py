@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apo_lora.errors import RunDirError
+from apo_lora.evaluation.gallery import readable
 from apo_lora.report.page import GENERATOR, render
 from apo_lora.report.runs import read_runs
 from apo_lora.run.directory import RunDir, write_atomically
@@ -16,7 +17,7 @@ def report(paths: Sequence[str], out: str | None = None) -> Path:
     """
     target = Path(out) if out else RunDir(paths[0] if len(paths) == 1 else "").report
     _check(target)
-    page = render(read_runs(paths)).encode("utf-8", "replace").decode()  # half a character must not spoil the file
+    page = readable(render(read_runs(paths)))
     try:
         write_atomically(target, page)
     except OSError as error:

@@ -1,12 +1,10 @@
 """completions.jsonl: every sampled completion with what it earned and what it weighed."""
 
-from pathlib import Path
-
 from apo_lora.data.examples import Example
-from apo_lora.data.images import ImageRef
 from apo_lora.rollout.credit import ScoredRollout
-from apo_lora.run.directory import RunDir, append_jsonl, replacing
+from apo_lora.run.directory import RunDir, append_jsonl
 from apo_lora.run.hooks import APOCallback
+from apo_lora.run.pictures import saved_images
 
 
 class CompletionsWriter(APOCallback):
@@ -41,23 +39,5 @@ class CompletionsWriter(APOCallback):
 
 
 def _prompt(example: Example, run_dir: RunDir) -> dict[str, object]:
-    images = [saved_image(image, run_dir.images, run_dir.path) for image in example.images]
+    images = saved_images(example.images, run_dir.images, run_dir.path)
     return {"row": example.row, "prompt": example.problem, "images": images}
-
-
-def saved_image(image: ImageRef, folder: Path, root: Path, *, longest: int | None = None) -> str:
-    """The image's own path if it is a file, else that of a copy in `folder`, from `root` (the run directory) on.
-
-    Images of different data sets may have the same name ("row 5 image 1"): each set has a folder of its own. `longest`
-    makes the copy one to look at, of so many pixels at most and compressed: of a benchmark there are thousands.
-    """
-    if image.path is not None:
-        return str(image.path)
-    target = folder / (image.name.replace("/", "-").replace(" ", "-") + (".webp" if longest else ".png"))
-    if not target.exists():
-        picture = image.open()
-        if longest:
-            picture.thumbnail((longest, longest))
-        with replacing(target) as temporary:  # half a picture would never be written again
-            picture.save(temporary)
-    return str(target.relative_to(root))

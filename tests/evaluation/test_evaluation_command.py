@@ -17,8 +17,8 @@ from unsloth_on_cpu import run_script
 from apo_lora.commands.main import main
 from apo_lora.evaluation import answering
 from apo_lora.evaluation.evaluate import default_name, title_of
+from apo_lora.evaluation.folder import EvaluationBatch, planned
 from apo_lora.evaluation.measure import EntropyRecorder, measure
-from apo_lora.evaluation.record import Batch, planned
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.run.directory import RunDir, read_jsonl, write_atomically
 
@@ -122,7 +122,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(run, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         asked = count_batches(patch)
         assert evaluate(run, "--samples", "1") == 0 and not asked
-    monkeypatch.setattr(Batch, "seed", lambda batch, seed: 7)  # and it is the batches' seeds that make them the same
+    monkeypatch.setattr(
+        EvaluationBatch, "seed", lambda batch, seed: 7
+    )  # and it is the batches' seeds that make them the same
     assert evaluate(run, "--samples", "1", "--name", "other") == 0
     same = [row["text"] == other["text"] for row, other in zip(answers(run), answers(run, "other"), strict=True)]
     sampled = [row["sample"] == 1 for row in answers(run)]

@@ -6,17 +6,18 @@ import json
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import PROJECT
 
 from apo_lora.machine.host import Gpu
-from apo_lora.notebook import verbs
-from apo_lora.notebook.cards import answer_cards
+from apo_lora.notebook import session, verbs
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import CellOutput, StepFailed, run_module
 from apo_lora.recipe.files import shipped_recipes
+from apo_lora.run.directory import RunDir
 
 sys.path.insert(0, str(PROJECT / "colab"))
 from execute import NOTEBOOK, as_a_screen_shows, executed
@@ -164,18 +165,19 @@ def test_an_interrupted_cell_is_ctrl_c_for_the_verb(monkeypatch, tmp_path, capsy
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_model_wrote_stays_text(tmp_path):
-    from PIL import Image
-
-    Image.new("RGB", (900, 300)).save(tmp_path / "a.png")
-    row = {"set": "s", "row": 1, "problem": "<b>?", "gold": "3", "images": ["a.png"], "model": "base"}
-    answers = [
-        {**row, "text": "<script>alert(1)</script>", "correct": False, "length": 9, "truncated": True},
-        {**row, "model": "tuned", "text": "3", "correct": True, "length": 1, "truncated": False},
-    ]
-    page = answer_cards(answers, tmp_path)
-    assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;?" in page
-    assert page.count("<img") == 1 and "✗ wrong, 9 tokens, cut" in page and "✓ right, 1 tokens" in page
+def test_curves_of_a_run_that_starts_again_are_drawn_again(tmp_path, monkeypatch):
+    """A run that was cut before its first checkpoint has steps, and train empties that record when it starts anew."""
+    shown = []
+    handle = SimpleNamespace(update=shown.append)
+    monkeypatch.setattr(session, "display", lambda picture, display_id: shown.append(picture) or handle)
+    run = RunDir(tmp_path)
+    curves = session.Curves(run)
+    for steps, num_shown in ((1, 1), (0, 1), (0, 1), (1, 2), (2, 3), (2, 3)):
+        run.metrics.write_text(
+            "".join(f'{{"step": {n}, "reward": 0.5, "accuracy": 0.5}}\n' for n in range(1, steps + 1))
+        )
+        curves.redraw()
+        assert len(shown) == num_shown
 
 
 # --- Run all ---------------------------------------------------------------------------------------------------------
@@ -199,7 +201,8 @@ def test_run_all_without_a_gpu(tmp_path):
     assert "step    5" in outputs["Go on: after a disconnect, or for more steps"]
     assert "Nothing is exported" in outputs["Export"]
     assert "Nothing is pushed" in outputs["Push to the Hub: needs HF_TOKEN among Colab's secrets (the key on the left)"]
-    (run,) = (tmp_path / "runs").iterdir()
+    run, base = sorted((tmp_path / "runs").iterdir())
+    assert base.name == f"{run.name}-base" and not (base / "metrics.jsonl").exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
 

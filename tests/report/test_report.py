@@ -8,22 +8,20 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from report_runs import GROUP, answer_row, embedded, metrics_row, write_run
+from report_runs import GROUP, answer_row, metrics_row, shown_sources, write_run
 
 from apo_lora.commands.main import main
-from apo_lora.report.answers import paired, tallies
+from apo_lora.evaluation.gallery import MOST_BYTES
 from apo_lora.report.cost import cost, duration
 from apo_lora.report.credit import DADS_FORMULAS, credit_seen, stcr_formula
 from apo_lora.report.curves import MOST_POINTS, curve, last_value, running_mean
-from apo_lora.report.gallery import gallery
 from apo_lora.report.groups import differences, grouped, line_style
-from apo_lora.report.page import MOST_BYTES, render
+from apo_lora.report.page import render
 from apo_lora.report.runs import prompt_groups, read_runs
 from apo_lora.run.directory import RunDir, append_jsonl
 from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, verdict
@@ -156,42 +154,7 @@ def test_time_is_shared_out_and_memory_is_the_highest(run_folder):
     assert [duration(seconds) for seconds in (119, 600, 9000)] == ["119 s", "10 min", "2.5 h"]
 
 
-def test_answers_are_paired_by_set_row_and_sample():
-    rows = [
-        answer_row(1, "base", False),
-        answer_row(1, "base", True, sample=1),
-        answer_row(1, "tuned", True),
-        answer_row(1, "tuned", False, sample=1),
-        answer_row(1, "base", True, set="general"),
-    ]
-    pairs = paired(rows)
-    assert [pair.outcome for pair in pairs] == ["fixed", "broken", "right"]
-    (tally,) = tallies(pairs)
-    assert (tally.answers, tally.base_accuracy, tally.tuned_accuracy) == (2, 0.5, 0.5)
-
-
-# --- gallery ---------------------------------------------------------------------------------------------------------
-
-
-def test_pictures_are_kept_once_and_a_lost_one_is_no_error(run_folder):
-    shown = gallery(read_runs([run_folder]), most_bytes=10**6)
-    (source,) = shown.sources
-    assert len(source.items) == source.total == 40 and len(shown.pictures) == 2
-    by_row = {item["heading"]: item for item in source.items}
-    assert by_row["reasoning 3, level1"]["pictures"] == [None]
-    assert by_row["reasoning 2, level1"]["choices"] == ["2", "3", "4"]
-
-
-def test_every_outcome_is_shown_where_not_all_fits(run_folder):
-    everything = gallery(read_runs([run_folder]), most_bytes=10**6)
-    most = len(everything.to_json()) // 2
-    some = gallery(read_runs([run_folder]), most_bytes=most)
-    (source,) = some.sources
-    assert len(some.to_json().encode("utf-8", "replace")) <= most + 200
-    assert 16 <= len(source.items) < source.total == 40
-    outcomes = Counter(item["outcome"] for item in source.items)
-    assert outcomes["broken"] == outcomes["wrong"] == 4 and outcomes["fixed"] >= 4 and outcomes["right"] >= 4
-    assert gallery(read_runs([run_folder]), most_bytes=10).pictures == []
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def test_large_pictures_and_long_texts_stay_under_the_limit(tmp_path):
@@ -206,31 +169,32 @@ def test_large_pictures_and_long_texts_stay_under_the_limit(tmp_path):
         ]
     append_jsonl(folder / "answers.jsonl", rows)
     html = render(read_runs([folder]))
-    (source,) = embedded(html)["sources"]
-    assert 4_500_000 < len(html.encode()) < MOST_BYTES and 0 < len(source["items"]) < source["total"] == 150
+    (items,) = shown_sources(html).values()
+    assert 4_500_000 < len(html.encode()) < MOST_BYTES and 0 < len(items) < 150
+    assert f"{len(items)} of 150 recorded fit into this page" in html
 
 
-def test_without_held_out_answers_the_last_training_completions_are_shown(tmp_path):
+def test_without_held_out_answers_of_the_tuned_model_the_last_training_completions_are_shown(tmp_path):
     folder = write_run(tmp_path / "run", answers=False)
-    html = render(read_runs([folder]))
-    (source,) = embedded(html)["sources"]
-    assert source["items"][0]["heading"] == "step 12, row 8" and "no held-out answers of the tuned model" in html
-    assert source["items"][0]["answers"][0]["facts"][0] == "rewards: accuracy 1, format 0.5"
+    note = "no held-out answers of the tuned model"
+    for rows in ([], [answer_row(1, "base", False), answer_row(2, "base", True)]):
+        append_jsonl(folder / "answers.jsonl", rows)
+        html = render(read_runs([folder]))
+        *held_out, training = shown_sources(html).values()
+        assert [item.outcome for of_source in held_out for item in of_source] == ["wrong", "right"][: len(rows)]
+        assert training[0].heading == "step 12, row 8" and note in html
+        assert "rewards: accuracy 1, format 0.5 · advantage" in training[0].html and "in training" in training[0].html
+    append_jsonl(folder / "answers.jsonl", [answer_row(1, "tuned", True)])
+    assert note not in render(read_runs([folder]))
 
 
-def test_a_run_in_the_middle_shows_its_base_and_its_last_training_completions(tmp_path):
-    folder = write_run(tmp_path / "run", answers=False)
-    append_jsonl(folder / "answers.jsonl", [answer_row(1, "base", False), answer_row(2, "base", True)])
-    base, training = embedded(render(read_runs([folder])))["sources"]
-    assert [item["outcome"] for item in base["items"]] == ["wrong", "right"]
-    assert training["items"][0]["heading"] == "step 12, row 8"
-
-
-def test_later_evaluations_are_shown_too(run_folder):
-    (run_folder / "evaluations" / "puzzles").mkdir(parents=True)
-    append_jsonl(run_folder / "evaluations" / "puzzles" / "answers.jsonl", [answer_row(1, "tuned", True)])
-    html = render(read_runs([run_folder]))
-    assert len(embedded(html)["sources"]) == 2 and "evaluation puzzles" in html
+def test_later_evaluations_and_other_runs_are_sources_of_their_own(tmp_path):
+    folders = [write_run(tmp_path / name, f"train.seed={name}") for name in "12"]
+    (folders[0] / "evaluations" / "puzzles").mkdir(parents=True)
+    append_jsonl(folders[0] / "evaluations" / "puzzles" / "answers.jsonl", [answer_row(1, "tuned", True)])
+    alone = shown_sources(render(read_runs(folders[:1])))
+    assert list(alone) == ["before and after training", "evaluation puzzles"]
+    assert list(shown_sources(render(read_runs(folders)))) == ["1", "1, evaluation puzzles", "2"]
 
 
 # --- page ------------------------------------------------------------------------------------------------------------
@@ -268,8 +232,8 @@ def test_what_a_model_or_a_user_wrote_opens_no_element(tmp_path):
     folder = write_run(tmp_path / name, f"data.instruction={json.dumps(name)}")
     html = render(read_runs([folder]))
     tags = [tag for tag, _ in Elements(html).found]
-    assert tags.count("script") == 2 and "img" not in tags  # the data, and the gallery's own
-    assert "window.hacked" in embedded(html)["sources"][0]["items"][0]["answers"][0]["text"]  # it is there, as text
+    assert tags.count("script") == 1 and "img" not in tags
+    assert "&lt;script&gt;window.hacked" in html  # it is there, as text
 
 
 def test_headings_go_down_one_by_one(tmp_path):
@@ -302,7 +266,7 @@ def test_a_run_that_is_not_whole_has_a_page(run_folder, state):
     html = render(read_runs([run_folder]))
     assert ("No step was recorded" in html) == (state in ("no step", "bare"))
     assert ("still going, or stopped" in html) == (state == "bare")
-    assert len(embedded(html)["sources"][0]["items"]) == {"cut": 40, "bare": 0}.get(state, 40)
+    assert len(next(iter(shown_sources(html).values()))) == (0 if state == "bare" else 40)
 
 
 # --- verb ------------------------------------------------------------------------------------------------------------

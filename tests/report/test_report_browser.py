@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from report_runs import OUTCOMES, write_run
+from report_runs import OUTCOMES, answer_rows, write_run
 
+from apo_lora.evaluation.gallery import write_gallery
 from apo_lora.report.write import report
 
 pytestmark = pytest.mark.slow
@@ -94,14 +95,15 @@ def test_the_watch_sees_a_request_and_the_policy_stops_it(open_page, one_run):
 
 def test_filters_are_clicked_and_count(open_page, one_run):
     page = open_page(one_run)
-    assert shown(page) == "24 of 40 shown"
+    assert shown(page) == "24 of 40 shown" == f"{page.locator('.item:visible').count()} of 40 shown"
+    assert page.locator(".pictures use").first.evaluate("use => use.getBBox().width") == 84  # it finds its picture
     names = ("all", "right", "wrong", "changed", "fixed", "broken")
     assert [count(page, name) for name in names] == [40, 32, 8, 16, 12, 4]
     assert len(OUTCOMES) == 40
     for name, badge in (("fixed", "✗→✓ fixed"), ("broken", "✓→✗ broken")):
         choose(page, name)
         assert shown(page) == f"{count(page, name)} of {count(page, name)} shown"
-        assert set(page.locator(".card > header .badge").all_inner_texts()) == {badge}
+        assert set(page.locator(".item:visible > header .badge").all_inner_texts()) == {badge}
     choose(page, "all")
     page.get_by_role("button", name="Show more").click()
     assert shown(page) == "40 of 40 shown" and page.locator("#more").is_hidden()
@@ -139,7 +141,7 @@ def test_a_script_in_a_completion_stays_text(open_page, one_run):
     page = open_page(one_run)
     text = page.locator(".answer .text").first.text_content()
     assert "<script>window.hacked = true</script>" in text and "onerror" in text
-    assert page.locator("#cards script, #cards pre img").count() == 0
+    assert page.locator(".gallery script, .gallery img, .gallery image[href^=x]").count() == 0
     page.wait_for_timeout(200)
     assert page.evaluate("window.hacked") is None
 
@@ -192,7 +194,19 @@ def test_a_run_without_anything_has_an_empty_gallery(open_page, tmp_path):
     page = open_page(report([folder]))
     assert shown(page) == "There is nothing to show here." and count(page, "all") == 0
     choose(page, "changed")
-    assert page.locator(".card").count() == 0
+    assert page.locator(".item").count() == 0
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_the_page_of_an_evaluation_filters_and_shows_all_without_javascript(open_page, tmp_path, javascript):
+    write_gallery(answer_rows(), write_run(tmp_path / "run"), tmp_path / "gallery.html")
+    page = open_page(tmp_path / "gallery.html", viewport={"width": 400, "height": 900}, java_script_enabled=javascript)
+    assert page.locator(".item:visible").count() == (24 if javascript else 40)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400 and page.evaluate(WIDER_THAN_THE_PAGE) == []
+    assert {text: c for text, c in page.evaluate(CONTRASTS) if c < 4.5} == {}
+    if javascript:
+        choose(page, "broken")
+        assert shown(page) == f"{page.locator('.item:visible').count()} of 4 shown" == "4 of 4 shown"
 
 
 WIDER_THAN_THE_PAGE = """[...document.querySelectorAll("main *, header *")].filter((element) =>

@@ -1,6 +1,7 @@
 """Run directories for the tests of the report, written by hand: made-up figures, real credit, real pictures."""
 
-import json
+import re
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -111,7 +112,14 @@ def answer_row(row, model, correct, **changes):
     } | changes  # fmt: skip
 
 
-def embedded(html):
-    """The gallery's data, as a browser would read it."""
-    start = html.index('id="gallery-data">') + len('id="gallery-data">')
-    return json.loads(html[start : html.index("</script>", start)])
+class ShownItem(NamedTuple):
+    outcome: str
+    heading: str
+    html: str
+
+
+def shown_sources(page):
+    """Of a page with a gallery: title of each source -> its items."""
+    item = re.compile(r'<article class="item" data-outcome="(\w+)">.*?<h4>(.*?)</h4>(.*?)</article>', re.DOTALL)
+    parts = page.split('<div class="items">')[1:]
+    return {re.search("<h3>(.*?)</h3>", part)[1]: [ShownItem(*found) for found in item.findall(part)] for part in parts}

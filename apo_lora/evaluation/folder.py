@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from apo_lora.data.examples import Example
 from apo_lora.errors import RunDirError
+from apo_lora.evaluation.figures import MODELS, AnswerRow
 from apo_lora.run.directory import append_jsonl, read_jsonl, write_json, write_jsonl
 
-MODELS = ("base", "tuned")
 Key = tuple[str, str, int, int]
 
 
-class Batch(NamedTuple):
+class EvaluationBatch(NamedTuple):
     model: str
     title: str
     """Of the set."""
@@ -36,10 +36,10 @@ class Batch(NamedTuple):
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big")
 
 
-def planned(sets: Mapping[str, Sequence[Example]], samples: int, batch_size: int) -> list[Batch]:
+def planned(sets: Mapping[str, Sequence[Example]], samples: int, batch_size: int) -> list[EvaluationBatch]:
     """Every batch, in the order in which they are answered."""
     return [
-        Batch(model, title, sample, examples[start : start + batch_size])
+        EvaluationBatch(model, title, sample, examples[start : start + batch_size])
         for model in MODELS
         for title, examples in sets.items()
         for sample in range(samples + 1)
@@ -55,9 +55,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-class Record:
-    """The files of one evaluation."""
-
+class EvaluationFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.settings = folder / "settings.json"
@@ -72,17 +70,14 @@ class Record:
         `settings["tuned"]` is left out where the base alone is measured; the other model can join it later. Returns
         the settings with what the folder knows of it.
         """
-        has_answers = self.answers.is_file() and next(read_jsonl(self.answers), None) is not None
-        if has_answers:
+        if self.rows():
             there = self._read_settings()
-            now = {"tuned": there.get("tuned"), **settings} if there.get("tuned") else settings
-            there = {"tuned": now.get("tuned"), **there} if now.get("tuned") else there
-            if changed := _differences(there, now):
+            settings, there = _tuned(there) | settings, _tuned(settings) | there
+            if changed := _differences(there, settings):
                 raise RunDirError(
                     f"{self.folder}: measured with other settings ({'; '.join(changed[:3])}); give this one another "
                     "place with --name NAME, or remove that folder"
                 )
-            settings = now
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -101,10 +96,10 @@ class Record:
     def rows(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.answers)) if self.answers.is_file() else []
 
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+    def add(self, rows: Iterable[AnswerRow]) -> None:
         append_jsonl(self.answers, rows)
 
-    def drop_parts(self, plan: Sequence[Batch]) -> set[Key]:
+    def drop_parts(self, plan: Sequence[EvaluationBatch]) -> set[Key]:
         """Takes out what a kill left of a batch. Returns the keys of all answers that stay."""
         rows = {_key(row): row for row in self.rows()}
         whole = {key for batch in plan if all(key in rows for key in batch.keys) for key in batch.keys}
@@ -114,7 +109,11 @@ class Record:
         return whole
 
 
-def _key(row: Mapping[str, Any]) -> Key:
+def _tuned(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"tuned": settings["tuned"]} if settings.get("tuned") else {}
+
+
+def _key(row: AnswerRow) -> Key:
     return row["set"], row["model"], row["row"], row["sample"]
 
 
