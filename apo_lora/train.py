@@ -21,11 +21,12 @@ from apo_lora.machine.versions import environment
 from apo_lora.recipe.schema import Recipe, combination_problems
 from apo_lora.rewards.finite import FiniteRewards, RewardFunction
 from apo_lora.rewards.plugins import find_rewards
-from apo_lora.run.directory import RunDir, write_atomically, write_json
-from apo_lora.run.disk import checkpoint_bytes, full_disk_in_words, require_room
+from apo_lora.run.directory import RunDir
+from apo_lora.run.disk import checkpoint_bytes, disk_errors_as_one_line, require_room
+from apo_lora.run.files import write_atomically, write_json
 from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
-from apo_lora.run.resume import changes_of_place, checkpoint_to_continue, take_back
+from apo_lora.run.resume import checkpoint_to_continue, environment_changes, rewind_record
 from apo_lora.run.summary import closing_words
 from apo_lora.run.trackers import require_trackers, trackers_in
 
@@ -69,8 +70,8 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     say(loaded.summary())
     kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
     with (
-        ranks.lost_process_in_words(kept),
-        full_disk_in_words(run_dir.path, kept),
+        ranks.lost_process_as_one_line(kept),
+        disk_errors_as_one_line(run_dir.path, kept),
         ranks.joined(),
         Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier,
         trackers_in(run_dir),
@@ -270,7 +271,7 @@ def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None, resume: 
     if resume is None:
         run_dir.create()
     else:
-        for line in [*take_back(run_dir, checkpoint), *changes_of_place(run_dir, here)]:
+        for line in [*rewind_record(run_dir, checkpoint), *environment_changes(run_dir, here)]:
             say(line)
     write_atomically(run_dir.recipe, recipe.to_yaml())
     write_json(run_dir.environment, here)

@@ -27,7 +27,8 @@ from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
 from apo_lora.rollout.credit import score_rollout  # noqa: E402
 from apo_lora.rollout.training_arguments import training_arguments  # noqa: E402
-from apo_lora.run.directory import RunDir, write_json  # noqa: E402
+from apo_lora.run.directory import RunDir  # noqa: E402
+from apo_lora.run.files import write_json  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from benchmarks.gpu.witness import stir  # noqa: E402
 

@@ -17,7 +17,8 @@ from conftest import PROJECT
 
 from apo_lora.commands.main import main
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import COMPLETE, RunDir, seal_checkpoint
+from apo_lora.run.checkpoints import COMPLETE, seal_checkpoint
+from apo_lora.run.directory import RunDir
 from apo_lora.tiny import BASE_DIR
 
 SOURCES = sorted((PROJECT / "apo_lora").rglob("*.py"))

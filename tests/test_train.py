@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from apo_lora.commands.main import main
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 
 SMALL = [
     "grpo.prompts_per_step=2", "grpo.num_generations=4", "grpo.completions_per_pass=8",

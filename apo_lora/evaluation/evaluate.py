@@ -21,7 +21,8 @@ from apo_lora.machine.process import prepare_process
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.adapter_source import WEIGHTS, AdapterSource, find_adapter
-from apo_lora.run.directory import RunDir, write_json
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import write_json
 
 if TYPE_CHECKING:
     from apo_lora.data.examples import Loaded

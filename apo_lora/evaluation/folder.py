@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from apo_lora.data.examples import Example
 from apo_lora.errors import RunDirError
 from apo_lora.evaluation.figures import MODELS, AnswerRow
-from apo_lora.run.directory import append_jsonl, read_jsonl, write_json, write_jsonl
+from apo_lora.run.files import append_jsonl, read_jsonl, write_json, write_jsonl
 
 Key = tuple[str, str, int, int]
 

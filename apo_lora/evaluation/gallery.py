@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from apo_lora.evaluation.figures import MODELS, OUTCOMES, AnswerPair, AnswerRow, paired
 from apo_lora.rewards.scores import FORMAT_REWARD
-from apo_lora.run.directory import write_atomically
+from apo_lora.run.files import write_atomically
 from apo_lora.run.pictures import Thumbnail, thumbnail
 
 MOST_BYTES = 5_000_000

@@ -11,7 +11,8 @@ from apo_lora.evaluation.measure import ITEMS_PER_BATCH, JudgedCompletion, Score
 from apo_lora.machine import ranks
 from apo_lora.policy.loading import Policy
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.directory import RunDir, append_jsonl, read_jsonl, write_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl, read_jsonl, write_jsonl
 from apo_lora.run.pictures import saved_images
 
 MODEL = {"before": "base", "after": "tuned"}

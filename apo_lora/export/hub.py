@@ -13,7 +13,8 @@ from apo_lora.errors import HubError
 from apo_lora.machine.hub import TOKENS, one_line_errors
 from apo_lora.run.adapter_card import lone_card
 from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 from apo_lora.run.model_card import What, model_card
 
 

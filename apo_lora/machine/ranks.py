@@ -49,7 +49,7 @@ def joined() -> Iterator[None]:
 
 
 @contextmanager
-def lost_process_in_words(kept: str) -> Iterator[None]:
+def lost_process_as_one_line(kept: str) -> Iterator[None]:
     """Turns the error that a collective call raises when another process has ended into a TrainingStopped."""
     try:
         yield

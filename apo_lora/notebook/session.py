@@ -14,7 +14,8 @@ from apo_lora.machine.host import find_gpu
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import StepFailed, run_module, run_verb
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import RunDir, read_jsonl, write_atomically
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl, write_atomically
 from apo_lora.run.plots import overview
 
 DRIVE = Path("/content/drive")

@@ -11,7 +11,8 @@ from typing import Any
 from apo_lora.errors import RecipeError, RunDirError
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 
 Row = dict[str, Any]
 

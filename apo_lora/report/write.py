@@ -7,7 +7,8 @@ from apo_lora.errors import RunDirError
 from apo_lora.evaluation.gallery import readable
 from apo_lora.report.page import GENERATOR, render
 from apo_lora.report.runs import read_runs
-from apo_lora.run.directory import RunDir, write_atomically
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import write_atomically
 
 
 def report(paths: Sequence[str], out: str | None = None) -> Path:

@@ -2,7 +2,8 @@
 
 from apo_lora.data.examples import Example
 from apo_lora.rollout.credit import ScoredRollout
-from apo_lora.run.directory import RunDir, append_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl
 from apo_lora.run.hooks import APOCallback
 from apo_lora.run.pictures import saved_images
 

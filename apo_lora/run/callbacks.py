@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from apo_lora.errors import Interrupted, TrainingStopped
 from apo_lora.machine import ranks
-from apo_lora.run.directory import RunDir, append_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl
 from apo_lora.run.learning_signal import ALARM_SHARE, SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 
 KEPT_LOGS = 50

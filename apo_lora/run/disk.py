@@ -36,7 +36,7 @@ def require_room(path: Path, needed: int, what: str, kept: str) -> None:
 
 
 @contextmanager
-def full_disk_in_words(path: Path, kept: str, needed: int = 0) -> Iterator[None]:
+def disk_errors_as_one_line(path: Path, kept: str, needed: int = 0) -> Iterator[None]:
     """Turns what is raised inside because the disk is full into a RunDirError of one line.
 
     Where `needed` bytes are being written, any failure with less than that free counts: torch's and safetensors'
@@ -44,7 +44,7 @@ def full_disk_in_words(path: Path, kept: str, needed: int = 0) -> Iterator[None]
     """
     try:
         yield
-    except UserError:  # in words already
+    except UserError:  # one line already
         raise
     except Exception as error:
         free = free_bytes(path)
@@ -70,7 +70,8 @@ def _says_full(error: BaseException | None) -> bool:
 def checkpoint_bytes(run_dir: RunDir, parameters: Sequence[Any]) -> int:
     """What the next checkpoint takes: as much as the last one, or weights and Adam's two moments of the parameters."""
     estimate = sum(p.numel() * (p.element_size() + 8) for p in parameters)
-    return run_dir.checkpoint_bytes() or estimate
+    last = run_dir.last_checkpoint()
+    return sum(file.stat().st_size for file in last.rglob("*") if file.is_file()) if last else estimate
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def room_for_checkpoint(run_dir: RunDir, folder: Path, parameters: Sequence[Any]
     if ranks.is_main():
         require_room(run_dir.path, needed, "a checkpoint", kept)
     try:
-        with full_disk_in_words(run_dir.path, kept, needed):
+        with disk_errors_as_one_line(run_dir.path, kept, needed):
             yield
     except RunDirError:
         if ranks.is_main():

@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 from apo_lora.errors import RunDirError, UserError
 from apo_lora.machine.hub import one_line_errors
-from apo_lora.run.directory import COMPLETE, RunDir, is_whole, replacing
+from apo_lora.run.checkpoints import COMPLETE, checkpoints_in, is_whole, remove_checkpoint
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import replacing
 
 HUB = "hub:"
 LAST_COPY_SECONDS = 600
@@ -75,7 +77,9 @@ class FolderPlace:
         sent = {file.parent.name for file in files if file.name == COMPLETE}
         if any(not is_whole(self.run_dir.checkpoints / name) for name in sent):
             raise RunDirError("the checkpoint did not arrive whole")
-        self.run_dir.remove_other_checkpoints(sent)
+        for path in checkpoints_in(self.run_dir.checkpoints):
+            if path.name not in sent:
+                remove_checkpoint(path)
 
     def fetch(self, target: Path) -> None:
         shutil.copytree(self.run_dir.path, target, dirs_exist_ok=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from apo_lora.data.images import ImageRef
 from apo_lora.errors import DataError
-from apo_lora.run.directory import replacing
+from apo_lora.run.files import replacing
 
 
 def saved_images(images: Iterable[ImageRef], folder: Path, root: Path, *, longest: int | None = None) -> list[str]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apo_lora.run.directory import RunDir, read_jsonl, replacing
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl, replacing
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Where a run goes on: which checkpoint, whether this is still the same run, and what its record is taken back to.
+"""Where a run continues: from which checkpoint, whether it is still the same run, and where its record is cut off.
 
 `--resume auto` is safe to write on every start: it continues a run, starts one that was cut before its first checkpoint
 over, and begins one that is not there.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from apo_lora.errors import RunDirError
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe, differences
-from apo_lora.run.directory import RunDir, checkpoint_step, read_jsonl
+from apo_lora.run.checkpoints import checkpoint_step, checkpoints_in, is_sealed, remove_checkpoint, why_not_whole
+from apo_lora.run.directory import RunDir
 
 # Keys that may differ when a run is continued: they change how long it goes on or what is shown, not what it computes.
 FREE_ON_RESUME = (
@@ -26,18 +28,49 @@ def checkpoint_to_continue(run_dir: RunDir, recipe: Recipe, resume: str | None) 
     if resume is None:
         run_dir.refuse_existing()
         return None
-    checkpoint = run_dir.checkpoint_to_resume(resume)
+    checkpoint = find_checkpoint(run_dir, resume)
+    run_dir.require_readable_record()
     if run_dir.recipe.exists():
         before = load_recipe(run_dir.recipe)
         _refuse_another_recipe(run_dir, before, recipe)
-        if checkpoint is None and _last_step(run_dir) > before.train.save_steps:
+        last_step = run_dir.last_metrics().get("step", 0)
+        if checkpoint is None and last_step > before.train.save_steps:
             raise RunDirError(
-                f"--resume auto: {run_dir.path} has recorded {_last_step(run_dir)} steps and holds no checkpoint any "
-                "more; bring one back, or start a new run with output.dir=DIR and without --resume"
+                f"--resume auto: {run_dir.path} has recorded {last_step} steps but no longer holds a checkpoint; "
+                "restore one, or start a new run with output.dir=DIR and without --resume"
             )
     elif checkpoint is not None:
-        raise RunDirError(f"--resume: {run_dir.recipe} is missing, which says how {checkpoint} was made; bring it back")
+        raise RunDirError(f"--resume: {run_dir.recipe} is missing, which says how {checkpoint} was made; restore it")
     return checkpoint
+
+
+def find_checkpoint(run_dir: RunDir, wanted: str) -> Path | None:
+    """`auto` is the last whole one, or None for a run that was cut before its first; otherwise a checkpoint's path.
+
+    Raises RunDirError, for instance where a checkpoint was there and is damaged: the run is not started over.
+    """
+    if wanted != "auto":
+        path = Path(wanted)
+        if fault := why_not_whole(path):
+            raise RunDirError(f"--resume {wanted}: not a whole checkpoint ({fault}); try --resume auto")
+        return path
+    if run_dir.path.is_file():
+        raise RunDirError(f"output.dir: {run_dir.path} is a file; choose another with output.dir=DIR")
+    faults = {path: why_not_whole(path) for path in checkpoints_in(run_dir.checkpoints)}
+    if whole := [path for path, fault in faults.items() if fault is None]:
+        return whole[-1]
+    damaged = [fault for path, fault in faults.items() if is_sealed(path)]
+    if damaged or run_dir.adapter.exists():
+        raise RunDirError(
+            f"--resume auto: {run_dir.path} no longer holds a whole checkpoint; restore one, or start a new run "
+            "with output.dir=DIR and without --resume",
+            *damaged,
+        )
+    if not run_dir.is_absent() and not run_dir.checkpoints.is_dir():
+        raise RunDirError(
+            f"--resume auto: {run_dir.path} holds other files and no run; choose another with output.dir=DIR"
+        )
+    return None
 
 
 def _refuse_another_recipe(run_dir: RunDir, before: Recipe, now: Recipe) -> None:
@@ -54,32 +87,31 @@ def _refuse_another_recipe(run_dir: RunDir, before: Recipe, now: Recipe) -> None
         )
 
 
-def _last_step(run_dir: RunDir) -> int:
-    rows = read_jsonl(run_dir.metrics) if run_dir.metrics.exists() else ()
-    return max((row["step"] for row in rows), default=0)
-
-
-def take_back(run_dir: RunDir, checkpoint: Path | None) -> Iterator[str]:
-    """Takes the run's record back to the checkpoint, or to its start; yields what to say of it."""
+def rewind_record(run_dir: RunDir, checkpoint: Path | None) -> Iterator[str]:
+    """Cuts the run's record off after the checkpoint, or starts it again; yields what to say of it."""
     run_dir.remove_temporaries()
-    for name, fault in run_dir.remove_all_but_whole_checkpoints().items():
-        yield f"{name} is left out: {fault}."
+    for path in checkpoints_in(run_dir.checkpoints):
+        if fault := why_not_whole(path):
+            shutil.rmtree(path)
+            yield f"{path.name} is left out: {fault}."
     if checkpoint is None:
         yield f"No checkpoint in {run_dir.path} yet: starting at step 1."
         run_dir.start_again()
         return
     step = checkpoint_step(checkpoint)
-    for later in run_dir.remove_later_checkpoints(step):
-        yield f"{later.name} is removed: its steps are made again."
+    for later in checkpoints_in(run_dir.checkpoints):
+        if checkpoint_step(later) > step:
+            remove_checkpoint(later)
+            yield f"{later.name} is removed: its steps are run again."
     run_dir.rewind(step)
     yield f"Continuing from {checkpoint}."
 
 
-# --- another place ---------------------------------------------------------------------------------------------------
+# --- another machine -------------------------------------------------------------------------------------------------
 
 
-def changes_of_place(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str]:
-    """What is different from where the run was until now (environment.json), and what that means; one line each."""
+def environment_changes(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs from the machine and versions so far (environment.json), and what that means; one line each."""
     try:
         before = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -91,10 +123,10 @@ def changes_of_place(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str]:
         )
     if before.get("engine", now["engine"]) != now["engine"]:
         yield (
-            f"changed: engine {before['engine']} until now, {now['engine']} from here. The same adapter goes on; "
-            "kernels round otherwise and draw other random numbers."
+            f"changed: engine {before['engine']} until now, {now['engine']} from here. The same adapter is trained "
+            "on; its kernels round differently and draw other random numbers."
         )
-    rounds_otherwise = [
+    rounds_differently = [
         f"{name} {there} until now, {here}"
         for name, there, here in (
             ("device", _device(before), _device(now)),
@@ -102,8 +134,8 @@ def changes_of_place(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str]:
         )
         if there is not None and there != here
     ]
-    if rounds_otherwise:
-        yield f"changed: {'; '.join(rounds_otherwise)}. The run goes on, and is not to the bit what it would have been."
+    if rounds_differently:
+        yield f"changed: {'; '.join(rounds_differently)}. The run continues, but not bit for bit as before."
 
 
 def _device(environment: Mapping[str, Any]) -> str:

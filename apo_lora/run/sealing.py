@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.machine import ranks
-from apo_lora.run.directory import RunDir, seal_checkpoint
+from apo_lora.run.checkpoints import seal_checkpoint
+from apo_lora.run.directory import RunDir
 from apo_lora.run.disk import room_for_checkpoint
 from apo_lora.run.hooks import APOCallback
 from apo_lora.run.mirror import Mirrors

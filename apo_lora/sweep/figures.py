@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 
 Record = tuple[dict[str, Any], list[dict[str, Any]]]
 """eval.json, and the rows of metrics.jsonl."""

@@ -12,7 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from apo_lora.errors import RecipeError
-from apo_lora.run.directory import RunDir, append_jsonl, read_jsonl, write_atomically, write_json
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl, read_jsonl, write_atomically, write_json
 from apo_lora.sweep.experiment import Experiment, PlannedRun, find_experiment, load_experiment, plan_runs
 from apo_lora.sweep.figures import FIGURES, Record, figures_before, figures_of, read_record
 from apo_lora.sweep.findings import Estimate, compare, mean_over_seeds

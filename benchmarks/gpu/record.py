@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apo_lora.run.directory import write_json
+from apo_lora.run.files import write_json
 
 Finding = tuple[bool, Any]
 """Is it as it should be, and what was found (a number, or words)."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from apo_lora.run.directory import write_atomically, write_json
+from apo_lora.run.files import write_atomically, write_json
 from benchmarks.gpu.aims import ratios
 
 RESULTS, TABLE = "results.json", "results.md"

@@ -19,7 +19,8 @@ from apo_lora.policy.scoring import token_logps
 from apo_lora.preflight.sample import as_batch
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import generating, prompt_inputs
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu import smoke_gradients
 from benchmarks.gpu.measurements import Setting

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 from apo_lora.train import train
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.record import Finding, Record

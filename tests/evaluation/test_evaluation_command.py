@@ -20,7 +20,8 @@ from apo_lora.evaluation.evaluate import default_name, title_of
 from apo_lora.evaluation.folder import EvaluationBatch, planned
 from apo_lora.evaluation.measure import EntropyRecorder, measure
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import RunDir, read_jsonl, write_atomically
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl, write_atomically
 
 OVERRIDES = ("data.eval_limit=5", "data.general=null", "grpo.max_completion_length=12")
 

@@ -15,7 +15,8 @@ from apo_lora.errors import HubError
 from apo_lora.export.hub import RECIPE_ON_HUB, push
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.run.adapter_source import CONFIG, WEIGHTS, find_adapter
-from apo_lora.run.directory import RunDir, append_jsonl, write_json
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl, write_json
 from apo_lora.run.licence import licence_of
 
 TOKEN = "hf_thisIsTheSecretOfTheTest"

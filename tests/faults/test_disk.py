@@ -30,7 +30,7 @@ def test_sizes_are_read_at_a_glance():
 
 def test_a_full_disk_is_one_line_and_another_error_is_itself(tmp_path):
     def write(error, needed):
-        with disk.full_disk_in_words(tmp_path, "All is kept", needed):
+        with disk.disk_errors_as_one_line(tmp_path, "All is kept", needed):
             raise error
 
     with pytest.raises(RunDirError, match="the disk is full: .* are free. All is kept"):
@@ -78,7 +78,7 @@ def test_a_save_that_does_not_fit_is_not_begun(tmp_path, monkeypatch, capsys, wh
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000 if run.valid_checkpoints() else 10**9)
     assert main(arguments(tmp_path)) == 2
     line = only_line(capsys)
-    needed = disk.size(run.checkpoint_bytes())
+    needed = disk.size(disk.checkpoint_bytes(run, ()))
     assert f"takes about {needed} and 1 kB are free. checkpoint-2 is whole and kept" in line
     assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()

@@ -12,8 +12,9 @@ import pytest
 
 from apo_lora.commands.main import main
 from apo_lora.recipe.files import load_recipe
-from apo_lora.run.directory import RunDir, append_jsonl, write_json
-from apo_lora.run.resume import changes_of_place, checkpoint_to_continue
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl, write_json
+from apo_lora.run.resume import checkpoint_to_continue, environment_changes
 
 from .tiny_runs import arguments, differences
 
@@ -37,14 +38,14 @@ NOW = {"processes": 1, "engine": "transformers", "gpu": None, "packages": {"torc
 def test_what_changed_around_a_run_is_said(tmp_path, before, words):
     run = RunDir(tmp_path)
     write_json(run.environment, NOW | before)
-    lines = list(changes_of_place(run, NOW))
+    lines = list(environment_changes(run, NOW))
     assert len(lines) == (words is not None) and all(line.startswith("changed: ") for line in lines)
     if words:
         assert words in lines[0]
 
 
 def test_a_run_without_a_record_of_its_place_goes_on(tmp_path):
-    assert list(changes_of_place(RunDir(tmp_path), NOW)) == []
+    assert list(environment_changes(RunDir(tmp_path), NOW)) == []
 
 
 def test_a_record_ahead_of_all_checkpoints_is_not_thrown_away(tmp_path):
@@ -57,7 +58,7 @@ def test_a_record_ahead_of_all_checkpoints_is_not_thrown_away(tmp_path):
     append_jsonl(run.metrics, ({"step": step} for step in range(1, recipe.train.save_steps + 1)))
     assert checkpoint_to_continue(run, recipe, "auto") is None  # cut inside its first save
     append_jsonl(run.metrics, [{"step": recipe.train.save_steps + 1}])
-    with pytest.raises(RunDirError, match="recorded 51 steps and holds no checkpoint any more"):
+    with pytest.raises(RunDirError, match="recorded 51 steps but no longer holds a checkpoint"):
         checkpoint_to_continue(run, recipe, "auto")
 
 
@@ -121,7 +122,7 @@ def test_an_earlier_checkpoint_by_name_runs_its_steps_again(half, whole, capsys)
     resumed = arguments(half)
     resumed[resumed.index("auto")] = str(half / "run/checkpoints/checkpoint-2")
     assert main(resumed) == 0
-    assert "checkpoint-4 is removed: its steps are made again" in capsys.readouterr().out
+    assert "checkpoint-4 is removed: its steps are run again" in capsys.readouterr().out
     assert differences(half, whole) == []
 
 

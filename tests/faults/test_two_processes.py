@@ -124,7 +124,7 @@ def test_fewer_processes_go_on_and_say_what_changes(tmp_path):
 
 def test_what_a_lost_process_raises_is_told_from_other_errors(monkeypatch):
     def fail(words):
-        with ranks.lost_process_in_words("All is kept"):
+        with ranks.lost_process_as_one_line("All is kept"):
             raise RuntimeError(words)
 
     with pytest.raises(RuntimeError, match="Connection closed"):

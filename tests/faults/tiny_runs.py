@@ -211,7 +211,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def steady_rows(path: Path) -> list[dict]:
-    from apo_lora.run.directory import read_jsonl
+    from apo_lora.run.files import read_jsonl
 
     rows = read_jsonl(path) if path.exists() else ()
     return [{key: value for key, value in row.items() if not key.startswith(UNSTEADY)} for row in rows]

@@ -23,7 +23,8 @@ from apo_lora.report.curves import MOST_POINTS, curve, last_value, running_mean
 from apo_lora.report.groups import differences, grouped, line_style
 from apo_lora.report.page import render
 from apo_lora.report.runs import prompt_groups, read_runs
-from apo_lora.run.directory import RunDir, append_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl
 from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, verdict
 
 

@@ -22,7 +22,8 @@ from apo_lora.rewards.answers import match
 from apo_lora.rewards.functions import reward_functions
 from apo_lora.rewards.scores import gold_is_parsable, quick_verdict
 from apo_lora.rewards.verifier import Verifier
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 
 SECONDS = 3.0
 FAMILIES = sorted({case.family for case in hostile("x")})

@@ -1,19 +1,13 @@
 """Run directories: nothing overwritten, checkpoints whole or recognised, every step recorded once."""
 
-import json
-
 import pytest
 from checkpoints import checkpoint
 
 from apo_lora.errors import RunDirError
-from apo_lora.run.directory import (
-    RunDir,
-    append_jsonl,
-    is_whole,
-    read_jsonl,
-    why_not_whole,
-    write_atomically,
-)
+from apo_lora.run.checkpoints import why_not_whole
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl, read_jsonl
+from apo_lora.run.resume import find_checkpoint, rewind_record
 
 
 @pytest.fixture
@@ -40,7 +34,7 @@ def test_the_last_whole_checkpoint_is_resumed(run):
     checkpoint(run, 9)
     checkpoint(run, 10)  # as text, 10 sorts before 9
     checkpoint(run, 11, sealed=False)
-    assert run.checkpoint_to_resume("auto").name == "checkpoint-10"
+    assert find_checkpoint(run, "auto").name == "checkpoint-10"
 
 
 @pytest.mark.parametrize(
@@ -57,26 +51,26 @@ def test_the_last_whole_checkpoint_is_resumed(run):
 )
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(run, damage, words):
     before, damaged = checkpoint(run, 5), checkpoint(run, 10)
-    assert run.checkpoint_to_resume("auto") == damaged
+    assert find_checkpoint(run, "auto") == damaged
     damage(damaged)
     assert words in why_not_whole(damaged)
-    assert run.checkpoint_to_resume("auto") == before
+    assert find_checkpoint(run, "auto") == before
     with pytest.raises(RunDirError, match="not a whole checkpoint"):
-        run.checkpoint_to_resume(str(damaged))
+        find_checkpoint(run, str(damaged))
 
 
 def test_before_the_first_checkpoint_there_is_none_to_resume(tmp_path, run):
-    assert run.checkpoint_to_resume("auto") is None
+    assert find_checkpoint(run, "auto") is None
     checkpoint(run, 1, sealed=False)  # killed inside the first save
-    assert run.checkpoint_to_resume("auto") is None
-    assert RunDir(tmp_path / "nowhere").checkpoint_to_resume("auto") is None
+    assert find_checkpoint(run, "auto") is None
+    assert find_checkpoint(RunDir(tmp_path / "nowhere"), "auto") is None
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run):
     (checkpoint(run, 5) / "trainer_state.json").unlink()
     with pytest.raises(RunDirError) as error:
-        run.checkpoint_to_resume("auto")
-    assert "holds no whole checkpoint any more" in str(error.value) and "trainer_state.json is missing" in str(
+        find_checkpoint(run, "auto")
+    assert "no longer holds a whole checkpoint" in str(error.value) and "trainer_state.json is missing" in str(
         error.value
     )
 
@@ -84,10 +78,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run):
 def test_a_folder_of_other_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(RunDirError, match="holds other files and no run"):
-        RunDir(tmp_path).checkpoint_to_resume("auto")
+        find_checkpoint(RunDir(tmp_path), "auto")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="is a file"):
-        RunDir(tmp_path / "file").checkpoint_to_resume("auto")
+        find_checkpoint(RunDir(tmp_path / "file"), "auto")
 
 
 def test_starting_again_drops_the_record(run):
@@ -97,10 +91,17 @@ def test_starting_again_drops_the_record(run):
     assert list(read_jsonl(run.metrics)) == [] and not run.evaluation.exists()
 
 
-def test_going_back_removes_what_comes_later(run):
+def test_going_back_leaves_whole_checkpoints_up_to_there_and_says_what_went(run):
     for step in (2, 4, 6):
         checkpoint(run, step)
-    assert [path.name for path in run.remove_later_checkpoints(2)] == ["checkpoint-4", "checkpoint-6"]
+    checkpoint(run, 7, sealed=False)
+    said = list(rewind_record(run, run.checkpoints / "checkpoint-2"))
+    assert said == [
+        "checkpoint-7 is left out: it has no complete.json: its writing was cut.",
+        "checkpoint-4 is removed: its steps are run again.",
+        "checkpoint-6 is removed: its steps are run again.",
+        f"Continuing from {run.checkpoints / 'checkpoint-2'}.",
+    ]
     assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
 
 
@@ -119,11 +120,8 @@ def test_temporaries_of_a_kill_go_and_files_stay(run):
 def test_old_checkpoints_go_and_whole_ones_stay(run):
     for step in (1, 2, 3, 4):
         checkpoint(run, step)
-    unfinished = checkpoint(run, 5, sealed=False)
     run.remove_old_checkpoints(keep=2)
     assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-3", "checkpoint-4"]
-    assert run.remove_all_but_whole_checkpoints() == {unfinished.name: "it has no complete.json: its writing was cut"}
-    assert all(is_whole(path) for path in run.checkpoints.iterdir())
 
 
 def test_rewind_leaves_every_step_once(run):
@@ -132,24 +130,3 @@ def test_rewind_leaves_every_step_once(run):
     run.rewind(2)
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2]
     assert [row["step"] for row in read_jsonl(run.completions)] == [1, 1, 2, 2]
-
-
-def test_a_line_cut_by_a_kill_is_left_out(run):
-    append_jsonl(run.metrics, [{"step": 1}, {"step": 2}])
-    text = run.metrics.read_text()
-    run.metrics.write_text(text[:-5])
-    assert list(read_jsonl(run.metrics)) == [{"step": 1}]
-
-
-def test_any_text_can_be_recorded(run):
-    append_jsonl(run.completions, [{"step": 1, "completion": "half a character \ud800, null \0, right-to-left \u202e"}])
-    (row,) = read_jsonl(run.completions)
-    assert row["completion"].startswith("half a character") and "\u202e" in row["completion"]
-
-
-def test_atomic_writes_leave_no_litter(tmp_path):
-    path = tmp_path / "a" / "b.json"
-    write_atomically(path, "1")
-    write_atomically(path, "2")
-    assert json.loads(path.read_text()) == 2
-    assert [p.name for p in path.parent.iterdir()] == ["b.json"]

@@ -1,6 +1,6 @@
 """Checkpoints without a training behind them."""
 
-from apo_lora.run.directory import seal_checkpoint
+from apo_lora.run.checkpoints import seal_checkpoint
 
 
 def checkpoint(run, step, sealed=True):

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apo_lora.policy.loading as loading
 import apo_lora.run.callbacks as callbacks
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import read_jsonl
+from apo_lora.run.files import read_jsonl
 from tools.null_gpu.on_cpu import ComputedOnCPU, launches
 
 REWARD = Path(__file__).parents[1] / "faults/rewards.py"

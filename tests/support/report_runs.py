@@ -6,7 +6,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import RunDir, append_jsonl, write_atomically, write_json
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import append_jsonl, write_atomically, write_json
 
 GROUP = 8
 SCRIPT = "<script>window.hacked = true</script><img src=x onerror='window.hacked = true'>"

@@ -13,7 +13,8 @@ from checkpoints import checkpoint
 
 from apo_lora.commands.main import main
 from apo_lora.errors import RunDirError
-from apo_lora.run.directory import RunDir, read_jsonl
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 from apo_lora.sweep import queue
 from apo_lora.sweep.experiment import find_experiment, load_experiment, plan_runs, shipped_experiments
 from apo_lora.sweep.runs import State, log_file, state_of
