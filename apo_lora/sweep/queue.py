@@ -4,9 +4,7 @@ A child is the ordinary `apo-lora train`, with its own log. It holds a lock on t
 neither a second sweep nor one started anew after a kill can write into the same run.
 """
 
-import fcntl
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -17,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from filelock import lock_descriptor
 
 from apo_lora.errors import RunDirError
 from apo_lora.run.directory import RunDir
@@ -35,7 +35,7 @@ class Outcome:
     seconds: float
     """Wall clock, loading and evaluation included."""
     cpu_seconds: float
-    """Of its process and those it started: what a busy machine does not stretch."""
+    """Of its process and those it started: what a busy machine does not stretch. 0 on Windows, which keeps no count."""
     reason: str = ""
     """The last line of its log, where it failed."""
 
@@ -87,11 +87,10 @@ def _start(run: PlannedRun, out: Path, jobs: int) -> _Child:
     path = log_file(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("ab")
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    # The child inherits the open log, and with it the lock: that lasts until both have ended, however they end.
+    if not lock_descriptor(log.fileno(), blocking=False):
         log.close()
-        raise RunDirError(f"{run.path}: another sweep's process still works on it; wait for it or end it") from None
+        raise RunDirError(f"{run.path}: a process of another sweep is still working on it; wait for it, or end it")
     command = train_command(run, resume=run.path.exists() and ready_to_resume(run))
     log.write(f"$ {shlex.join(command)}\n".encode())
     log.flush()
@@ -120,8 +119,8 @@ def _outcome_if_ended(child: _Child) -> Outcome | None:
 
 
 def _cpu_seconds_of_ended_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def _reason(child: _Child) -> str:

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 import yaml
 from checkpoints import checkpoint
@@ -17,7 +19,7 @@ from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
 from apo_lora.sweep import queue
 from apo_lora.sweep.experiment import find_experiment, load_experiment, plan_runs, shipped_experiments
-from apo_lora.sweep.runs import State, log_file, state_of
+from apo_lora.sweep.runs import State, state_of
 
 EXPERIMENT = {
     "base": "grpo_baseline.yaml",
@@ -251,16 +253,50 @@ def test_a_folder_that_is_no_run_is_refused(experiment_file, tmp_path, capsys):
     assert "is not a run of this sweep" in capsys.readouterr().err
 
 
-def test_a_run_that_another_process_still_writes_is_refused(experiment_file, children, tmp_path):
-    import fcntl
+SWEEP_OF_ONE = """
+import subprocess
+import sys
+from pathlib import Path
+from apo_lora.sweep import queue
+from apo_lora.sweep.experiment import load_experiment, plan_runs
+path, out = map(Path, sys.argv[1:])
+queue.train_command = lambda run, resume: ["sh", "-c", "echo $$ > waiting; exec sleep 100"]
+queue.run_all(plan_runs(path, load_experiment(path), out)[:1], out, 1, lambda outcome: None)
+"""
 
-    runs = planned(experiment_file(), tmp_path)
-    log = log_file(tmp_path, runs[0])
-    log.parent.mkdir()
-    with log.open("ab") as held, pytest.raises(RunDirError, match="still works on it"):
-        fcntl.flock(held, fcntl.LOCK_EX)
-        queue.run_all(runs[:1], tmp_path, 1, lambda outcome: None)
+
+def test_a_run_is_locked_until_its_process_ends_even_where_its_sweep_was_killed(experiment_file, children, tmp_path):
+    path, written = experiment_file(), tmp_path / "waiting"
+    sweep = subprocess.Popen([sys.executable, "-c", SWEEP_OF_ONE, str(path), str(tmp_path)], cwd=tmp_path)
+    while not (written.exists() and written.read_text()):
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    child = int(written.read_text())
+    runs = planned(path, tmp_path)[:1]
+
+    def again():
+        queue.run_all(runs, tmp_path, 1, lambda outcome: None)
+
+    with pytest.raises(RunDirError, match="still working on it"):
+        again()
+    sweep.kill()
+    sweep.wait()
+    with pytest.raises(RunDirError, match="still working on it"):  # the child goes on by itself
+        again()
     assert not children[1]
+    os.kill(child, signal.SIGKILL)
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    again()
+    assert len(children[1]) == 1
+
+
+def test_cpu_seconds_are_those_of_the_child(experiment_file, tmp_path, monkeypatch):
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    monkeypatch.setattr(queue, "train_command", lambda run, resume: [sys.executable, "-c", busy])
+    outcomes = []
+    queue.run_all(planned(experiment_file(), tmp_path)[:1], tmp_path, 1, outcomes.append)
+    assert 0.4 < outcomes[0].cpu_seconds < 5
 
 
 def test_ctrl_c_lets_the_children_save(experiment_file, children, tmp_path, capsys):
