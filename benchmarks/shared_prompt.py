@@ -22,7 +22,6 @@ the CPU, which a busy machine lengthens less.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apo_lora.apo import apo_loss
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.machine.memory import peak_resident_memory
 from apo_lora.machine.versions import environment
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.scoring import token_logps
@@ -194,7 +194,7 @@ def figures_of(step: Callable[[], float], model: nn.Module, repeats: int, *, cou
         "cpu_seconds": min(cpu_seconds),
         "loss": loss,
         "gradient_norm": gradient.double().norm().item(),
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_resident_bytes": peak_resident_memory(),
     }
 
 

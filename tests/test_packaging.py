@@ -2,9 +2,37 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import PROJECT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+DEPENDENCIES = [
+    Requirement(line) for line in tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+]
+# Methods of these are overridden, or functions of theirs replaced.
+REACHED_INTO = {"trl", "transformers", "unsloth", "unsloth_zoo", "peft", "torch", "bitsandbytes"}
+
+
+def pinned():
+    pins = (line.split("==") for line in (PROJECT / "constraints.txt").read_text().splitlines() if "==" in line)
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
+@pytest.mark.parametrize("dependency", DEPENDENCIES, ids=lambda dependency: dependency.name)
+def test_the_tested_version_lies_within_what_is_asked_for(dependency):
+    assert pinned()[canonicalize_name(dependency.name)] in dependency.specifier
+
+
+@pytest.mark.parametrize("name", sorted(REACHED_INTO))
+def test_what_is_reached_into_is_bounded_by_the_next_minor_version(name):
+    (dependency,) = (dependency for dependency in DEPENDENCIES if dependency.name == name)
+    version = pinned()[canonicalize_name(name)]
+    assert f"{version.major}.{version.minor + 1}" not in dependency.specifier
+    assert f"{version.major + 1}.0" not in dependency.specifier
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Peak memory of this process's device: the GPU's allocator where there is one, else the process's resident set."""
 
-import resource
+import sys
 
+import psutil
 import torch
 
 
@@ -13,6 +14,14 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int:
     """Bytes. On a CPU the peak since the process began: the system keeps no other."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_memory()
+
+
+def peak_resident_memory() -> int:
+    """Bytes: the largest resident set of this process so far (on Windows its largest working set)."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
