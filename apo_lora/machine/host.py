@@ -6,7 +6,7 @@ GPU memory is what others left. Torch is never imported in this one.
 
 import json
 import os
-import re
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -14,8 +14,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from apo_lora.family.lookup import FAMILIES
 
@@ -45,18 +50,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Host:
-    """All that the checks look at. Package names are canonical: lower case, with hyphens."""
+    """All that doctor's lines are made of. Package names are canonical: lower case, with hyphens."""
 
-    python: tuple[int, int]
+    python: str
+    python_allowed: str
+    """What apo-lora's own metadata says, as >=3.11,<3.13."""
     installed: Mapping[str, str]
     tested: Mapping[str, str]
     broken: Mapping[str, str]
-    """Package -> why it does not import."""
+    """Package -> why it cannot be imported."""
     torch_of_torchvision: str | None
     gpu: Gpu | None
     gpu_problem: str | None
-    """Why torch cannot use the GPU that the driver shows; None where there is neither."""
-    free_ram: int | None
+    """Why torch cannot use the GPU that the driver lists; None where there is neither."""
+    free_ram: int
     free_disk: int
     free_hub_disk: int | None
     """Where the Hub's files go; None where that is the same disk."""
@@ -69,62 +76,46 @@ class Host:
 
 
 def look() -> Host:
-    installed = installed_versions()
-    cache = Path(os.environ.get("UNSLOTH_COMPILE_LOCATION") or "unsloth_compiled_cache")
+    packages = distributions()
     hub, has_token = _hub()
-    # One process for all, since each would import torch again; what may crash comes last.
-    in_order = (
-        "torch",
-        "gpu",
-        "torchvision",
-        "transformers",
-        "trl",
-        "peft",
-        "apo-lora",
-        "bitsandbytes",
-        "xformers",
-        "flash-attn",
-    )
-    tried = try_out([name for name in in_order if name in installed or name in ("gpu", "apo-lora")])
+    names = [name for name in IMPORTS if name in packages or name in ("gpu", "apo-lora")]
+    tried = try_out([name for name in names if name != "unsloth"])
     gpu = tried.pop("gpu")
-    if gpu.value and "unsloth" in installed:
-        tried |= try_out(["unsloth"])  # it wants to come before the others, and raises where there is no GPU
+    if gpu.value and "unsloth" in names:
+        tried |= try_out(["unsloth"])  # it has to come before the others, and raises where there is no GPU
     return Host(
-        python=sys.version_info[:2],
-        installed=installed,
+        python="{}.{}".format(*sys.version_info),
+        python_allowed=_python_of(packages.get("apo-lora")),
+        installed={name: package.version for name, package in packages.items()},
         tested=tested_versions(),
         broken={name: outcome.problem for name, outcome in tried.items() if outcome.problem},
-        torch_of_torchvision=_torch_of_torchvision(),
-        gpu=_as_gpu(gpu.value) if gpu.value else None,
+        torch_of_torchvision=_torch_of(packages.get("torchvision")),
+        gpu=_as_gpu(gpu.value),
         gpu_problem=gpu.problem if gpu.problem and _driver_sees_gpu() else None,
         free_ram=_free_ram(),
         free_disk=shutil.disk_usage(".").free,
         free_hub_disk=None if os.stat(hub).st_dev == os.stat(".").st_dev else shutil.disk_usage(hub).free,
         commands=frozenset(name for name in LLAMA_CPP if shutil.which(name)),
         has_token=has_token,
-        cache=cache,
-        installed_at=_installed_at(),
+        cache=Path(os.environ.get("UNSLOTH_COMPILE_LOCATION") or "unsloth_compiled_cache"),
+        installed_at=max((_installed_at(packages[name]) for name in CACHE_PACKAGES if name in packages), default=0.0),
     )
 
 
 def find_gpu() -> Gpu | None:
     """The GPU that training would use, asked for in another process: this one takes none of its memory."""
-    value = try_out(["gpu"])["gpu"].value
-    return _as_gpu(value) if value else None
+    return _as_gpu(try_out(["gpu"])["gpu"].value)
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
 
 
-def canonical(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
-
-
-def installed_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+def distributions() -> dict[str, Distribution]:
+    """By canonical name; of several the first on the path, which is the one that gets imported."""
+    found: dict[str, Distribution] = {}
     for distribution in metadata.distributions():
         if name := distribution.metadata["Name"]:
-            found.setdefault(canonical(name), distribution.version)  # the first on the path is what gets imported
+            found.setdefault(canonicalize_name(name), distribution)
     return found
 
 
@@ -134,28 +125,24 @@ def tested_versions(locations: Sequence[Path] = _CONSTRAINTS) -> dict[str, str]:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             pins = (line.partition("#")[0].strip().partition("==") for line in lines)
-            return {canonical(name): version for name, equals, version in pins if equals}
+            return {canonicalize_name(name): version for name, equals, version in pins if equals}
     return {}
 
 
-def _torch_of_torchvision() -> str | None:
-    try:
-        wanted = metadata.requires("torchvision") or []
-    except metadata.PackageNotFoundError:
-        return None
-    pins = (re.fullmatch(r"torch\s*\(?==([\w.+]+)\)?", line.partition(";")[0].strip()) for line in wanted)
-    return next((pin[1] for pin in pins if pin), None)
+def _python_of(package: Distribution | None) -> str:
+    """What it says of Python, as >=3.11,<3.13; nothing of a checkout that is only on the path."""
+    return (package and package.metadata["Requires-Python"]) or ""
 
 
-def _installed_at() -> float:
-    times = [0.0]
-    for name in CACHE_PACKAGES:
-        try:
-            files = metadata.files(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        times += [Path(file.locate()).stat().st_mtime for file in files if file.name == "METADATA"]
-    return max(times)
+def _torch_of(torchvision: Distribution | None) -> str | None:
+    wanted = map(Requirement, (torchvision and torchvision.requires) or [])
+    pins = (pin for requirement in wanted if requirement.name == "torch" for pin in requirement.specifier)
+    return next((pin.version for pin in pins if pin.operator == "=="), None)
+
+
+def _installed_at(package: Distribution) -> float:
+    files = [Path(file.locate()) for file in package.files or [] if file.name == "METADATA"]
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 # --- what imports ----------------------------------------------------------------------------------------------------
@@ -167,13 +154,13 @@ class Outcome(NamedTuple):
 
 
 def try_out(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, Outcome]:
-    """Runs the PROBES of these names in another process, in this order; in a fresh one after a crash or a time-out."""
+    """Tries these of IMPORTS in another process, in this order; in a fresh one after a crash or a time-out."""
     outcomes: dict[str, Outcome] = {}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     environment.pop("UNSLOTH_COMPILE_LOCATION", None)  # what Unsloth writes goes into the temporary folder
     while left := [name for name in names if name not in outcomes]:
-        command = [sys.executable, "-c", f"from apo_lora.machine.host import answer; answer({left!r})"]
+        command = [sys.executable, "-c", f"from apo_lora.machine.host import print_outcomes; print_outcomes({left!r})"]
         with tempfile.TemporaryDirectory() as folder:
             try:
                 finished = subprocess.run(
@@ -192,43 +179,18 @@ def try_out(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, Outcom
     return outcomes
 
 
-def answer(names: Sequence[str]) -> None:
+def print_outcomes(names: Sequence[str]) -> None:
     """The other process: one marked line per name, among whatever the libraries print."""
     for name in names:
         problem = value = None
         try:
-            value = PROBES[name]()
+            if isinstance(wanted := IMPORTS[name], str):
+                pkgutil.resolve_name(wanted)
+            else:
+                value = wanted()
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"[:240]
         print(f"\n{_MARK}{json.dumps([name, problem, value])}", flush=True)
-
-
-def _importing(module: str, *attributes: str) -> Callable[[], None]:
-    """Several packages load their parts when they are asked for them: so ask."""
-
-    def probe() -> None:
-        imported = import_module(module)
-        for attribute in attributes:
-            getattr(imported, attribute)
-
-    return probe
-
-
-def _xformers() -> None:
-    """Built for another torch it imports, without its kernels and with a warning."""
-    problem = import_module("xformers._cpp_lib")._cpp_library_load_exception
-    if problem is not None:
-        raise problem
-    import_module("xformers.ops")
-
-
-def _bitsandbytes() -> None:
-    """Without a library for this CUDA it imports too, and raises when first used."""
-    import torch
-
-    library = import_module("bitsandbytes.cextension").lib
-    if torch.cuda.is_available() and "ErrorHandlerMock" in type(library).__name__:
-        raise RuntimeError(library.formatted_error)
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -256,23 +218,49 @@ def _gpu() -> dict[str, Any] | None:
     )
 
 
-def _as_gpu(value: Mapping[str, Any]) -> Gpu:
+def _as_gpu(value: Mapping[str, Any] | None) -> Gpu | None:
     """Out of JSON, where tuples are lists."""
+    if value is None:
+        return None
     return Gpu(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
 
 
-PROBES: dict[str, Callable[[], Any]] = {
-    "apo-lora": _importing("apo_lora.trainer"),
-    "torch": _importing("torch"),
-    "torchvision": _importing("torchvision"),
-    "transformers": _importing("transformers", *(family.model_class for family in FAMILIES.values())),
-    "trl": _importing("trl", "GRPOTrainer"),
-    "peft": _importing("peft", "get_peft_model"),
+def _xformers() -> None:
+    """Built for another torch it imports, without its kernels and with a warning."""
+    problem = import_module("xformers._cpp_lib")._cpp_library_load_exception
+    if problem is not None:
+        raise problem
+    import_module("xformers.ops")
+
+
+def _bitsandbytes() -> None:
+    """Without a library for this CUDA it imports too, and raises when first used."""
+    import torch
+
+    library = import_module("bitsandbytes.cextension").lib
+    if torch.cuda.is_available() and "ErrorHandlerMock" in type(library).__name__:
+        raise RuntimeError(library.formatted_error)
+
+
+def _transformers() -> None:
+    for family in FAMILIES.values():
+        pkgutil.resolve_name(f"transformers:{family.model_class}")
+
+
+# A name to import, or a function. Several packages load their parts when they are asked for them: so a part is named.
+# In this order in one process, since each would import torch again; what may crash comes last.
+IMPORTS: dict[str, str | Callable[[], Any]] = {
+    "torch": "torch",
+    "gpu": _gpu,
+    "torchvision": "torchvision",
+    "transformers": _transformers,
+    "trl": "trl:GRPOTrainer",
+    "peft": "peft:get_peft_model",
+    "apo-lora": "apo_lora.trainer",
     "bitsandbytes": _bitsandbytes,
     "xformers": _xformers,
-    "flash-attn": _importing("flash_attn", "flash_attn_func"),
-    "unsloth": _importing("unsloth", "FastVisionModel"),
-    "gpu": _gpu,
+    "flash-attn": "flash_attn:flash_attn_func",
+    "unsloth": "unsloth:FastVisionModel",
 }
 
 
@@ -287,11 +275,7 @@ def _driver_sees_gpu() -> bool:
     return listed.returncode == 0 and b"GPU" in listed.stdout
 
 
-def _free_ram() -> int | None:
-    try:
-        import psutil  # accelerate brings it
-    except ImportError:
-        return None
+def _free_ram() -> int:
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's, which psutil does not see
     text = limit.read_text().strip() if limit.is_file() else ""
@@ -303,7 +287,7 @@ def _hub() -> tuple[Path, bool]:
     try:
         from huggingface_hub import get_token
         from huggingface_hub.constants import HF_HUB_CACHE
-    except Exception:  # whatever a broken installation raises; the rows on transformers and trl say that it is broken
+    except Exception:  # whatever a broken installation raises; the lines on transformers and trl say that it is broken
         folder, has_token = Path.home(), bool(os.environ.get("HF_TOKEN"))
     else:
         folder, has_token = Path(HF_HUB_CACHE).absolute(), get_token() is not None

@@ -4,8 +4,10 @@ import getpass
 import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
@@ -17,12 +19,13 @@ from apo_lora.machine.host import Gpu, Host
 
 GiB = 2**30
 TESTED = {
-    **dict.fromkeys((*doctor.OWN_ROWS, "numpy", "pillow"), "1.2.3"),
+    **dict.fromkeys((*doctor.OWN_LINES, "numpy", "pillow"), "1.2.3"),
     "torch": "2.10.0",
 }
 RTX = Gpu("NVIDIA RTX 4060", 1, (8, 9), ("sm_75", "sm_86", "sm_90"), "bfloat16", 7 * GiB, 8 * GiB, "12.8")
 HOST = Host(
-    python=(3, 12),
+    python="3.12",
+    python_allowed=">=3.11,<3.13",
     installed=TESTED | {"torch": "2.10.0+cu128", "flash-attn": "2.9", "vllm": "0.20"},
     tested=TESTED,
     broken={},
@@ -55,17 +58,31 @@ UNSLOTH_BROKEN = {"broken": {"unsloth": "NotImplementedError"}}
 
 
 def test_nothing_to_say_about_a_host_that_has_everything_as_tested():
-    rows = doctor.examine(HOST)
-    assert [row for row in rows if row.status != "ok" or row.remedy] == []
-    assert len(rows) == len(doctor.CHECKS) - 1  # torchvision against torch speaks up only where they differ
-    assert "Training works here, on the GPU. Notes: 0." in doctor.report(rows, "GPU")
+    lines = doctor.examine(HOST)
+    assert [line for line in lines if line.status != "ok" or line.remedy] == []
+    names = " ".join(line.name for line in lines)
+    assert names == (
+        "python apo-lora torch torchvision transformers trl peft accelerate datasets unsloth-zoo bitsandbytes triton "
+        "unsloth other packages GPU capability GPU memory RAM disk here disk, Hub cache xformers flash attention vLLM "
+        "llama.cpp Hub token Unsloth cache"
+    )
+    assert "Training works here, on the GPU. Notes: 0." in doctor.report(lines, "GPU")
+
+
+def test_a_python_is_bad_only_where_the_package_itself_excludes_it():
+    (line, *_) = doctor.examine(replace(HOST, python="3.13", python_allowed=">=3.11,<3.14"))
+    assert (line.name, line.status, line.found) == ("python", "ok", "3.13")
+    assert doctor.examine(replace(HOST, python="3.13", python_allowed=""))[0].status == "ok"
+    bounds = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["requires-python"]
+    own = SimpleNamespace(metadata={"Requires-Python": bounds})
+    assert doctor_host._python_of(own) == bounds and doctor_host._python_of(None) == ""
 
 
 @pytest.mark.parametrize(
     ("changes", "name", "status", "found", "remedy"),
     [
-        ({"python": (3, 10)}, "python", "bad", "3.10", "3.12"),
-        ({"python": (3, 13)}, "python", "bad", "3.13", "3.12"),
+        ({"python": "3.10"}, "python", "bad", "3.10; apo-lora needs >=3.11,<3.13", "with Python >=3.11,<3.13"),
+        ({"python": "3.13"}, "python", "bad", "3.13; apo-lora needs >=3.11,<3.13", "with Python >=3.11,<3.13"),
         ({"broken": {"apo-lora": "No module named 'x'"}}, "apo-lora", "bad", "named 'x'", "constraints.txt"),
         (installed(torch=None), "torch", "bad", "not installed", "torch==2.10.0"),
         (installed(torchvision=None), "torchvision", "bad", "not installed", "torch==2.10.0 torchvision==1.2.3"),
@@ -75,23 +92,22 @@ def test_nothing_to_say_about_a_host_that_has_everything_as_tested():
         ({"broken": {"trl": "ImportError: no y"}}, "trl", "bad", "ImportError: no y", "--force-reinstall"),
         (installed(trl="9"), "trl", "note", "9; tested with 1.2.3", "pip install trl==1.2.3"),
         (OTHER_TORCH, "torch", "note", "2.11.0+cu130; tested with 2.10.0", "triton==1.2.3 xformers==1.2.3"),
-        ({"torch_of_torchvision": "2.9.1"}, "torch pair", "bad", "wants torch 2.9.1", "torchvision==1.2.3"),
+        ({"torch_of_torchvision": "2.9.1"}, "torch pair", "bad", "needs torch 2.9.1", "torchvision==1.2.3"),
         (installed(bitsandbytes=None), "bitsandbytes", "bad", "not installed", "pip install bitsandbytes"),
         (installed(bitsandbytes=None) | NO_GPU, "bitsandbytes", "note", "not installed", "pip install bitsandbytes"),
         (UNSLOTH_BROKEN, "unsloth", "bad", "NotImplementedError", "unsloth==1.2.3"),
         (installed(unsloth=None) | NO_GPU, "unsloth", "note", "only where there is a GPU", "unsloth==1.2.3"),
-        ({"tested": {}}, "tested set", "note", "cannot be read", "install apo-lora again"),
+        ({"tested": {}}, "tested set", "note", "cannot be read", "reinstall apo-lora"),
         (installed(numpy="9.9"), "other packages", "note", "1 of 2 not as tested: numpy 9.9", "numpy==1.2.3"),
         (NO_GPU, "GPU", "note", "tiny_cpu.yaml", "CUDA GPU"),
         (NO_GPU | {"gpu_problem": "built without CUDA"}, "GPU", "note", "built without CUDA", "CUDA_VISIBLE_DEVICES"),
         (gpu(count=2), "GPU", "ok", "the first of 2", ""),
-        (gpu(capability=(6, 1)), "capability", "bad", "6.1; this torch has kernels for sm_75", "another machine"),
+        (gpu(capability=(6, 1)), "capability", "bad", "6.1; this torch has kernels only for sm_75", "another machine"),
         (gpu(capability=(7, 5), dtype="float16"), "capability", "ok", "7.5, trains in float16", ""),
-        (gpu(free_bytes=GiB // 2), "VRAM", "bad", "0.5 GiB free of 8.0 GiB", "nvidia-smi"),
-        (gpu(free_bytes=5 * GiB), "VRAM", "note", "5.0 GiB", "gpu_8gb.yaml"),
+        (gpu(free_bytes=GiB // 2), "GPU memory", "bad", "0.5 GiB free of 8.0 GiB", "nvidia-smi"),
+        (gpu(free_bytes=5 * GiB), "GPU memory", "note", "5.0 GiB", "gpu_8gb.yaml"),
         ({"free_ram": GiB}, "RAM", "bad", "1.0 GiB", "close"),
         ({"free_ram": 4 * GiB}, "RAM", "note", "4.0 GiB", "merging"),
-        ({"free_ram": None}, "RAM", "note", "not known", "merging"),
         ({"free_disk": GiB // 10}, "disk here", "bad", "0.1 GiB", "make room"),
         ({"free_disk": 5 * GiB}, "disk here", "note", "5.0 GiB", "output.dir"),
         ({"free_hub_disk": GiB}, "disk, Hub cache", "note", "1.0 GiB", "HF_HOME"),
@@ -104,19 +120,19 @@ def test_nothing_to_say_about_a_host_that_has_everything_as_tested():
         ({"has_token": False}, "Hub token", "note", "none", "hf auth login"),
     ],
 )
-def test_one_thing_amiss_is_one_row_with_its_remedy(changes, name, status, found, remedy):
-    rows = {row.name: row for row in doctor.examine(replace(HOST, **changes))}
-    row = rows[name]
-    assert row.status == status and found in row.found and remedy in row.remedy
-    assert bool(row.remedy) == (status != "ok")
-    assert sum(row.status == "bad" for row in rows.values()) == (status == "bad")
+def test_one_thing_amiss_is_one_line_with_its_remedy(changes, name, status, found, remedy):
+    lines = {line.name: line for line in doctor.examine(replace(HOST, **changes))}
+    line = lines[name]
+    assert line.status == status and found in line.found and remedy in line.remedy
+    assert bool(line.remedy) == (status != "ok")
+    assert sum(line.status == "bad" for line in lines.values()) == (status == "bad")
 
 
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), (NO_GPU, 0), (installed(vllm=None), 0), ({"free_ram": 1}, 1)])
 def test_exit_code_1_only_where_training_could_not_work(changes, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "look", lambda: replace(HOST, **changes))
     assert cli.main(["doctor"]) == code
-    assert ("Training cannot work here: 1 to mend." in capsys.readouterr().out) == bool(code)
+    assert ("Training cannot work here: 1 to fix." in capsys.readouterr().out) == bool(code)
 
 
 @pytest.mark.parametrize(
@@ -145,21 +161,27 @@ def write_cached(folder, *versions):
     (folder / "UnslothGRPOTrainer.py").write_text((head if versions else "") + "import torch\n")
 
 
-def test_unsloths_cache_is_stale_if_another_version_wrote_it(tmp_path):
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "unsloth_compiled_cache"
+
+
+def test_unsloths_cache_is_stale_if_another_version_wrote_it(cache):
     now = {"unsloth-zoo": "4", "unsloth": "3", "transformers": "2", "trl": "1.15.0"}
-    assert doctor.check_unsloth_cache(tmp_path, now, 0).found == "none"
-    write_cached(tmp_path, "4", "3", "2", "1.15.0")
-    assert doctor.check_unsloth_cache(tmp_path, now, 0).status == "ok"
-    write_cached(tmp_path, "4", "3", "2", "1.14.0")
-    row = doctor.check_unsloth_cache(tmp_path, now, 0)
-    assert (row.status, row.found, row.remedy) == ("note", "made by trl 1.14.0", "rm -r unsloth_compiled_cache")
+    host = replace(HOST, cache=cache, installed=now)
+    assert doctor.cache_line(host).found == "none"
+    write_cached(cache, "4", "3", "2", "1.15.0")
+    assert doctor.cache_line(host).status == "ok"
+    write_cached(cache, "4", "3", "2", "1.14.0")
+    line = doctor.cache_line(host)
+    assert (line.status, line.found, line.remedy) == ("note", "made by trl 1.14.0", "rm -r unsloth_compiled_cache")
 
 
-def test_a_cache_that_records_no_versions_is_judged_by_its_age(tmp_path):
-    write_cached(tmp_path)
-    written_at = (tmp_path / "UnslothGRPOTrainer.py").stat().st_mtime
-    assert doctor.check_unsloth_cache(tmp_path, {}, written_at - 60).status == "ok"
-    assert doctor.check_unsloth_cache(tmp_path, {}, written_at + 60).status == "note"
+def test_a_cache_that_records_no_versions_is_judged_by_its_age(cache):
+    write_cached(cache)
+    written_at = (cache / "UnslothGRPOTrainer.py").stat().st_mtime
+    assert doctor.cache_line(replace(HOST, cache=cache, installed_at=written_at - 60)).status == "ok"
+    assert doctor.cache_line(replace(HOST, cache=cache, installed_at=written_at + 60)).status == "note"
 
 
 def test_the_installed_unsloth_records_versions_in_the_order_that_is_read_here():
@@ -180,12 +202,12 @@ def test_the_tested_set_is_constraints_txt(tmp_path):
     pins = [line for line in (PROJECT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert len(tested) == len(pins)
     assert {"torch", "unsloth-zoo", "pyyaml"} <= tested.keys()  # under canonical names
-    assert set(doctor.OWN_ROWS) <= tested.keys()
+    assert set(doctor.OWN_LINES) <= tested.keys()
     assert doctor_host.tested_versions([tmp_path / "absent.txt"]) == {}
 
 
 def test_imports_are_tried_in_another_process_that_may_crash_print_or_hang(tmp_path, monkeypatch):
-    """PROBES are looked up over there, so the fakes are modules of the names that they import."""
+    """IMPORTS are looked up over there, so the fakes are modules of the names that they import."""
     fakes = {
         "torch": "print('noise', end='')",
         "torchvision": "import os; os._exit(7)",
