@@ -52,6 +52,8 @@ def test_the_wheel_finds_its_recipes_and_its_base(tmp_path):
         "assert (t.BASE_DIR / 'model.safetensors').is_file()\n"
         "import apo_lora.report.page as p\n"
         "assert all(p._own_file(name) for name in ('report.html', 'figures.html', 'style.css', 'gallery.js'))\n"
+        "import apo_lora.run.model_card as m\n"
+        "assert m.TEMPLATE.is_file()\n"
         "import apo_lora.machine.host as d\n"
         "assert d.tested_versions()['torch']\n"
         "print(sorted(r.shipped_recipes()))"

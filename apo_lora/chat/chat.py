@@ -17,8 +17,7 @@ from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.answers.text import final_answer
 from apo_lora.rollout.sampling import GREEDY, Completion, sample
-from apo_lora.run.adapter_recipe import recipe_for
-from apo_lora.run.adapter_source import AdapterSource
+from apo_lora.run.adapter import AdapterSource, recipe_for
 
 
 def chat(

@@ -16,7 +16,7 @@ from apo_lora.export.image_limits import image_token_limits
 from apo_lora.family.lookup import family_of_base
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Completion
-from apo_lora.run.adapter_source import RECIPE_ON_HUB, find_adapter, recipe_beside
+from apo_lora.run.adapter import RECIPE_ON_HUB, find_adapter, recipe_beside
 
 GREEDY = {"temperature": 0.0}
 # llama.cpp's own defaults would narrow the choice further.

@@ -183,7 +183,7 @@ def _chat(options: argparse.Namespace) -> int:
     recipe = load_recipe(find_recipe(options.recipe)) if options.recipe else None
     how = {"image": options.image, "sampled": options.sample, "max_tokens": options.max_tokens}
     if not options.gguf:
-        from apo_lora.run.adapter_source import find_adapter
+        from apo_lora.run.adapter import find_adapter
 
         if options.base_gguf or options.llama_cpp:
             raise UserError("chat: --base-gguf and --llama-cpp go with --gguf")

@@ -14,7 +14,7 @@ from apo_lora.evaluation.measure import Scorer, answer_rows, measure
 from apo_lora.policy.loading import Policy, load_policy, reference_mode
 from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter_source import AdapterSource
+from apo_lora.run.adapter import AdapterSource
 from apo_lora.run.directory import RunDir
 from apo_lora.run.pictures import saved_images
 

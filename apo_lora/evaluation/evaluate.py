@@ -20,7 +20,7 @@ from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter_source import WEIGHTS, AdapterSource, find_adapter
+from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import write_json
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from apo_lora.errors import HubError
 from apo_lora.machine.hub import TOKENS, one_line_errors
-from apo_lora.run.adapter_card import lone_card
-from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
+from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
-from apo_lora.run.model_card import What, model_card
+from apo_lora.run.model_card import What, card_without_run, model_card
 
 
 def push(
@@ -69,7 +68,7 @@ def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) ->
     beside = {RECIPE_ON_HUB: recipe} if recipe.is_file() else {}
     if what == "adapter" and beside and "README.md" in files:
         return files  # as it was pushed once: its card knows more than could be said here
-    return {**files, "README.md": lone_card(source, what, repo).encode(), **beside}
+    return {**files, "README.md": card_without_run(source, what, repo).encode(), **beside}
 
 
 def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What) -> str:

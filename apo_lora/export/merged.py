@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from apo_lora.errors import ModelError
 from apo_lora.export.image_limits import write_image_limits
 from apo_lora.family.lookup import family_of_base
-from apo_lora.run.adapter_source import CONFIG, WEIGHTS, AdapterSource
+from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource
 
 # What stands beside the weights and is needed to run them: config, generation config, tokenizer, processor.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model")

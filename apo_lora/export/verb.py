@@ -13,7 +13,7 @@ from apo_lora.export.gguf import BASE_GGUF, BYTES_PER_16_BIT_BYTE, REPORT
 from apo_lora.export.image_limits import image_token_limits
 from apo_lora.family.lookup import family_of_base
 from apo_lora.machine.process import prepare_process
-from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource, find_adapter
+from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource, find_adapter
 from apo_lora.run.files import write_json
 
 

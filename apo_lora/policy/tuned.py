@@ -3,7 +3,7 @@
 from apo_lora.errors import ModelError
 from apo_lora.policy.loading import Policy, import_engine, load_policy
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter_source import AdapterSource
+from apo_lora.run.adapter import AdapterSource
 
 
 def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:

@@ -107,36 +107,27 @@ def rewind_record(run_dir: RunDir, checkpoint: Path | None) -> Iterator[str]:
     yield f"Continuing from {checkpoint}."
 
 
-# --- another machine -------------------------------------------------------------------------------------------------
-
-
 def environment_changes(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs from the machine and versions so far (environment.json), and what that means; one line each."""
+    """One line on what differs from the machine and versions so far (environment.json), and what that means."""
     try:
         before = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    if before.get("processes", now["processes"]) != now["processes"]:
-        yield (
-            f"changed: {before['processes']} processes until now, {now['processes']} from here. The recipe's step and "
-            "its gradient are the same; completions are drawn from other random numbers."
-        )
-    if before.get("engine", now["engine"]) != now["engine"]:
-        yield (
-            f"changed: engine {before['engine']} until now, {now['engine']} from here. The same adapter is trained "
-            "on; its kernels round differently and draw other random numbers."
-        )
-    rounds_differently = [
-        f"{name} {there} until now, {here}"
-        for name, there, here in (
-            ("device", _device(before), _device(now)),
-            *((name, before.get("packages", {}).get(name), now["packages"].get(name)) for name in now["packages"]),
-        )
-        if there is not None and there != here
+    there, here = _facts(before), _facts(now)
+    changed = [
+        f"{name} {there[name]} until now, {value} from here"
+        for name, value in here.items()
+        if there.get(name, value) != value
     ]
-    if rounds_differently:
-        yield f"changed: {'; '.join(rounds_differently)}. The run continues, but not bit for bit as before."
+    if changed:
+        yield (
+            f"changed: {'; '.join(changed)}. The recipe's step and its gradient stay the same; rounding or random numbers "
+            "may not, so the run continues, but not bit for bit as before."
+        )
 
 
-def _device(environment: Mapping[str, Any]) -> str:
-    return (environment.get("gpu") or {}).get("name", "CPU")
+def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded of those that change the numbers, by name."""
+    device = (environment.get("gpu") or {}).get("name", "CPU")
+    facts = {"processes": environment.get("processes"), "engine": environment.get("engine"), "device": device}
+    return {name: fact for name, fact in {**facts, **environment.get("packages", {})}.items() if fact is not None}

@@ -23,7 +23,7 @@ from apo_lora.commands.main import main
 from apo_lora.errors import ModelError
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.rewards.answers.text import final_answer
-from apo_lora.run.adapter_source import CONFIG, RECIPE_ON_HUB, WEIGHTS, find_adapter
+from apo_lora.run.adapter import CONFIG, RECIPE_ON_HUB, WEIGHTS, find_adapter
 from apo_lora.run.directory import RunDir
 
 QUESTION = "How many red shapes plus blue shapes?"

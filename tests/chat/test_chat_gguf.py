@@ -22,7 +22,7 @@ from apo_lora.errors import ModelError
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.rewards.answers.text import final_answer
-from apo_lora.run.adapter_source import RECIPE_ON_HUB
+from apo_lora.run.adapter import RECIPE_ON_HUB
 
 QUESTION = "How many red shapes?"
 CHANGES = [

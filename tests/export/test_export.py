@@ -17,7 +17,7 @@ from apo_lora.export import merged as export_merged
 from apo_lora.export.check import check_prompts, comparison
 from apo_lora.export.verb import TARGETS
 from apo_lora.recipe.files import find_recipe
-from apo_lora.run.adapter_source import CONFIG, WEIGHTS, find_adapter
+from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
 from apo_lora.tiny import BASE_DIR
 
 

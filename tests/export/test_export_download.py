@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from apo_lora.run.adapter_source import CONFIG
+from apo_lora.run.adapter import CONFIG
 from apo_lora.tiny import BASE_DIR
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

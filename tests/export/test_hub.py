@@ -14,10 +14,10 @@ from fake_hub import FakeHub
 from apo_lora.errors import HubError
 from apo_lora.export.hub import RECIPE_ON_HUB, push
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.adapter_source import CONFIG, WEIGHTS, find_adapter
+from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import append_jsonl, write_json
-from apo_lora.run.licence import licence_of
+from apo_lora.run.model_card import licence_of
 
 TOKEN = "hf_thisIsTheSecretOfTheTest"
 QWEN_3B = "unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit"
@@ -26,7 +26,7 @@ QWEN_3B = "unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit"
 CHILD = """
 import sys
 from pathlib import Path
-from apo_lora.run.adapter_source import find_adapter
+from apo_lora.run.adapter import find_adapter
 from apo_lora.errors import UserError
 from apo_lora.export.hub import push
 run, repo, private, what, folder = sys.argv[1:]
@@ -187,13 +187,13 @@ def test_a_base_and_data_of_this_machine_are_no_ids(hub, run):
     assert front_matter["license"] == "unknown" and "does not know the licence" in card
 
 
-def test_the_card_of_a_lone_adapter_says_what_is_unknown(hub, run):
+def test_the_card_of_an_adapter_without_a_run_says_what_is_unknown(hub, run):
     config = {"base_model_name_or_path": QWEN_3B, "r": 16, "lora_alpha": 32}
     (run.adapter / CONFIG).write_text(json.dumps(config))
     (run.adapter / "README.md").write_text("PEFT's: [More Information Needed]")
-    lone = RunDir(run.path)
-    lone.path = run.adapter
-    front_matter, card = card_of(hub, lone)
+    folder = RunDir(run.path)
+    folder.path = run.adapter
+    front_matter, card = card_of(hub, folder)
     assert set(hub.repos["me/counts"]["files"]) == {CONFIG, WEIGHTS, "README.md"}
     assert front_matter["base_model"] == QWEN_3B and front_matter["license"] == "other"
     assert "(rank 16, alpha 32)" in card and 'from_pretrained(base, "me/counts")' in card

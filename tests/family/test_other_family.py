@@ -18,8 +18,7 @@ from apo_lora.preflight.checks import check_shared_prompt, next_rung
 from apo_lora.preflight.memory_plan import load_of
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection, Recipe
 from apo_lora.rollout.sampling import generation_options
-from apo_lora.run.adapter_recipe import recipe_for
-from apo_lora.run.adapter_source import find_adapter
+from apo_lora.run.adapter import find_adapter, recipe_for
 
 DATA = DataSection(train="boards", max_pixels=64 * 1024)
 RECIPE = Recipe(data=DATA, grpo={"max_completion_length": 8})

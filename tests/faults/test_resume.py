@@ -28,10 +28,10 @@ NOW = {"processes": 1, "engine": "transformers", "gpu": None, "packages": {"torc
     ("before", "words"),
     [
         ({}, None),
-        ({"processes": 2}, "2 processes until now, 1 from here"),
+        ({"processes": 2}, "processes 2 until now, 1 from here"),
         ({"engine": "unsloth"}, "engine unsloth until now, transformers from here"),
         ({"gpu": {"name": "T4"}}, "device T4 until now, CPU"),
-        ({"packages": {"torch": "2.9.0", "trl": "1.15.0"}}, "torch 2.9.0 until now, 2.10.0"),
+        ({"packages": {"torch": "2.9.0", "trl": "1.15.0"}}, "torch 2.9.0 until now, 2.10.0 from here"),
         ({"packages": {}}, None),  # recorded by a version that did not look
     ],
 )

@@ -9,7 +9,7 @@ from unsloth_on_cpu import start
 start()
 
 from apo_lora.chat.chat import chat  # noqa: E402
-from apo_lora.run.adapter_source import find_adapter  # noqa: E402
+from apo_lora.run.adapter import find_adapter  # noqa: E402
 
 run, image, question = sys.argv[1:]
 print(json.dumps([answer.text for answer in chat(find_adapter(run), question, io.StringIO(), image=image)]))

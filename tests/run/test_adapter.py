@@ -6,7 +6,7 @@ import pytest
 
 from apo_lora.errors import ModelError
 from apo_lora.recipe.files import find_recipe
-from apo_lora.run.adapter_source import CONFIG, WEIGHTS, find_adapter
+from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
 
 
 @pytest.fixture

@@ -1,0 +1,110 @@
+"""Which adapter a command is about: a run's, or a folder in PEFT's format; and the recipe to load it by. No torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from apo_lora.errors import ModelError
+from apo_lora.family.lookup import family_of_base
+from apo_lora.family.record import Family
+from apo_lora.recipe.files import load_recipe
+from apo_lora.recipe.schema import LoraSection, Recipe
+from apo_lora.run.directory import RunDir
+
+# What a LoraSection cannot say; PEFT itself loads such adapters.
+_NOT_IN_A_RECIPE = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Not recipe.yaml, by which a run directory is known: what a pull brings is an adapter's (or a GGUF's) folder.
+RECIPE_ON_HUB = "apo_lora_recipe.yaml"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    folder: Path
+    """With CONFIG and WEIGHTS."""
+    base_name: str
+    """What it was trained on: a Hugging Face id or a folder."""
+    run: RunDir | None
+    """The run it comes from, where it is one's."""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The run's; of a folder, the one that a push put beside it."""
+        return load_recipe(self.run.recipe) if self.run else recipe_beside(self.folder)
+
+    @property
+    def name(self) -> str:
+        return (self.run.path if self.run else self.folder).resolve().name
+
+
+def recipe_beside(folder: Path) -> Recipe | None:
+    """What a push left in a folder, where it is there."""
+    path = folder / RECIPE_ON_HUB
+    return load_recipe(path) if path.is_file() else None
+
+
+def find_adapter(path: str | Path) -> AdapterSource:
+    """Of a run directory (its adapter/), or of an adapter's own folder. Raises ModelError in one line."""
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"{path}: there is no such folder; give a run directory or an adapter's folder")
+    run = RunDir(path) if (path / "recipe.yaml").is_file() else None
+    folder = run.adapter if run else path
+    if run and not folder.is_dir():
+        raise ModelError(f"{path}: this run has no adapter yet; finish it with `apo-lora train ... --resume auto`")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: no {' and no '.join(missing)}; give a run directory or an adapter's folder")
+    try:
+        base_name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base_name, str) or not base_name:
+            raise TypeError(f"base_model_name_or_path is {base_name!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / CONFIG} does not name its base model ({type(error).__name__}); copy it anew from where it was "
+            "trained"
+        ) from None
+    return AdapterSource(folder, base_name, run)
+
+
+def recipe_for(source: AdapterSource, given: Recipe | None) -> Recipe:
+    """How to load and ask it: the run's recipe, else the one `given` or left by a push, fitted to the adapter.
+
+    Fitted: base, rank, alpha and layers are the adapter's own. Raises ModelError where there is no recipe.
+    """
+    if source.run and not given:
+        return source.recipe
+    recipe = given or source.recipe
+    if recipe is None:
+        raise ModelError(
+            f"{source.folder}: an adapter alone does not say how it was asked (no {RECIPE_ON_HUB} in it); give a run "
+            "directory, or a recipe as --recipe R"
+        )
+    model = recipe.model
+    if Path(source.base_name).is_dir() or not Path(source.base_name).is_absolute():  # not a path of another machine
+        model = model.model_copy(update={"name": source.base_name})
+    return recipe.model_copy(update={"model": model, "lora": _lora_section(source, family_of_base(model.name))})
+
+
+def _lora_section(source: AdapterSource, family: Family) -> LoraSection:
+    """Rank, alpha and layers out of its config and the names of its weights. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(source.folder / WEIGHTS, "np") as weights:
+            layers = [name.rpartition(".lora_A")[0] for name in weights.keys() if ".lora_A" in name]  # noqa: SIM118
+        others = [key for key in _NOT_IN_A_RECIPE if config.get(key)]
+        if others:
+            raise ModelError(f"{source.folder}: trained with {', '.join(others)}; load it with PEFT itself")
+        language = sorted({layer.rpartition(".")[2] for layer in layers if not family.is_tower_layer(layer)})
+        if not language:
+            raise ModelError(f"{source.folder}: no low-rank layer of a language model in {WEIGHTS}")
+        vision = any(map(family.is_tower_layer, layers))
+        return LoraSection(
+            r=config["r"], alpha=float(config["lora_alpha"]), target_modules=tuple(language), vision=vision
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from error
