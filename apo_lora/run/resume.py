@@ -115,19 +115,19 @@ def environment_changes(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str
         return
     there, here = _facts(before), _facts(now)
     changed = [
-        f"{name} {there[name]} until now, {value} from here"
-        for name, value in here.items()
-        if there.get(name, value) != value
+        f"{name} {value} until now, {here.get(name, 'none')} from here"
+        for name, value in there.items()
+        if value != here.get(name)
     ]
     if changed:
         yield (
-            f"changed: {'; '.join(changed)}. The recipe's step and its gradient stay the same; rounding or random numbers "
-            "may not, so the run continues, but not bit for bit as before."
+            f"changed: {'; '.join(changed)}. The recipe's step and its gradient stay the same; rounding or random "
+            "numbers may not, so the run continues, but not bit for bit as before."
         )
 
 
 def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What was recorded of those that change the numbers, by name."""
+    """What was recorded of all that changes rounding or random numbers, by name."""
     device = (environment.get("gpu") or {}).get("name", "CPU")
     facts = {"processes": environment.get("processes"), "engine": environment.get("engine"), "device": device}
     return {name: fact for name, fact in {**facts, **environment.get("packages", {})}.items() if fact is not None}

@@ -32,6 +32,7 @@ NOW = {"processes": 1, "engine": "transformers", "gpu": None, "packages": {"torc
         ({"engine": "unsloth"}, "engine unsloth until now, transformers from here"),
         ({"gpu": {"name": "T4"}}, "device T4 until now, CPU"),
         ({"packages": {"torch": "2.9.0", "trl": "1.15.0"}}, "torch 2.9.0 until now, 2.10.0 from here"),
+        ({"packages": {"torch": "2.10.0", "xformers": "1"}}, "xformers 1 until now, none from here"),
         ({"packages": {}}, None),  # recorded by a version that did not look
     ],
 )
