@@ -6,11 +6,10 @@ of it is kept on this machine.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from apo_lora.errors import HubError
-from apo_lora.machine.hub import TOKENS, one_line_errors
+from apo_lora.machine.hub import hub_api
 from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
@@ -22,22 +21,13 @@ def push(
 ) -> str:
     """Sends `folder` (of an adapter: its own one) to the repository ORG/NAME, made if need be. Returns its URL.
 
-    The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` left. Raises HubError in one line; a private push
-    into a public repository is refused before anything is sent.
+    Raises HubError in one line; a private push into a public repository is refused before anything is sent.
     """
     _check_name(repo)
     files = _files(source, repo, what, folder)
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub import CommitOperationAdd
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    logging.set_verbosity_error()  # its warnings on the way show upload addresses, which are signed
-    with one_line_errors(repo):
-        token = get_token()
-        if not token:
-            raise HubError(f"{repo}: no token for the Hub; make one with write access at {TOKENS}, put it in HF_TOKEN")
-        hub = HfApi(token=token)
+    with hub_api(repo) as hub:
         url = hub.create_repo(repo, private=private, exist_ok=True)
         if private and not hub.repo_info(repo).private:
             raise HubError(

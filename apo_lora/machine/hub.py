@@ -1,26 +1,41 @@
-"""The Hugging Face Hub's errors in one line each."""
+"""The Hugging Face Hub: a client whose errors are one line each."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from apo_lora.errors import HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
 @contextmanager
-def one_line_errors(repo: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line that says what to do."""
-    import httpx
+def hub_api(repo: str) -> Iterator["HfApi"]:
+    """A client of the Hub. What it raises inside becomes a HubError of one line that says what to do.
 
+    The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` left.
+    """
+    import httpx
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.set_verbosity_error()  # its warnings on the way show upload addresses, which are signed
+    if not (token := get_token()):
+        raise HubError(f"{repo}: no token for the Hub; make one with write access at {TOKENS}, put it in HF_TOKEN")
     try:
-        yield
+        yield HfApi(token=token)
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: of hf_xet, and round a PUT's
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise HubError(f"{repo}: {_words(cause, repo.split('/')[0])}") from error
+        raise HubError(f"{repo}: {_explanation(cause, repo.split('/')[0])}") from error
 
 
-def _words(error: BaseException, namespace: str) -> str:
+def _explanation(error: BaseException, namespace: str) -> str:
     import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

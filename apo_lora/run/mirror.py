@@ -5,20 +5,17 @@ in the background, and on one place it never overtakes itself. Where the run dir
 it back from here.
 """
 
-import re
 import shutil
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 from tqdm.auto import tqdm
 
 from apo_lora.errors import RunDirError, UserError
-from apo_lora.machine.hub import one_line_errors
+from apo_lora.machine.hub import hub_api
 from apo_lora.run.checkpoints import COMPLETE, checkpoints_in, is_whole, remove_checkpoint
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import replacing
@@ -28,20 +25,10 @@ LAST_COPY_SECONDS = 600
 """How long the end of a run waits for what is still being copied."""
 
 
-class Place(Protocol):
-    def holds_run(self) -> bool:
-        """Raises UserError where that cannot be found out."""
-
-    def send(self, run_dir: RunDir) -> None: ...
-
-    def fetch(self, target: Path) -> None:
-        """Into an empty folder."""
-
-
 def files_to_mirror(run_dir: RunDir) -> list[Path]:
     """Relative paths: the record, then the last whole checkpoint with its complete.json at the very end.
 
-    In this order a copy that was cut has a record that is ahead of its checkpoint, which a resume takes back.
+    In this order a copy that was cut has a record that is ahead of its checkpoint, which a resume rewinds.
     """
     inner = [file for folder in (run_dir.images, run_dir.plots, run_dir.adapter) for file in sorted(folder.rglob("*"))]
     record = [file for file in [*sorted(run_dir.path.iterdir()), *inner] if file.is_file()]
@@ -55,6 +42,7 @@ class FolderPlace:
         self.run_dir = RunDir(path)
 
     def holds_run(self) -> bool:
+        """Raises UserError where that cannot be found out."""
         self._require_mounted()
         return bool(self.run_dir.valid_checkpoints())
 
@@ -62,7 +50,7 @@ class FolderPlace:
         # No parents are made: under a mount point without its drive they would fill this machine's own disk.
         parent = self.run_dir.path.absolute().parent
         if not parent.is_dir():
-            raise RunDirError(f"{parent} is not there; mount it, or make it once")
+            raise RunDirError(f"{parent} is not there; mount it, or create it once")
 
     def send(self, run_dir: RunDir) -> None:
         self._require_mounted()
@@ -82,6 +70,7 @@ class FolderPlace:
                 remove_checkpoint(path)
 
     def fetch(self, target: Path) -> None:
+        """Into an empty folder."""
         shutil.copytree(self.run_dir.path, target, dirs_exist_ok=True)
 
 
@@ -91,48 +80,37 @@ class HubPlace:
     def __init__(self, repo: str):
         self.repo = repo
 
-    def _hub(self):
-        from huggingface_hub import HfApi, get_token
-        from huggingface_hub.utils import disable_progress_bars, logging
-
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        logging.set_verbosity_error()  # its warnings on the way show upload addresses, which are signed
-        if not (token := get_token()):
-            raise RunDirError(f"{self.repo}: no token for the Hub; put one with write access in HF_TOKEN")
-        return HfApi(token=token)
-
     def holds_run(self) -> bool:
-        with one_line_errors(self.repo):
-            hub = self._hub()
+        with hub_api(self.repo) as hub:
             return hub.repo_exists(self.repo) and any(COMPLETE in file for file in hub.list_repo_files(self.repo))
 
     def send(self, run_dir: RunDir) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         files = [file.as_posix() for file in files_to_mirror(run_dir)]
-        with one_line_errors(self.repo):
-            hub = self._hub()
+        with hub_api(self.repo) as hub:
             hub.create_repo(self.repo, private=True, exist_ok=True)
             if not hub.repo_info(self.repo).private:
                 raise RunDirError(f"{self.repo}: is public, and a mirror holds completions; make it private")
-            there = {m[0] for name in hub.list_repo_files(self.repo) if (m := re.match(r"checkpoints/[^/]+/", name))}
-            old = sorted(there - {m[0] for name in files if (m := re.match(r"checkpoints/[^/]+/", name))})
+            old = _checkpoint_folders(hub.list_repo_files(self.repo)) - _checkpoint_folders(files)
             hub.create_commit(
                 self.repo,
                 [CommitOperationAdd(name, run_dir.path / name) for name in files]
-                + [CommitOperationDelete(folder, is_folder=True) for folder in old],
+                + [CommitOperationDelete(folder, is_folder=True) for folder in sorted(old)],
                 commit_message=f"Mirror of {run_dir.path.name}",
             )
 
     def fetch(self, target: Path) -> None:
-        with one_line_errors(self.repo):
-            hub = self._hub()
+        with hub_api(self.repo) as hub:
             hub.snapshot_download(self.repo, local_dir=target)
         shutil.rmtree(target / ".cache", ignore_errors=True)
 
 
-def place_of(destination: str) -> Place:
+def _checkpoint_folders(files: Iterable[str]) -> set[str]:
+    return {f"{'/'.join(parts[:2])}/" for file in files if (parts := file.split("/"))[0] == "checkpoints" and parts[2:]}
+
+
+def place_of(destination: str) -> FolderPlace | HubPlace:
     """`hub:ORG/NAME`, or a folder."""
     repo = destination.removeprefix(HUB)
     return HubPlace(repo) if repo != destination else FolderPlace(destination)
@@ -233,7 +211,7 @@ class Mirrors:
             self._failed(destination, error)
             return False
 
-    def _fetch(self, place: Place) -> None:
+    def _fetch(self, place: FolderPlace | HubPlace) -> None:
         parent = self.run_dir.path.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=parent) as folder:
