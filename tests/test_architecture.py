@@ -117,6 +117,14 @@ def test_no_assert_answers_a_user():
     assert {name: count for name, count in found.items() if count} == allowed
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_needs_unix_to_be_imported(module):
+    top = ast.parse((PACKAGE / module).read_text()).body
+    imported = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+    assert not imported & {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
+
+
 def test_files_stay_small():
     lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in MODULES}
     assert {name: n for name, n in lengths.items() if n > 400} == {}

@@ -79,16 +79,16 @@ def look() -> Host:
     packages = distributions()
     hub, has_token = _hub()
     names = [name for name in IMPORTS if name in packages or name in ("gpu", "apo-lora")]
-    tried = try_out([name for name in names if name != "unsloth"])
+    tried = try_imports([name for name in names if name != "unsloth"])
     gpu = tried.pop("gpu")
     if gpu.value and "unsloth" in names:
-        tried |= try_out(["unsloth"])  # it has to come before the others, and raises where there is no GPU
+        tried |= try_imports(["unsloth"])  # it has to come before the others, and raises where there is no GPU
     return Host(
         python="{}.{}".format(*sys.version_info),
         python_allowed=_python_of(packages.get("apo-lora")),
         installed={name: package.version for name, package in packages.items()},
         tested=tested_versions(),
-        broken={name: outcome.problem for name, outcome in tried.items() if outcome.problem},
+        broken={name: result.problem for name, result in tried.items() if result.problem},
         torch_of_torchvision=_torch_of(packages.get("torchvision")),
         gpu=_as_gpu(gpu.value),
         gpu_problem=gpu.problem if gpu.problem and _driver_sees_gpu() else None,
@@ -104,7 +104,7 @@ def look() -> Host:
 
 def find_gpu() -> Gpu | None:
     """The GPU that training would use, asked for in another process: this one takes none of its memory."""
-    return _as_gpu(try_out(["gpu"])["gpu"].value)
+    return _as_gpu(try_imports(["gpu"])["gpu"].value)
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
@@ -148,19 +148,19 @@ def _installed_at(package: Distribution) -> float:
 # --- what imports ----------------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
+class ImportResult(NamedTuple):
     problem: str | None
     value: Any = None
 
 
-def try_out(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, Outcome]:
+def try_imports(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, ImportResult]:
     """Tries these of IMPORTS in another process, in this order; in a fresh one after a crash or a time-out."""
-    outcomes: dict[str, Outcome] = {}
+    results: dict[str, ImportResult] = {}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     environment.pop("UNSLOTH_COMPILE_LOCATION", None)  # what Unsloth writes goes into the temporary folder
-    while left := [name for name in names if name not in outcomes]:
-        command = [sys.executable, "-c", f"from apo_lora.machine.host import print_outcomes; print_outcomes({left!r})"]
+    while left := [name for name in names if name not in results]:
+        command = [sys.executable, "-c", f"from apo_lora.machine.host import print_results; print_results({left!r})"]
         with tempfile.TemporaryDirectory() as folder:
             try:
                 finished = subprocess.run(
@@ -173,13 +173,13 @@ def try_out(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, Outcom
         for line in output.decode(errors="replace").splitlines():
             if line.startswith(_MARK):
                 name, problem, value = json.loads(line.removeprefix(_MARK))
-                outcomes[name] = Outcome(problem, value)
-        if silent := [name for name in left if name not in outcomes]:
-            outcomes[silent[0]] = Outcome(ending)
-    return outcomes
+                results[name] = ImportResult(problem, value)
+        if silent := [name for name in left if name not in results]:
+            results[silent[0]] = ImportResult(ending)
+    return results
 
 
-def print_outcomes(names: Sequence[str]) -> None:
+def print_results(names: Sequence[str]) -> None:
     """The other process: one marked line per name, among whatever the libraries print."""
     for name in names:
         problem = value = None

@@ -219,12 +219,14 @@ def test_imports_are_tried_in_another_process_that_may_crash_print_or_hang(tmp_p
     for name, code in fakes.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    outcomes = doctor_host.try_out(["torch", "torchvision", "peft", "trl", "transformers", "bitsandbytes"], seconds=5)
-    assert outcomes["torch"].problem is None and outcomes["trl"].problem is None
-    assert outcomes["torchvision"].problem == "it ended the interpreter (exit code 7)"
-    assert outcomes["peft"].problem == "SystemExit: no peft"
-    assert outcomes["transformers"].problem.startswith("AttributeError")
-    assert outcomes["bitsandbytes"].problem is not None
+    results = doctor_host.try_imports(
+        ["torch", "torchvision", "peft", "trl", "transformers", "bitsandbytes"], seconds=5
+    )
+    assert results["torch"].problem is None and results["trl"].problem is None
+    assert results["torchvision"].problem == "it ended the interpreter (exit code 7)"
+    assert results["peft"].problem == "SystemExit: no peft"
+    assert results["transformers"].problem.startswith("AttributeError")
+    assert results["bitsandbytes"].problem is not None
 
 
 def test_a_gpu_survives_its_way_through_json():
