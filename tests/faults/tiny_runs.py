@@ -44,8 +44,8 @@ def prepare() -> None:
 
     prepare_process()
     for name in (
-        "data.examples", "evaluate", "mirror", "model", "plots", "preflight", "rewards.functions", "rewards.plugins",
-        "rollout_record", "train", "trainer", "trainer_config",
+        "data.examples", "evaluation.held_out", "policy.loading", "preflight.checks", "rewards.functions",
+        "rewards.plugins", "rollout.record", "rollout.trl_config", "run.mirror", "run.plots", "train", "trainer",
     ):  # fmt: skip
         importlib.import_module(f"apo_lora.{name}")
     for name in (
