@@ -113,7 +113,7 @@ def test_no_assert_answers_a_user():
         name: sum(isinstance(node, ast.Assert) for node in ast.walk(ast.parse((PACKAGE / name).read_text())))
         for name in MODULES
     }
-    allowed = {"trainer.py": 2}  # what upstream did to its own configuration and generation
+    allowed = {"rollout/group_images.py": 1}  # of upstream's own call: no user can cause it
     assert {name: count for name, count in found.items() if count} == allowed
 
 

@@ -76,7 +76,7 @@ def assert_same_end(run: RunDir, whole: RunDir) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_killed_process_ends_the_run_in_words_and_it_goes_on(tmp_path, whole, rank):
+def test_one_killed_process_ends_the_run_with_one_line_and_it_goes_on(tmp_path, whole, rank):
     process = start(tmp_path)
     wait_for_step(tmp_path, 3, process)
     os.kill(process_of_rank(rank, process), signal.SIGKILL)
