@@ -26,6 +26,7 @@ from apo_lora.run.disk import checkpoint_bytes, disk_errors_as_one_line, require
 from apo_lora.run.files import write_atomically, write_json
 from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
+from apo_lora.run.recipes import fitted_as_before, record_recipes
 from apo_lora.run.resume import checkpoint_to_continue, environment_changes, rewind_record
 from apo_lora.run.summary import closing_words
 from apo_lora.run.trackers import require_trackers, trackers_in
@@ -84,9 +85,10 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             return run_dir
         policy = _load_policy(recipe)
         say(_plan(recipe, len(loaded.examples)))
-        checks, fitted = _checked(policy, loaded.examples, recipe, run_dir)
+        wanted = fitted_as_before(recipe, run_dir) if checkpoint else recipe
+        checks, fitted = _checked(policy, loaded.examples, wanted, run_dir)
         if ranks.is_main():
-            _open_run(run_dir, recipe, checkpoint, resume, policy.engine)
+            _open_run(run_dir, recipe, fitted, checkpoint, resume, policy.engine)
             if checks:
                 write_json(run_dir.preflight, [asdict(check) for check in checks])
         ranks.wait()
@@ -265,7 +267,9 @@ def _restored(mirrors: Mirrors, run_dir: RunDir) -> None:
         mirrors.wait_for_restored()
 
 
-def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None, resume: str | None, engine: str) -> None:
+def _open_run(
+    run_dir: RunDir, recipe: Recipe, fitted: Recipe, checkpoint: Path | None, resume: str | None, engine: str
+) -> None:
     """Makes the run directory, or takes its record back to the checkpoint."""
     here = environment(engine)
     if resume is None:
@@ -273,7 +277,7 @@ def _open_run(run_dir: RunDir, recipe: Recipe, checkpoint: Path | None, resume: 
     else:
         for line in [*rewind_record(run_dir, checkpoint), *environment_changes(run_dir, here)]:
             say(line)
-    write_atomically(run_dir.recipe, recipe.to_yaml())
+    record_recipes(run_dir, recipe, fitted)
     write_json(run_dir.environment, here)
 
 

@@ -23,6 +23,7 @@ from apo_lora.recipe.schema import Recipe
 from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import write_json
+from apo_lora.run.recipes import trained_recipe
 
 if TYPE_CHECKING:
     from apo_lora.data.examples import Loaded
@@ -116,8 +117,8 @@ def evaluation_recipe(run: RunDir, name: str | None, overrides: Sequence[str]) -
             *(f"override {text!r}: of a trained model, only {', '.join(SECTIONS)} can be changed" for text in bad)
         )
     if name is None:
-        return load_recipe(run.recipe, overrides)
-    recipe, other = load_recipe(run.recipe), load_recipe(find_recipe(name), overrides)
+        return trained_recipe(run, overrides)
+    recipe, other = trained_recipe(run), load_recipe(find_recipe(name), overrides)
     changed = {}
     for section in SECTIONS:
         keys = getattr(other, section)

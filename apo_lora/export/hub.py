@@ -53,7 +53,7 @@ def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) ->
         raise HubError(f"{folder}: holds no file to push; export again")
     if source.run:
         card = hub_card(source, source.run, repo, what)
-        return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.run.recipe}
+        return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.recipe.to_yaml().encode()}
     recipe = source.folder / RECIPE_ON_HUB
     beside = {RECIPE_ON_HUB: recipe} if recipe.is_file() else {}
     if what == "adapter" and beside and "README.md" in files:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import RecipeError, RunDirError
-from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
+from apo_lora.run.recipes import trained_recipe
 
 Row = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _read_run(path: Path) -> Run:
     if not folder.recipe.is_file():
         raise RunDirError(f"{path}: this is no run directory (it has no {folder.recipe.name})")
     try:
-        recipe = load_recipe(folder.recipe)
+        recipe = trained_recipe(folder)
     except RecipeError as error:
         raise RunDirError(*(f"{path}: {problem}" for problem in error.problems)) from None
     return Run(

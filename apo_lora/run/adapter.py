@@ -10,6 +10,7 @@ from apo_lora.family.record import Family
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import LoraSection, Recipe
 from apo_lora.run.directory import RunDir
+from apo_lora.run.recipes import trained_recipe
 
 # What a LoraSection cannot say; PEFT itself loads such adapters.
 _NOT_IN_A_RECIPE = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
@@ -31,8 +32,8 @@ class AdapterSource:
 
     @property
     def recipe(self) -> Recipe | None:
-        """The run's; of a folder, the one that a push put beside it."""
-        return load_recipe(self.run.recipe) if self.run else recipe_beside(self.folder)
+        """What the run was trained by; of a folder, the one that a push put beside it."""
+        return trained_recipe(self.run) if self.run else recipe_beside(self.folder)
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
 """The names of all files that a run writes and reads back.
 
-recipe.yaml        the resolved recipe               metrics.jsonl      one line per optimizer step
+recipe.yaml        the recipe as asked for           metrics.jsonl      one line per optimizer step
+recipe_trained.yaml  as this machine trained it (run/recipes.py)
 environment.json   versions and device               completions.jsonl  one line per sampled completion
 preflight.json     what was checked before step 1    images/            pictures of the completions' prompts
 eval.json          before and after                  answers.jsonl      one line per completion behind eval.json
@@ -29,6 +30,7 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
+        self.recipe_trained = self.path / "recipe_trained.yaml"
         self.environment = self.path / "environment.json"
         self.preflight = self.path / "preflight.json"
         self.metrics = self.path / "metrics.jsonl"
