@@ -35,7 +35,7 @@ from trl import GRPOTrainer
 
 from apo_lora.apo import apo_loss
 from apo_lora.config import APOConfig
-from apo_lora.family.lookup import closest_family, inner_model_of
+from apo_lora.family.lookup import closest_family, family_of, inner_model_of
 from apo_lora.machine import ranks
 from apo_lora.machine.memory import peak_memory
 from apo_lora.policy.batches import row_slices
@@ -170,6 +170,8 @@ class APOTrainer(GRPOTrainer):
         self.rollout_features = None
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
+        if inputs[0].get("image") is not None or inputs[0].get("images"):
+            family_of(model)  # raises for a model whose images nobody here can cut into passes
         try:
             with (
                 watched_forwards(model) as forwards,
