@@ -3,8 +3,8 @@
 # make fast    the tests that take seconds
 
 RECIPE ?= tiny_cpu.yaml
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 READY := $(VENV)/ready
 
@@ -20,7 +20,7 @@ fast: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "apo-lora needs Python 3.11 or 3.12, and none was found: install one, or make PYTHON=/path/to/python"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "apo-lora needs Python 3.11, 3.12 or 3.13, and none was found: install one, or make PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[test,gguf-test]"
 	touch $(READY)
