@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +101,14 @@ def run(command: list[str], makes: Path) -> None:
         )
 
 
-def describe(file: Path, llama_cpps: Sequence[Path] = ()) -> dict[str, Any]:
+def describe(file: Path, llama_cpp: Path) -> dict[str, Any]:
     """Name, size and how many tensors of each type; for mmproj as well whether it holds a vision tower.
 
-    `llama_cpps`: folders of llama.cpp, whose reader of GGUF files serves; else an installed `gguf`.
+    Read by the `gguf` in the folder `llama_cpp`, else by an installed one.
     """
-    for reader in (folder / "gguf-py" for folder in llama_cpps):
-        if reader.is_dir() and str(reader) not in sys.path:
-            sys.path.insert(0, str(reader))
+    reader = llama_cpp / "gguf-py"
+    if reader.is_dir() and str(reader) not in sys.path:
+        sys.path.insert(0, str(reader))
     try:
         reader = importlib.import_module("gguf").GGUFReader(file)
     except ImportError as error:

@@ -1,20 +1,23 @@
 """`apo-lora export`: an adapter as what people deploy. Every target checks what it wrote before it says done."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import ModelError
-from apo_lora.export.disk import Need, require_disk
-from apo_lora.export.gguf import BASE_GGUF, BYTES_PER_16_BIT_BYTE, REPORT
+from apo_lora.export import by_unsloth, gguf
+from apo_lora.export.base import sixteen_bit_name, weight_bytes
+from apo_lora.export.gguf import REPORT
 from apo_lora.export.image_limits import image_token_limits
-from apo_lora.family.lookup import family_of_base
-from apo_lora.machine.process import prepare_process
-from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource, find_adapter
-from apo_lora.run.files import write_json
+from apo_lora.export.output import new_folder, refuse_existing
+from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
+from apo_lora.run.directory import write_json
+
+Converter = Callable[[Path, Path, str, str], list[Path]]
+"""(16-bit folder, folder to write into, name, quantization) -> [text model, mmproj]."""
 
 
 class ExportFailed(ModelError):
@@ -23,133 +26,101 @@ class ExportFailed(ModelError):
     exit_code = 1
 
 
-def export(options: argparse.Namespace) -> int:
-    """Runs the verb. Returns 0; raises ModelError for what a user can mend, ExportFailed where the check fails."""
-    prepare_process()
-    source = find_adapter(options.source)
-    TARGETS[options.to](source, options)
-    return 0
+def export_merged(source: AdapterSource, out: Path | None = None) -> Path:
+    """Base and adapter as one model in the new folder `out` (default: merged/ beside the adapter), which is returned.
 
-
-def to_merged(source: AdapterSource, options: argparse.Namespace) -> None:
-    from apo_lora.export.merged import base_folder, refuse_existing, weight_bytes, whole_or_nothing
-
-    out = out_folder(source, options, "merged")
-    refuse_existing(out)
-    require_room = room(out, merged=1.0)
-    base = base_folder(source, require_room)
-    require_room(0, weight_bytes(base))
-    with whole_or_nothing(out) as folder:
-        report = merge_and_check(source, base, folder)
-        write_json(folder / REPORT, report)
+    Raises ModelError for what a user can mend, ExportFailed where the merged model does not answer as the adapter's.
+    """
+    out = out or _beside(source, "merged")
+    with new_folder(out, source, merged=1.0) as (base, folder):
+        write_json(folder / REPORT, _merge_and_check(source, base, folder))
     print(f"{out}: the merged model, a folder that transformers, vLLM and llama.cpp's converter read.")
+    return out
 
 
-def to_gguf(source: AdapterSource, options: argparse.Namespace) -> None:
-    from apo_lora.export.merged import base_folder, refuse_existing, weight_bytes, whole_or_nothing
+def export_gguf(
+    source: AdapterSource, out: Path | None = None, *, quantization: str = "Q8_0", llama_cpp: str | None = None
+) -> Path:
+    """The merged model as two GGUF files and a Modelfile in the new folder `out` (default: gguf/ beside the adapter).
 
-    out = out_folder(source, options, "gguf")
+    By llama.cpp, in the folder `llama_cpp` or on the PATH; where neither is there and Unsloth is the engine, by it.
+    Raises ModelError, ExportFailed.
+    """
+    out = out or _beside(source, "gguf")
     refuse_existing(out)
-    convert = gguf_converter(source, options)
-    require_room = room(out, merged=1.0, gguf=BYTES_PER_16_BIT_BYTE[options.quantization])
-    base = base_folder(source, require_room)
-    require_room(0, weight_bytes(base))
-    with whole_or_nothing(out) as folder:
+    convert = _converter(source, quantization, llama_cpp)
+    with new_folder(out, source, merged=1.0, gguf=gguf.BYTES_PER_16_BIT_BYTE[quantization]) as (base, folder):
         merged = folder / "merged"
         merged.mkdir()
-        report = merge_and_check(source, base, merged)
-        files = convert(merged, folder, source.name)
+        report = _merge_and_check(source, base, merged)
+        files = convert(merged, folder, source.name, quantization)
         shutil.rmtree(merged)
-        finish_gguf(source, options, folder, report, files, source.name)
-    show_gguf(out)
+        report |= _check_gguf(source, folder, files, source.name, quantization, llama_cpp)
+        write_json(folder / REPORT, report)
+    _print_gguf(out)
+    return out
 
 
-def to_base_gguf(source: AdapterSource, options: argparse.Namespace) -> None:
-    """The base alone, for `apo-lora chat --gguf` to show beside the tuned model."""
-    from apo_lora.export.gguf import find_llama_cpp
-    from apo_lora.export.merged import base_folder, refuse_existing, sixteen_bit_name, weight_bytes, whole_or_nothing
-
-    out = out_folder(source, options, BASE_GGUF)
+def export_base_gguf(
+    source: AdapterSource, out: Path | None = None, *, quantization: str = "Q8_0", llama_cpp: str | None = None
+) -> Path:
+    """The base alone, for `apo-lora chat --gguf` to show beside the tuned model. Raises ModelError, ExportFailed."""
+    out = out or _beside(source, gguf.BASE_GGUF)
     refuse_existing(out)
-    convert = find_llama_cpp(options.llama_cpp, options.quantization).convert
-    require_room = room(out, gguf=BYTES_PER_16_BIT_BYTE[options.quantization])
-    base = base_folder(source, require_room)
-    require_room(0, weight_bytes(base))
+    convert = gguf.find_llama_cpp(llama_cpp, quantization).convert
     name = Path(sixteen_bit_name(source.base_name)).name
-    with whole_or_nothing(out) as folder:
-        files = convert(base, folder, name, options.quantization)
-        finish_gguf(source, options, folder, {"base": str(base)}, files, name)
-    show_gguf(out)
+    with new_folder(out, source, gguf=gguf.BYTES_PER_16_BIT_BYTE[quantization]) as (base, folder):
+        files = convert(base, folder, name, quantization)
+        report = _check_gguf(source, folder, files, name, quantization, llama_cpp)
+        write_json(folder / REPORT, {"base": str(base)} | report)
+    _print_gguf(out)
+    return out
 
 
-def room(out: Path, **written: float) -> Callable[[int, int], None]:
-    """Asks whether a download and what is made of it fit. `written`: what, and its size over that of the base."""
-
-    def require_room(fetched: int, weights: int) -> None:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        downloads = [Need("download", Path(HF_HUB_CACHE), fetched)] if fetched else []
-        require_disk(*downloads, *(Need(what, out, int(weights * ratio)) for what, ratio in written.items()))
-
-    return require_room
-
-
-def gguf_converter(source: AdapterSource, options: argparse.Namespace) -> Callable[[Path, Path, str], list[Path]]:
-    """llama.cpp's converter; where none was named or found and Unsloth is the engine, Unsloth's. Raises ModelError."""
-    from apo_lora.export import by_unsloth, gguf
-
-    quantization = options.quantization
-    try:
-        tools = gguf.find_llama_cpp(options.llama_cpp, quantization)
-    except ModelError:
-        if options.llama_cpp or not by_unsloth.is_possible(source.recipe):
-            raise
-        return lambda merged, folder, name: by_unsloth.convert(merged, folder, name, quantization)
-    return lambda merged, folder, name: tools.convert(merged, folder, name, quantization)
-
-
-def finish_gguf(
+def export_to_hub(
     source: AdapterSource,
-    options: argparse.Namespace,
-    folder: Path,
-    report: dict[str, Any],
-    files: list[Path],
-    name: str,
-) -> None:
-    """Checks [text model, mmproj] and writes the report with the commands to run them. Raises ExportFailed."""
-    from apo_lora.export import by_unsloth, gguf
+    repo: str | None,
+    *,
+    what: str = "adapter",
+    private: bool = True,
+    out: Path | None = None,
+    quantization: str = "Q8_0",
+    llama_cpp: str | None = None,
+) -> str:
+    """Pushes `what` (adapter, merged, gguf) to the repository ORG/NAME and returns its URL.
 
-    converter = gguf.find_program(gguf.CONVERTER, options.llama_cpp)
-    llama_cpp = converter.parent if converter else by_unsloth.llama_cpp_folder()
-    text, mmproj = (gguf.describe(file, [llama_cpp]) for file in files)
-    if wrong := gguf.problems(text, mmproj, options.quantization):
-        raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
-    limits = image_token_limits(source.recipe.data if source.recipe else None, family_of_base(source.base_name))
-    commands = gguf.commands(text["file"], mmproj["file"], name, limits)
-    modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"])
-    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
-    if source.recipe:  # how to ask it; a push puts the same file there
-        (folder / RECIPE_ON_HUB).write_text(source.recipe.to_yaml(), encoding="utf-8")
-    notes = gguf.notes(text, options.quantization)
-    write_json(folder / REPORT, report | {"files": [text, mmproj], "notes": notes, "commands": commands})
+    An export goes as it lies in `out` (default: beside the adapter), or is made there first. Raises HubError,
+    ModelError, ExportFailed.
+    """
+    from apo_lora.export.hub import push
 
-
-def show_gguf(out: Path) -> None:
-    report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    for file in report["files"]:
-        types = ", ".join(f"{count} {kind}" for kind, count in file["tensor_types"].items())
-        print(f"{out / file['file']}: {file['bytes'] / 1e6:,.1f} MB; tensors: {types}")
-    print(
-        "\n".join(
-            [*report["notes"], f"Run it inside {out}:", *(f"  {command}" for command in report["commands"].values())]
-        )
-    )
+    if repo is None:
+        raise ModelError("--to hub: where to? Give --repo ORG/NAME")
+    folder = None
+    if what != "adapter":
+        folder = out or _beside(source, what)
+        if folder.exists() and not (folder / REPORT).is_file():
+            raise ModelError(f"{folder}: not a checked export (no {REPORT}); remove it, or give another with --out")
+        if not folder.exists() and what == "merged":
+            export_merged(source, folder)
+        elif not folder.exists():
+            export_gguf(source, folder, quantization=quantization, llama_cpp=llama_cpp)
+    url = push(source, repo=repo, private=private, what=what, folder=folder)
+    print(f"{url}: the {what}, {'private' if private else 'public'}.")
+    return url
 
 
-def merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[str, Any]:
+# --- parts of it -----------------------------------------------------------------------------------------------------
+
+
+def _beside(source: AdapterSource, name: str) -> Path:
+    return source.folder.absolute().parent / name
+
+
+def _merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[str, Any]:
     """Merges into `folder`, reloads it, compares. Returns the report. Raises ModelError, ExportFailed."""
-    from apo_lora.export.check import compare
-    from apo_lora.export.merged import merge, weight_bytes
+    from apo_lora.export.comparison import compare
+    from apo_lora.export.merged import merge
 
     merge(source, base, folder)
     print("Reloading it, and asking it and the adapter model the same ...", flush=True)
@@ -162,37 +133,45 @@ def merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[str
         "trained_on": source.base_name,
         "merged_into": str(base),
         "bytes": weight_bytes(base),
-        "checks": [comparison.as_dict() for comparison in comparisons],
+        "checks": [asdict(comparison) for comparison in comparisons],
     }
 
 
-def out_folder(source: AdapterSource, options: argparse.Namespace, name: str) -> Path:
-    """--out, else `name` beside the adapter."""
-    return Path(options.out) if options.out else source.folder.absolute().parent / name
+def _converter(source: AdapterSource, quantization: str, llama_cpp: str | None) -> Converter:
+    """llama.cpp's; where none was named or found and Unsloth is the engine, Unsloth's. Raises ModelError."""
+    try:
+        return gguf.find_llama_cpp(llama_cpp, quantization).convert
+    except ModelError:
+        if llama_cpp or not by_unsloth.is_possible(source.recipe):
+            raise
+        return by_unsloth.convert
 
 
-def to_hub(source: AdapterSource, options: argparse.Namespace) -> None:
-    """The adapter, or a merged or GGUF export: the one that is there already, or made now."""
-    from apo_lora.export.hub import push
+def _check_gguf(
+    source: AdapterSource, folder: Path, files: list[Path], name: str, quantization: str, llama_cpp: str | None
+) -> dict[str, Any]:
+    """Puts beside [text model, mmproj] how to run them. Returns that, for the report. Raises ExportFailed."""
+    converter = gguf.find_program(gguf.CONVERTER, llama_cpp)
+    reader = converter.parent if converter else by_unsloth.llama_cpp_folder()
+    text, mmproj = (gguf.describe(file, reader) for file in files)
+    if wrong := gguf.problems(text, mmproj, quantization):
+        raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
+    recipe = source.recipe
+    modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"])
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+    if recipe:  # how to ask it; a push puts the same file there
+        (folder / RECIPE_ON_HUB).write_text(recipe.to_yaml(), encoding="utf-8")
+    return {
+        "files": [text, mmproj],
+        "notes": gguf.notes(text, quantization),
+        "commands": gguf.commands(text["file"], mmproj["file"], name, image_token_limits(recipe and recipe.data)),
+    }
 
-    if options.repo is None:
-        raise ModelError("--to hub: where to? Give --repo ORG/NAME")
-    folder = None
-    if options.what != "adapter":
-        folder = out_folder(source, options, options.what)
-        if not folder.exists():
-            TARGETS[options.what](source, options)
-        elif not (folder / REPORT).is_file():
-            raise ModelError(f"{folder}: no checked export (no {REPORT}); remove it, or give another with --out")
-    url = push(source, repo=options.repo, private=options.private, what=options.what, folder=folder)
-    print(f"{url}: the {options.what}, {'private' if options.private else 'public'}.")
 
-
-TARGETS: dict[str, Callable[[AdapterSource, argparse.Namespace], None]] = {
-    "merged": to_merged,
-    "gguf": to_gguf,
-    "ollama": to_gguf,
-    "base-gguf": to_base_gguf,
-    "hub": to_hub,
-}
-"""What --to can be."""
+def _print_gguf(out: Path) -> None:
+    report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    for file in report["files"]:
+        types = ", ".join(f"{count} {kind}" for kind, count in file["tensor_types"].items())
+        print(f"{out / file['file']}: {file['bytes'] / 1e6:,.1f} MB; tensors: {types}")
+    commands = [f"  {command}" for command in report["commands"].values()]
+    print("\n".join([*report["notes"], f"Run it inside {out}:", *commands]))

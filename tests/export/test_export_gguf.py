@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from apo_lora.commands.main import main
 from apo_lora.export import gguf as export_gguf
-from apo_lora.export.check import load_plain
+from apo_lora.export.comparison import load_plain
 
 TEXT, ABOUT_IMAGE = "What is seven plus five?", "What is this?"
 TOP = 8
