@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_nothing(adapter, tmp_path, capsys, monkeypatch):
     def no_space(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    monkeypatch.setattr(export_merged, "save_file", no_space)
     assert export(adapter, tmp_path / "merged") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert leftovers(adapter) == []
@@ -333,6 +333,7 @@ def lost_shard(adapter):
         (lambda a: add_weights(a, {"lm_head.weight": torch.zeros(448, 96)}), "lm_head.weight is not one of a low-rank"),
         (lambda a: edit_config(a, use_dora=True), "DoraLinearVariant"),
         (lambda a: edit_config(a, peft_type="IA3"), "only LoRA"),
+        (lambda a: edit_config(a, target_modules=["nothing"]), "PEFT cannot use it on"),
         (lambda a: edit_config(a, base_model_name_or_path="/no/such/base"), "/no/such/base is not here"),
         (lambda a: edit_config(a, base_model_name_or_path="nobody/nothing"), "hf download nobody/nothing"),
         (unknown_layer, "is this the base it was trained on?"),
@@ -340,7 +341,7 @@ def lost_shard(adapter):
         (lost_shard, "model-00002-of-00002.safetensors is missing"),
         (lambda a: edit_weights(a, lambda n, t: (n, t * float("inf"))), "cannot hold"),
         (lambda a: edit_weights(a, lambda n, t: (n, t[:, 1:].clone()) if "lora_A" in n else (n, t)), "size mismatch"),
-        (lambda a: edit_weights(a, lambda n, t: None if "lora_B" in n else (n, t)), "48 of its matrices are missing"),
+        (lambda a: edit_weights(a, lambda n, t: None if "lora_B" in n else (n, t)), "48 of its weights are missing"),
         (lambda a: shutil.copytree(a, a.parent / "merged"), "already there"),
     ],
 )
