@@ -78,7 +78,7 @@ def evaluate(
     loaded = opened.fitting(load_processor(asked.model, asked.data), asked.data).held_out
     print("\n".join(of_set.summary() for of_set in loaded.values()), flush=True)
     batch_size = batch_size or min(ITEMS_PER_BATCH, asked.completions_per_step)
-    settings: dict[str, Any] = {
+    settings = {
         "sets": {
             title: {"source": of_set.source, "items": len(of_set.examples), "sha256": fingerprint(of_set.examples)}
             for title, of_set in loaded.items()
@@ -87,9 +87,8 @@ def evaluate(
         "batch_size": batch_size,
         "recipe": {section: getattr(asked, section).model_dump(mode="json") for section in SECTIONS},
         "seed": asked.train.seed,
+        **_fingerprint_of_tuned(source, exported),
     }
-    if tuned := _fingerprint_of_tuned(source, exported):
-        settings["tuned"] = tuned
     record = EvaluationFolder(folder)
     settings = record.open(settings)
     plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
@@ -173,15 +172,16 @@ def _exported(path: str) -> Path:
     return folder
 
 
-def _fingerprint_of_tuned(source: AdapterSource | None, exported: Path | None) -> dict[str, str] | None:
+def _fingerprint_of_tuned(source: AdapterSource | None, exported: Path | None) -> dict[str, dict[str, str]]:
     """Tells whether answers on disk are this model's; an export's weights by their names, sizes and times."""
     if source:
-        return {"adapter": hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()}
+        return {"tuned": {"adapter": hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()}}
     if exported:
         files = sorted(exported.glob("*.safetensors"))
         facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return {"model": str(exported.resolve()), "files": hashlib.sha256(repr(facts).encode()).hexdigest()}
-    return None
+        files_hash = hashlib.sha256(repr(facts).encode()).hexdigest()
+        return {"tuned": {"model": str(exported.resolve()), "files": files_hash}}
+    return {}
 
 
 def _about(spec: SetSpec, loaded: "Loaded") -> dict[str, Any]:
