@@ -1,4 +1,4 @@
-"""`apo-lora chat`."""
+"""ask base and tuned model of a run one question, side by side"""
 
 import sys
 from argparse import ArgumentParser
@@ -6,8 +6,6 @@ from pathlib import Path
 
 from apo_lora.commands.arguments import count_of, load_named
 from apo_lora.errors import UserError
-
-HELP = "ask base and tuned model of a run one question, side by side"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,8 +1,7 @@
-"""`apo-lora check-data`."""
+"""report on a recipe's data: rows, answers, images, tokens"""
 
 from apo_lora.commands.arguments import add_recipe, load_named
 
-HELP = "report on a recipe's data: rows, answers, images, tokens"
 add_arguments = add_recipe
 
 

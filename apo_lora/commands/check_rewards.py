@@ -1,8 +1,7 @@
-"""`apo-lora check-rewards`."""
+"""prove on a recipe's data that right answers are rewarded and wrong ones are not"""
 
 from apo_lora.commands.arguments import add_recipe, load_named
 
-HELP = "prove on a recipe's data that right answers are rewarded and wrong ones are not"
 add_arguments = add_recipe
 
 

@@ -1,8 +1,6 @@
-"""`apo-lora doctor`."""
+"""check this machine: versions, GPU, memory, disk; plain text to paste into an issue"""
 
 from argparse import ArgumentParser
-
-HELP = "check this machine: versions, GPU, memory, disk; plain text to paste into an issue"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

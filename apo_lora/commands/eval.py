@@ -1,11 +1,10 @@
-"""`apo-lora eval`."""
+"""measure base and tuned model of a run on held-out items: accuracy, difference, pass@k, gallery"""
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 
 from apo_lora.commands.arguments import count_of
 
-HELP = "measure base and tuned model of a run on held-out items: accuracy, difference, pass@k, gallery"
 WHEN_STOPPED = "Stopped. What was answered is kept; the same command goes on."
 
 

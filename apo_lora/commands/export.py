@@ -1,11 +1,9 @@
-"""`apo-lora export`."""
+"""turn an adapter into what people deploy, and check it"""
 
 from argparse import ArgumentParser
 from pathlib import Path
 
 from apo_lora.export import QUANTIZATIONS, TARGETS
-
-HELP = "turn an adapter into what people deploy, and check it"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The `apo-lora` command: parse, then call the verb's function. `--help` answers without a heavy library.
 
-Each verb has a file here with HELP, `add_arguments(parser)`, `run(**options)`, which imports what it needs and returns
-the exit code, and perhaps WHEN_STOPPED, the line for Ctrl-C.
+Each verb has a file here: its docstring is the help, `add_arguments(parser)` says what it takes, `run(**options)`
+imports what that needs and returns the exit code, and WHEN_STOPPED, where it is there, is the line for Ctrl-C.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"apo-lora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_OneLineParser)
     for name, verb in VERBS.items():
-        verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))
+        verb.add_arguments(verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__))
     return parser
 
 

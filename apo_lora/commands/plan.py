@@ -1,10 +1,8 @@
-"""`apo-lora plan`."""
+"""estimate the GPU memory a recipe needs, and what fits; needs no GPU"""
 
 from argparse import ArgumentParser, ArgumentTypeError
 
 from apo_lora.commands.arguments import add_recipe, load_named
-
-HELP = "estimate the GPU memory a recipe needs, and what fits; needs no GPU"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,8 +1,7 @@
-"""`apo-lora preflight`."""
+"""check image, reference and sampling, and whether the largest example fits"""
 
 from apo_lora.commands.arguments import add_recipe, load_named
 
-HELP = "check image, reference and sampling, and whether the largest example fits"
 add_arguments = add_recipe
 
 

@@ -1,8 +1,6 @@
-"""`apo-lora recipes`."""
+"""list the shipped recipes, or show one"""
 
 from argparse import ArgumentParser
-
-HELP = "list the shipped recipes, or show one"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,8 +1,6 @@
-"""`apo-lora report`."""
+"""make one HTML page of a run, or of several compared"""
 
 from argparse import ArgumentParser
-
-HELP = "make one HTML page of a run, or of several compared"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

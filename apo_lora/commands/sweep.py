@@ -1,11 +1,10 @@
-"""`apo-lora sweep`."""
+"""run an experiment: variants of a recipe, each at several seeds, compared"""
 
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 from apo_lora.commands.arguments import count_of
 
-HELP = "run an experiment: variants of a recipe, each at several seeds, compared"
 WHEN_STOPPED = "Stopped. Finished runs are kept; the same command continues the rest."
 
 

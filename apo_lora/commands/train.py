@@ -1,10 +1,9 @@
-"""`apo-lora train`."""
+"""train an adapter by a recipe"""
 
 from argparse import ArgumentParser
 
 from apo_lora.commands.arguments import add_recipe, load_named
 
-HELP = "train an adapter by a recipe"
 WHEN_STOPPED = "Stopped. What was saved is kept; continue with --resume auto."
 
 

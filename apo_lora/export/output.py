@@ -28,17 +28,12 @@ def new_folder(out: Path, source: AdapterSource, **ratios: float) -> Iterator[tu
         downloads = [DiskNeed("download", Path(HF_HUB_CACHE), fetched)] if fetched else []
         require_disk(*downloads, *(DiskNeed(what, out, int(weights * ratio)) for what, ratio in ratios.items()))
 
-    refuse_existing(out)
+    if out.exists():
+        raise ModelError(f"--out {out}: already there; remove it, or choose another folder")
     base = base_folder(source, require_room)
     require_room(0, weight_bytes(base))
     with _whole_or_nothing(out) as folder:
         yield base, folder
-
-
-def refuse_existing(out: Path) -> None:
-    """Nothing is overwritten."""
-    if out.exists():
-        raise ModelError(f"--out {out}: already there; remove it, or choose another folder")
 
 
 @contextmanager

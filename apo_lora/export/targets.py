@@ -1,8 +1,6 @@
 """`apo-lora export`: an adapter as what people deploy. Every target checks what it wrote before it says done."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,9 @@ from apo_lora.export import by_unsloth, gguf
 from apo_lora.export.base import sixteen_bit_name, weight_bytes
 from apo_lora.export.gguf import REPORT
 from apo_lora.export.image_limits import image_token_limits
-from apo_lora.export.output import new_folder, refuse_existing
+from apo_lora.export.output import new_folder
 from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.directory import write_json
-
-Converter = Callable[[Path, Path, str, str], list[Path]]
-"""(16-bit folder, folder to write into, name, quantization) -> [text model, mmproj]."""
 
 
 class ExportFailed(ModelError):
@@ -47,7 +42,6 @@ def export_gguf(
     Raises ModelError, ExportFailed.
     """
     out = out or _beside(source, "gguf")
-    refuse_existing(out)
     convert = _converter(source, quantization, llama_cpp)
     with new_folder(out, source, merged=1.0, gguf=gguf.BYTES_PER_16_BIT_BYTE[quantization]) as (base, folder):
         merged = folder / "merged"
@@ -57,7 +51,7 @@ def export_gguf(
         shutil.rmtree(merged)
         report |= _check_gguf(source, folder, files, source.name, quantization, llama_cpp)
         write_json(folder / REPORT, report)
-    _print_gguf(out)
+    _print_gguf(out, report)
     return out
 
 
@@ -66,14 +60,13 @@ def export_base_gguf(
 ) -> Path:
     """The base alone, for `apo-lora chat --gguf` to show beside the tuned model. Raises ModelError, ExportFailed."""
     out = out or _beside(source, gguf.BASE_GGUF)
-    refuse_existing(out)
-    convert = gguf.find_llama_cpp(llama_cpp, quantization).convert
+    convert = gguf.find_converter(llama_cpp, quantization)
     name = Path(sixteen_bit_name(source.base_name)).name
     with new_folder(out, source, gguf=gguf.BYTES_PER_16_BIT_BYTE[quantization]) as (base, folder):
         files = convert(base, folder, name, quantization)
-        report = _check_gguf(source, folder, files, name, quantization, llama_cpp)
-        write_json(folder / REPORT, {"base": str(base)} | report)
-    _print_gguf(out)
+        report = {"base": str(base)} | _check_gguf(source, folder, files, name, quantization, llama_cpp)
+        write_json(folder / REPORT, report)
+    _print_gguf(out, report)
     return out
 
 
@@ -137,10 +130,10 @@ def _merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[st
     }
 
 
-def _converter(source: AdapterSource, quantization: str, llama_cpp: str | None) -> Converter:
+def _converter(source: AdapterSource, quantization: str, llama_cpp: str | None) -> gguf.Converter:
     """llama.cpp's; where none was named or found and Unsloth is the engine, Unsloth's. Raises ModelError."""
     try:
-        return gguf.find_llama_cpp(llama_cpp, quantization).convert
+        return gguf.find_converter(llama_cpp, quantization)
     except ModelError:
         if llama_cpp or not by_unsloth.is_possible(source.recipe):
             raise
@@ -168,8 +161,7 @@ def _check_gguf(
     }
 
 
-def _print_gguf(out: Path) -> None:
-    report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+def _print_gguf(out: Path, report: dict[str, Any]) -> None:
     for file in report["files"]:
         types = ", ".join(f"{count} {kind}" for kind, count in file["tensor_types"].items())
         print(f"{out / file['file']}: {file['bytes'] / 1e6:,.1f} MB; tensors: {types}")
