@@ -17,7 +17,7 @@ _WORDS = ("banana", "none of these", "seventeen purple elephants")
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One line of the table: a format of answers, its right reward, how many rows got it, and the first that did not."""
+    """A line of the table: a format of answers, its right reward, how many rows got it, and the first that did not."""
 
     format: str
     expected: float
