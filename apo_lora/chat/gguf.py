@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from apo_lora.chat.chat import close, example_of
 from apo_lora.chat.columns import Column, SideBySide
-from apo_lora.chat.llama_server import StreamedAnswer, Gguf, find_gguf, find_server, serving, tokens_of
+from apo_lora.chat.llama_server import Gguf, StreamedAnswer, find_gguf, find_server, serving, tokens_of
 from apo_lora.data.examples import Example
 from apo_lora.errors import ModelError
 from apo_lora.export.gguf import BASE_GGUF

@@ -1,4 +1,4 @@
-"""A recipe's inputs: the one place that opens them, for training, the checks before it, evaluation and the notebook.
+"""A recipe's inputs: the one place that opens them, for training, the checks before it and evaluation.
 
 A row of the first `limit` rows of its source survives, in this order,
   1. if it can be used: it has a problem, a gold answer that can be graded, and its images are where it says;

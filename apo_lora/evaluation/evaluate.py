@@ -70,8 +70,8 @@ def evaluate(
         raise ModelError(problem)
     import_engine(asked.model)
     from apo_lora.evaluation.answering import answer, policies
-    from apo_lora.evaluation.measure import ITEMS_PER_BATCH
     from apo_lora.evaluation.folder import EvaluationFolder, fingerprint, planned
+    from apo_lora.evaluation.measure import ITEMS_PER_BATCH
     from apo_lora.rewards.verifier import Verifier
 
     opened = open_inputs(asked, train=False, held_out=sets)

@@ -4,7 +4,6 @@ PEFT says what the adapter adds to a weight. That is added in float32 and rounde
 holds one shard of the base and the adapter; the model that PEFT puts its layers into has no weights.
 """
 
-import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from apo_lora.errors import ModelError
 from apo_lora.export.base import COMPANIONS, weight_bytes, weight_files
 from apo_lora.export.image_limits import write_image_limits
+from apo_lora.family.lookup import family_of_base
 from apo_lora.policy.tuned import load_adapter
 from apo_lora.run.adapter_source import CONFIG, WEIGHTS, AdapterSource
 
@@ -28,7 +28,8 @@ _PAIR = (".lora_A.weight", ".lora_B.weight")
 
 def merge(source: AdapterSource, base: Path, folder: Path) -> None:
     """Writes base + adapter into the existing `folder`: weights, configs, tokenizer, processor. Raises ModelError."""
-    layers = lora_layers(source, base)
+    weight_name = family_of_base(str(base)).weight_name
+    layers = {weight_name(name): layer for name, layer in lora_layers(source, base).items()}
     unused = set(layers)
     with tqdm(total=weight_bytes(base), unit="B", unit_scale=True, desc="merging") as bar:
         for path in weight_files(base):
@@ -36,7 +37,7 @@ def merge(source: AdapterSource, base: Path, folder: Path) -> None:
                 tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
                 metadata = shard.metadata()
             for name, weight in tensors.items():
-                if (layer := canonical(name.removesuffix(".weight"))) in layers:
+                if (layer := weight_name(name.removesuffix(".weight"))) in layers:
                     unused.discard(layer)
                     tensors[name] = merged_weight(layer, weight, layers[layer])
             save_file(tensors, folder / path.name, metadata=metadata)
@@ -59,7 +60,7 @@ def merged_weight(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
 
 
 def lora_layers(source: AdapterSource, base: Path) -> dict[str, LoraLayer]:
-    """PEFT's layers of the adapter by `canonical` name, their matrices in float32. Raises ModelError.
+    """PEFT's layers of the adapter by their name in the model, their matrices in float32. Raises ModelError.
 
     Only of adapters that are all low-rank pairs: what else training may have changed would be lost.
     """
@@ -89,13 +90,4 @@ def lora_layers(source: AdapterSource, base: Path) -> dict[str, LoraLayer]:
     with safe_open(source.folder / WEIGHTS, "pt") as weights:
         if others := [name for name in weights.keys() if not name.endswith(_PAIR)]:  # noqa: SIM118
             raise ModelError(f"{source.folder}: {min(others)} is not one of a low-rank pair; only those can be merged")
-    return {canonical(name): layer for name, layer in layers.items()}
-
-
-def canonical(name: str) -> str:
-    """A weight's name without the prefixes that differ between checkpoints and loaded models.
-
-    Checkpoints say model.layers.0 and visual.blocks.0, transformers model.language_model.layers.0 and
-    model.visual.blocks.0.
-    """
-    return re.sub(r"^((model|language_model)\.)+", "", name)
+    return layers

@@ -11,6 +11,7 @@ from apo_lora.export.base import sixteen_bit_name, weight_bytes
 from apo_lora.export.gguf import REPORT
 from apo_lora.export.image_limits import image_token_limits
 from apo_lora.export.output import new_folder
+from apo_lora.family.lookup import family_of_base
 from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.directory import write_json
 
@@ -154,10 +155,11 @@ def _check_gguf(
     (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     if recipe:  # how to ask it; a push puts the same file there
         (folder / RECIPE_ON_HUB).write_text(recipe.to_yaml(), encoding="utf-8")
+    limits = image_token_limits(recipe and recipe.data, family_of_base(source.base_name))
     return {
         "files": [text, mmproj],
         "notes": gguf.notes(text, quantization),
-        "commands": gguf.commands(text["file"], mmproj["file"], name, image_token_limits(recipe and recipe.data)),
+        "commands": gguf.commands(text["file"], mmproj["file"], name, limits),
     }
 
 
