@@ -244,7 +244,7 @@ REWARDS_AND_MODELS = [
          {"base/config.json": '{"model_type": "qw'}, 30),
     Case("a plan for a base whose config is cut off", "plan --recipe tiny_cpu model.name=./base",
          r"model.name: ./base has no config.json that can be read", {"base/config.json": "{"}),
-    Case("a plan for a base of another kind", "plan --recipe tiny_cpu model.name=./base", r"./base is a llama; the plan knows qwen2_5_vl only",
+    Case("a plan for a base of another kind", "plan --recipe tiny_cpu model.name=./base", r"model.name: ./base is a llama; the families known here are qwen2_5_vl",
          {"base/config.json": '{"model_type": "llama"}'}),
     Case("a plan for a base of no size", "plan --recipe tiny_cpu model.name=./base", r"./base: its config gives hidden_size: None; a positive",
          {"base/config.json": '{"model_type": "qwen2_5_vl"}'}),
