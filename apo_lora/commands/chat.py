@@ -50,7 +50,7 @@ def run(
         return 0
     if base_gguf or llama_cpp:
         raise UserError("chat: --base-gguf and --llama-cpp go with --gguf")
-    from apo_lora.run.adapter_source import find_adapter
+    from apo_lora.run.adapter import find_adapter
 
     source = find_adapter(run)  # before the heavy libraries
     from apo_lora.chat.chat import chat

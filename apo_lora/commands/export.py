@@ -33,7 +33,7 @@ def run(
     private: bool,
 ) -> int:
     from apo_lora.export import targets
-    from apo_lora.run.adapter_source import find_adapter
+    from apo_lora.run.adapter import find_adapter
 
     adapter = find_adapter(source)
     gguf = {"quantization": quantization, "llama_cpp": llama_cpp}

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
-from apo_lora.run.adapter_source import CONFIG, AdapterSource
+from apo_lora.run.adapter import CONFIG, AdapterSource
 
 # What stands beside the weights and is needed to run them: config, generation config, tokenizer, processor.
 COMPANIONS = (".json", ".jinja", ".txt", ".model")

@@ -21,7 +21,7 @@ from apo_lora.export.base import COMPANIONS, weight_bytes, weight_files
 from apo_lora.export.image_limits import write_image_limits
 from apo_lora.family.lookup import family_of_base
 from apo_lora.policy.tuned import load_adapter
-from apo_lora.run.adapter_source import CONFIG, WEIGHTS, AdapterSource
+from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource
 
 _PAIR = (".lora_A.weight", ".lora_B.weight")
 

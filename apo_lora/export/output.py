@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from apo_lora.errors import ModelError
 from apo_lora.export.base import base_folder, weight_bytes
-from apo_lora.run.adapter_source import AdapterSource
+from apo_lora.run.adapter import AdapterSource
 
 SPARE_BYTES = 2**28
 """Left free on a disk, for the small files and the file system itself."""

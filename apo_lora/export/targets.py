@@ -12,8 +12,8 @@ from apo_lora.export.gguf import REPORT
 from apo_lora.export.image_limits import image_token_limits
 from apo_lora.export.output import new_folder
 from apo_lora.family.lookup import family_of_base
-from apo_lora.run.adapter_source import RECIPE_ON_HUB, AdapterSource
-from apo_lora.run.directory import write_json
+from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource
+from apo_lora.run.files import write_json
 
 
 class ExportFailed(ModelError):

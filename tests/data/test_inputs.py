@@ -9,7 +9,8 @@ from apo_lora.commands.main import main
 from apo_lora.data.inputs import held_out_sets, open_inputs, require_trainable
 from apo_lora.errors import DataError
 from apo_lora.recipe.files import find_recipe, load_recipe
-from apo_lora.run.directory import RunDir, read_jsonl, write_atomically
+from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl, write_atomically
 
 LONG = "word " * 400
 GOOD_ROWS, LONG_ROWS, UNGRADABLE, DAMAGED = (1, 2, 3, 4), (5, 6, 7, 8), 9, 10
