@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from apo_lora.data.examples import drop_long_prompts, read_data, require_one_rollout
+from apo_lora.data.inputs import Inputs, open_inputs, require_trainable
 from apo_lora.errors import ModelError, RecipeError, RunDirError
 from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
@@ -57,7 +57,8 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     prepare_process()
     if not dry_run:  # which may be made on another machine
         _require_device(recipe)
-    data = read_data(recipe)
+    inputs = open_inputs(recipe)
+    require_trainable(inputs, recipe)
     say("Loading libraries ...")
     from apo_lora.policy.loading import import_engine, load_processor
 
@@ -67,7 +68,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.rewards.verifier import Verifier
     from apo_lora.run.callbacks import OrderlyStop
 
-    loaded, held_out = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
+    loaded, held_out = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
     say(loaded.summary())
     kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
     with (
@@ -238,14 +239,11 @@ def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
         ) from None
 
 
-def _fitting(
-    data: tuple["Loaded", dict[str, "Loaded"]], recipe: Recipe, processor: Any
-) -> tuple["Loaded", dict[str, list["Example"]]]:
-    """Of the rows of `read_data`, those whose prompt is not too long."""
-    train, held_out = data
-    loaded = drop_long_prompts(train, processor, recipe.data)
-    require_one_rollout(loaded, recipe)
-    return loaded, {title: drop_long_prompts(rows, processor, recipe.data).examples for title, rows in held_out.items()}
+def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
+    """Of the opened rows, those whose prompt is not too long."""
+    inputs = inputs.fitting(processor, recipe.data)
+    require_trainable(inputs, recipe)
+    return inputs.train, {title: rows.examples for title, rows in inputs.held_out.items()}
 
 
 def _plan(recipe: Recipe, num_prompts: int) -> str:
@@ -285,13 +283,14 @@ def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
     prepare_process()
     _require_device(recipe)
-    data = read_data(recipe)
+    inputs = open_inputs(recipe)
+    require_trainable(inputs, recipe)
     from apo_lora.policy.loading import import_engine, load_processor
 
     import_engine(recipe.model)
     from apo_lora.preflight.checks import preflight
 
-    loaded, _ = _fitting(data, recipe, load_processor(recipe.model, recipe.data))
+    loaded, _ = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
     policy = _load_policy(recipe)
     checks, _ = preflight(policy, loaded.examples, recipe)
     return not report_checks(checks)

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from apo_lora.chat.chat import close, example_of
 from apo_lora.chat.columns import Column, SideBySide
-from apo_lora.chat.llama_server import Answer, Gguf, find_gguf, find_server, serving, tokens_of
+from apo_lora.chat.llama_server import Gguf, StreamedAnswer, find_gguf, find_server, serving, tokens_of
 from apo_lora.data.examples import Example
 from apo_lora.errors import ModelError
 from apo_lora.export.gguf import BASE_GGUF
@@ -50,7 +50,7 @@ def chat_gguf(
     def answer(gguf: Gguf, column: Column) -> Completion:
         with serving(gguf, program, context=context, image_tokens=image_token_limits(recipe.data, family)) as url:
             never = [[token, False] for token in tokens_of(url, "".join(family.vision_tokens))]
-            stream = Answer(url, logit_bias=never, **request)
+            stream = StreamedAnswer(url, logit_bias=never, **request)
             text = ""
             for piece in stream:
                 text += piece

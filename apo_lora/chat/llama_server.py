@@ -120,7 +120,7 @@ def _wait_for(url: str, process: subprocess.Popen, log: Any, gguf: Gguf) -> None
     raise ModelError(f"{gguf.text}: {SERVER} did not start ({errors[0] if errors else 'it said nothing'})")
 
 
-class Answer:
+class StreamedAnswer:
     """One streamed answer: iterate for its text, piece by piece; then its lengths are known."""
 
     length = 0

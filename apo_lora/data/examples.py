@@ -23,7 +23,7 @@ from apo_lora.data.images import ImageRef, image_refs
 from apo_lora.data.sources import open_source
 from apo_lora.errors import DataError
 from apo_lora.machine import ranks
-from apo_lora.recipe.schema import DataSection, Recipe
+from apo_lora.recipe.schema import DataSection
 
 if TYPE_CHECKING:
     import datasets
@@ -149,32 +149,6 @@ def load_examples(
 
 def _no_rows(rows: Sequence[Any]) -> str:
     return f"{'no row is a mapping of columns' if rows else 'holds no rows'}; give each problem a row with its answer"
-
-
-def read_data(recipe: Recipe) -> tuple[Loaded, dict[str, Loaded]]:
-    """All rows that a run needs, their images proven to decode: those to train on, and the held-out ones by title.
-
-    No model is needed. Prompt lengths, which need its processor, are not looked at yet.
-    """
-    data = recipe.data
-
-    def read(spec: str, split: str, limit: int | None) -> Loaded:
-        return drop_undecodable(load_examples(spec, data, split=split, limit=limit, seed=recipe.train.seed))
-
-    titles = {"reasoning": data.eval, "general": data.general} if recipe.train.evaluate else {}
-    train = read(data.train, data.split, data.limit)
-    require_one_rollout(train, recipe)
-    _refuse_mixture(train.examples)
-    return train, {title: read(spec, data.eval_split, data.eval_limit) for title, spec in titles.items() if spec}
-
-
-def require_one_rollout(loaded: Loaded, recipe: Recipe) -> None:
-    """Raises DataError where the rows are fewer than the prompts that are sampled at once."""
-    if len(loaded.examples) < recipe.prompts_per_rollout:
-        raise DataError(
-            f"data.train: {len(loaded.examples)} usable rows, and one rollout takes {recipe.prompts_per_rollout}; "
-            "lower grpo.prompts_per_step or add data"
-        )
 
 
 def _image_folder(data: DataSection) -> Path | None:
@@ -308,13 +282,13 @@ def prompt_dataset(
     """
     import datasets
 
-    _refuse_mixture(examples)
+    refuse_mixture(examples)
     rows = datasets.Dataset.from_dict({"index": list(range(len(examples)) if order is None else order)})
     return rows.with_transform(_ItemsOnAccess(examples, data))
 
 
-def _refuse_mixture(examples: Sequence[Example]) -> None:
-    """TRL 1.15 hands its processor a None for an item without images, which it refuses."""
+def refuse_mixture(examples: Sequence[Example]) -> None:
+    """Raises DataError: TRL 1.15 hands its processor a None for an item without images, which it refuses."""
     bare = [example.row for example in examples if not example.images]
     if bare and len(bare) < len(examples):
         raise DataError(

@@ -3,21 +3,19 @@
 Cheap checks come first, then heavy imports, then data, then the model. What was answered is never asked again.
 """
 
-import argparse
 import hashlib
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from apo_lora.data.benchmarks import find_benchmark
+from apo_lora.data.inputs import SetSpec, held_out_sets, open_inputs
 from apo_lora.errors import DataError, ModelError, RecipeError, UserError
 from apo_lora.evaluation.figures import all_figures
 from apo_lora.evaluation.gallery import write_gallery
 from apo_lora.evaluation.table import table
 from apo_lora.machine import ranks
-from apo_lora.machine.process import prepare_process
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter
@@ -32,79 +30,85 @@ if TYPE_CHECKING:
 SECTIONS = ("model", "data", "rewards", "grpo")
 
 
-class SetSpec(NamedTuple):
-    spec: str
-    """As in `data.train`."""
-    split: str
-    limit: int | None
+def evaluate(
+    run_path: str | Path,
+    *,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    data: Sequence[str] = (),
+    split: str | None = None,
+    limit: int | None = None,
+    base: bool = False,
+    model: str | None = None,
+    samples: int = 0,
+    batch_size: int | None = None,
+    name: str | None = None,
+) -> Path:
+    """Answers, verifies and compares; prints the table and returns the folder RUN/evaluations/NAME.
 
-
-def evaluate_run(options: argparse.Namespace) -> int:
-    """Runs the verb. Returns 0, or 130 where it was interrupted; raises UserError for what a user can mend."""
+    `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` are measured in place of
+    the recipe's held-out sets, `split` and `limit` in place of the recipe's. `base`: that model alone; `model`: the
+    folder of a merged export in place of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
+    `batch_size`: answers at once, else as many as fitted in training. An evaluation that is there is continued.
+    Raises UserError for what a user can mend, before anything is written where that is possible.
+    """
     if ranks.num_processes() > 1:
         raise UserError("apo-lora eval: works in one process; start it without a launcher")
-    run = RunDir(options.run)
+    run = RunDir(run_path)
     if not run.recipe.is_file():
         raise ModelError(f"{run.path}: no run (it has no {run.recipe.name}); give a run directory")
-    recipe = evaluation_recipe(run, options.recipe, options.overrides)
-    specs = sets_to_measure(recipe, options)
-    source = None if options.base or options.model else find_adapter(run.path)
-    exported = _exported(options.model) if options.model and not options.base else None
+    asked = evaluation_recipe(run, recipe, overrides)
+    sets = sets_to_measure(asked, data, split, limit)
+    source = None if base or model else find_adapter(run.path)
+    exported = _exported(model) if model and not base else None
+    folder = run.evaluations / (name or default_name(recipe, sets if data else (), exported))
 
-    prepare_process()
     print("Loading libraries ...", flush=True)
     from apo_lora.policy.loading import import_engine, load_processor, needs_gpu
 
-    if problem := needs_gpu(recipe.model):
+    if problem := needs_gpu(asked.model):
         raise ModelError(problem)
-    import_engine(recipe.model)
+    import_engine(asked.model)
     from apo_lora.evaluation.answering import answer, policies
     from apo_lora.evaluation.folder import EvaluationFolder, fingerprint, planned
     from apo_lora.evaluation.measure import ITEMS_PER_BATCH
     from apo_lora.rewards.verifier import Verifier
 
-    processor = load_processor(recipe.model, recipe.data)
-    loaded = {title: _load(spec, recipe, processor) for title, spec in specs.items()}
-    batch_size = options.batch_size or min(ITEMS_PER_BATCH, recipe.completions_per_step)
-    settings: dict[str, Any] = {
+    opened = open_inputs(asked, train=False, held_out=sets)
+    loaded = opened.fitting(load_processor(asked.model, asked.data), asked.data).held_out
+    print("\n".join(of_set.summary() for of_set in loaded.values()), flush=True)
+    batch_size = batch_size or min(ITEMS_PER_BATCH, asked.completions_per_step)
+    settings = {
         "sets": {
             title: {"source": of_set.source, "items": len(of_set.examples), "sha256": fingerprint(of_set.examples)}
             for title, of_set in loaded.items()
         },
-        "samples": options.samples,
+        "samples": samples,
         "batch_size": batch_size,
-        "recipe": {section: getattr(recipe, section).model_dump(mode="json") for section in SECTIONS},
-        "seed": recipe.train.seed,
+        "recipe": {section: getattr(asked, section).model_dump(mode="json") for section in SECTIONS},
+        "seed": asked.train.seed,
+        **_fingerprint_of_tuned(source, exported),
     }
-    if tuned := _fingerprint_of_tuned(source, exported):
-        settings["tuned"] = tuned
-    record = EvaluationFolder(run.evaluations / (options.name or default_name(options, specs)))
+    record = EvaluationFolder(folder)
     settings = record.open(settings)
-    plan = planned({title: of_set.examples for title, of_set in loaded.items()}, options.samples, batch_size)
-    wanted = [batch for batch in plan if batch.model == "base" or not options.base]
+    plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
+    wanted = [batch for batch in plan if batch.model == "base" or not base]
     done = record.drop_parts(plan)
     todo = [batch for batch in wanted if batch.keys[0] not in done]
     if len(todo) < len(wanted):
         print(f"{len(done)} answers are there already.", flush=True)
-    try:
-        with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
-            switched = policies(recipe, source, exported, {batch.model for batch in todo})
-            answer(todo, wanted, switched, recipe, verifier.score, record, run)
-            if given_up := verifier.timeouts + verifier.crashes:
-                print(f"{given_up} answers could not be verified (time or memory) and count as wrong.")
-    except KeyboardInterrupt:
-        print(f"Stopped. What was answered is kept in {record.answers}; the same command goes on.", file=sys.stderr)
-        return 130
+    with Verifier(seconds_per_item=asked.rewards.seconds_per_item) as verifier:
+        switched = policies(asked, source, exported, {batch.model for batch in todo})
+        answer(todo, wanted, switched, asked, verifier.score, record, run)
+        if given_up := verifier.timeouts + verifier.crashes:
+            print(f"{given_up} answers could not be verified (time or memory) and count as wrong.")
     rows = record.rows()
-    about = {title: _about(specs[title], of_set) for title, of_set in loaded.items()}
+    about = {title: _about(sets[title], of_set) for title, of_set in loaded.items()}
     figures = {"sets": about} | all_figures(rows, {title: about[title]["items"] for title in about})
     write_json(record.figures, figures | {"settings": settings})
     write_gallery(rows, run.path, record.gallery)
     print("\n".join(["", *table(figures), f"Figures  {record.figures}", f"Gallery  {record.gallery}"]))
-    return 0
-
-
-# --- what to measure -------------------------------------------------------------------------------------------------
+    return folder
 
 
 def evaluation_recipe(run: RunDir, name: str | None, overrides: Sequence[str]) -> Recipe:
@@ -127,23 +131,22 @@ def evaluation_recipe(run: RunDir, name: str | None, overrides: Sequence[str]) -
     return recipe.model_copy(update=changed)
 
 
-def sets_to_measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, SetSpec]:
-    """Title -> data set: those of --data, else the recipe's benchmarks, else its eval and general."""
-    data = recipe.data
-    split = options.split or data.eval_split
-    named = options.data or data.benchmarks
-    if named:
-        specs = [(title_of(spec), SetSpec(spec, split, options.limit)) for spec in named]
+def sets_to_measure(
+    recipe: Recipe, data: Sequence[str] = (), split: str | None = None, limit: int | None = None
+) -> dict[str, SetSpec]:
+    """By title: those of `data`, else the recipe's benchmarks, whole; else its held-out sets. Raises DataError."""
+    split = split or recipe.data.eval_split
+    if named := data or recipe.data.benchmarks:
+        sets = [(title_of(spec), SetSpec(spec, split, limit)) for spec in named]
     else:
-        held_out = {"reasoning": data.eval, "general": data.general}
-        limit = options.limit or data.eval_limit
-        specs = [(title, SetSpec(spec, split, limit)) for title, spec in held_out.items() if spec]
-    if not specs:
+        limit = limit or recipe.data.eval_limit
+        sets = [(title, SetSpec(rows.spec, split, limit)) for title, rows in held_out_sets(recipe).items()]
+    if not sets:
         raise DataError("data.eval: the run's recipe names no held-out data; give some with --data D")
-    titles = [title for title, _ in specs]
+    titles = [title for title, _ in sets]
     if twice := sorted({title for title in titles if titles.count(title) > 1}):
         raise DataError(f"--data: two data sets would both be called {twice[0]}; measure them one at a time")
-    return dict(specs)
+    return dict(sets)
 
 
 def title_of(spec: str) -> str:
@@ -154,10 +157,10 @@ def title_of(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
-def default_name(options: argparse.Namespace, specs: Mapping[str, SetSpec]) -> str:
-    """Of the folder below evaluations/."""
-    what = Path(options.recipe).stem if options.recipe else "-".join(specs) if options.data else "held_out"
-    return f"{what}-{Path(options.model).resolve().name}" if options.model and not options.base else what
+def default_name(recipe: str | None, titles: Collection[str], exported: Path | None) -> str:
+    """Of the folder below evaluations/. `titles`: of the sets that were named, if any were."""
+    what = Path(recipe).stem if recipe else "-".join(titles) or "held_out"
+    return f"{what}-{exported.resolve().name}" if exported else what
 
 
 def _exported(path: str) -> Path:
@@ -169,30 +172,16 @@ def _exported(path: str) -> Path:
     return folder
 
 
-def _fingerprint_of_tuned(source: AdapterSource | None, exported: Path | None) -> dict[str, str] | None:
+def _fingerprint_of_tuned(source: AdapterSource | None, exported: Path | None) -> dict[str, dict[str, str]]:
     """Tells whether answers on disk are this model's; an export's weights by their names, sizes and times."""
     if source:
-        return {"adapter": hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()}
+        return {"tuned": {"adapter": hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()}}
     if exported:
         files = sorted(exported.glob("*.safetensors"))
         facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return {"model": str(exported.resolve()), "files": hashlib.sha256(repr(facts).encode()).hexdigest()}
-    return None
-
-
-# --- libraries and data ----------------------------------------------------------------------------------------------
-
-
-def _load(spec: SetSpec, recipe: Recipe, processor: Any) -> "Loaded":
-    from apo_lora.data.examples import drop_long_prompts, drop_undecodable, load_examples
-
-    rows = load_examples(spec.spec, recipe.data, split=spec.split, limit=spec.limit, seed=recipe.train.seed)
-    # A damaged picture must not stop an evaluation after hours.
-    loaded = drop_undecodable(drop_long_prompts(rows, processor, recipe.data))
-    if not loaded.examples:
-        raise DataError(f"{loaded.summary()}; nothing is left to measure")
-    print(loaded.summary(), flush=True)
-    return loaded
+        files_hash = hashlib.sha256(repr(facts).encode()).hexdigest()
+        return {"tuned": {"model": str(exported.resolve()), "files": files_hash}}
+    return {}
 
 
 def _about(spec: SetSpec, loaded: "Loaded") -> dict[str, Any]:

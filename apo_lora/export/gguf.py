@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +33,40 @@ VISION_TYPES = {"F32", "F16", "BF16", "Q8_0"}
 _FALLBACKS = {"Q5_0", "Q5_1", "Q8_0", "F16"}  # in place of Q4_K, Q5_K, Q6_K, and of whatever has odd rows
 
 
-@dataclass(frozen=True)
-class LlamaCpp:
-    """The parts of a llama.cpp that an export needs."""
+Converter = Callable[[Path, Path, str, str], list[Path]]
+"""(16-bit folder, folder to write into, name, quantization) -> [text model, mmproj]; raises ModelError."""
 
-    converter: Path
-    quantizer: Path | None
-    """Only for Q4_K_M."""
 
-    def convert(self, merged: Path, folder: Path, name: str, quantization: str) -> list[Path]:
-        """Writes [text model, mmproj] of `merged` into `folder`. Raises ModelError."""
-        vision_type = "F32" if quantization == "F32" else "F16"
-        text = folder / f"{name}-{quantization}.gguf"
-        mmproj = folder / f"mmproj-{name}-{vision_type}.gguf"
-        with tqdm(total=2 + (quantization == "Q4_K_M"), desc="converting", unit="file") as bar:
-            self._convert_one(merged, mmproj, vision_type, "--mmproj")
-            bar.update()
-            if quantization == "Q4_K_M":
-                unquantised = folder / f"{name}-F16.gguf"
-                self._convert_one(merged, unquantised, "F16")
-                bar.update()
-                run([str(self.quantizer), str(unquantised), str(text), quantization], makes=text)
-                unquantised.unlink()
-            else:
-                self._convert_one(merged, text, quantization)
-            bar.update()
-        return [text, mmproj]
+def find_converter(llama_cpp: str | None, quantization: str) -> Converter:
+    """That of llama.cpp. Raises ModelError where a part of it is missing, before anything heavy is done."""
+    script, quantizer = find_program(CONVERTER, llama_cpp), find_program(QUANTIZER, llama_cpp)
+    if script is None:
+        raise ModelError(
+            f"--to gguf: no {CONVERTER} {f'in {llama_cpp}' if llama_cpp else 'on the PATH'}; "
+            "git clone --depth 1 https://github.com/ggml-org/llama.cpp, and give that folder as --llama-cpp"
+        )
+    if quantization == "Q4_K_M" and quantizer is None:
+        raise ModelError(
+            f"--quantization Q4_K_M: needs llama.cpp's {QUANTIZER}, built in --llama-cpp DIR or on the PATH; "
+            "Q8_0, F16 and F32 do not"
+        )
+    return partial(_convert, script, quantizer)
 
-    def _convert_one(self, merged: Path, file: Path, file_type: str, *options: str) -> None:
-        command = [sys.executable, str(self.converter), str(merged), "--outfile", str(file)]
-        run([*command, "--outtype", file_type.lower(), *options], makes=file)
+
+def _convert(
+    script: Path, quantizer: Path | None, merged: Path, folder: Path, name: str, quantization: str
+) -> list[Path]:
+    text_type = "F16" if quantization == "Q4_K_M" else quantization
+    vision_type = "F32" if quantization == "F32" else "F16"
+    text, mmproj = folder / f"{name}-{text_type}.gguf", folder / f"mmproj-{name}-{vision_type}.gguf"
+    files = [(mmproj, ["--outtype", vision_type.lower(), "--mmproj"]), (text, ["--outtype", text_type.lower()])]
+    for file, options in tqdm(files, desc="converting", unit="file"):
+        run([sys.executable, str(script), str(merged), "--outfile", str(file), *options], makes=file)
+    if text_type != quantization:
+        unquantised, text = text, folder / f"{name}-{quantization}.gguf"
+        run([str(quantizer), str(unquantised), str(text), quantization], makes=text)
+        unquantised.unlink()
+    return [text, mmproj]
 
 
 def find_program(name: str, llama_cpp: str | None) -> Path | None:
@@ -73,22 +77,6 @@ def find_program(name: str, llama_cpp: str | None) -> Path | None:
     places = [top, top / "bin", top / "build" / "bin"] if top else []
     beside = next((place / name for place in places if (place / name).is_file()), None)
     return beside or (Path(found) if (found := shutil.which(name)) else None)
-
-
-def find_llama_cpp(folder: str | None, quantization: str) -> LlamaCpp:
-    """What an export needs of it. Raises ModelError, before anything heavy is done."""
-    converter, quantizer = find_program(CONVERTER, folder), find_program(QUANTIZER, folder)
-    if converter is None:
-        raise ModelError(
-            f"--to gguf: no {CONVERTER} {f'in {folder}' if folder else 'on the PATH'}; "
-            "git clone --depth 1 https://github.com/ggml-org/llama.cpp, and give that folder as --llama-cpp"
-        )
-    if quantization == "Q4_K_M" and quantizer is None:
-        raise ModelError(
-            f"--quantization Q4_K_M: needs llama.cpp's {QUANTIZER}, built in --llama-cpp DIR or on the PATH; "
-            "Q8_0, F16 and F32 do not"
-        )
-    return LlamaCpp(converter, quantizer)
 
 
 def run(command: list[str], makes: Path) -> None:
@@ -102,14 +90,14 @@ def run(command: list[str], makes: Path) -> None:
         )
 
 
-def describe(file: Path, llama_cpps: Sequence[Path] = ()) -> dict[str, Any]:
+def describe(file: Path, llama_cpp: Path) -> dict[str, Any]:
     """Name, size and how many tensors of each type; for mmproj as well whether it holds a vision tower.
 
-    `llama_cpps`: folders of llama.cpp, whose reader of GGUF files serves; else an installed `gguf`.
+    Read by the `gguf` in the folder `llama_cpp`, else by an installed one.
     """
-    for reader in (folder / "gguf-py" for folder in llama_cpps):
-        if reader.is_dir() and str(reader) not in sys.path:
-            sys.path.insert(0, str(reader))
+    reader = llama_cpp / "gguf-py"
+    if reader.is_dir() and str(reader) not in sys.path:
+        sys.path.insert(0, str(reader))
     try:
         reader = importlib.import_module("gguf").GGUFReader(file)
     except ImportError as error:

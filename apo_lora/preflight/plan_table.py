@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
+from apo_lora.family.lookup import find_shape
 from apo_lora.family.shape import ModelShape
-from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group
+from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group, plan
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.tables import aligned
 
-USUAL_CARDS = (8, 16, 24)
-"""GiB, where no card is given."""
+USUAL_SIZES = (8, 16, 24)
+"""GiB, where no GPU is named."""
 
 COMPLETION_LENGTHS = (256, 512, 1024, 2048, 4096)
 
@@ -20,9 +21,27 @@ REMEDIES = {
 }
 
 
-def plan_lines(name: str, recipe: Recipe, shape: ModelShape, plan: Plan, card: float | None) -> Iterator[str]:
-    """The whole report; `card` in GiB, where one is given or visible."""
-    load = plan.load
+def print_plan(name: str, recipe: Recipe, *, gpu_memory: float | None = None) -> bool:
+    """`apo-lora plan`: prints the memory that the recipe needs. False where it is more than `gpu_memory` (GiB).
+
+    Without one, that of a visible GPU counts, if there is one. Raises ModelError for a base whose shape is not known.
+    """
+    shape = find_shape(recipe.model.name, recipe.model.revision)
+    planned, gpu_memory = plan(shape, recipe), gpu_memory or _visible_gpu()
+    print("\n".join(plan_lines(name, recipe, shape, planned, gpu_memory)))
+    return gpu_memory is None or planned.total <= gpu_memory * GiB
+
+
+def _visible_gpu() -> float | None:
+    """GiB of the GPU, where there is one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / GiB if torch.cuda.is_available() else None
+
+
+def plan_lines(name: str, recipe: Recipe, shape: ModelShape, planned: Plan, gpu_memory: float | None) -> Iterator[str]:
+    """The whole report; `gpu_memory` in GiB, where one is given or visible."""
+    load = planned.load
     yield f"{name}: {recipe.model.name}. An estimate; not yet compared with a measured GPU run. GiB."
     yield (
         f"A rollout samples {load.rollout} completions at once, a pass trains {load.rows}; prompts of at most "
@@ -30,25 +49,21 @@ def plan_lines(name: str, recipe: Recipe, shape: ModelShape, plan: Plan, card: f
     )
     if recipe.rollout.engine == "vllm":
         yield (
-            f"vLLM samples: its cache is within {recipe.rollout.vllm_gpu_memory_utilization:.0%} of the card, which it "
-            "takes at once (rollout.vllm_gpu_memory_utilization); the columns prefill and decode do not apply."
+            f"vLLM samples: its cache is within {recipe.rollout.vllm_gpu_memory_utilization:.0%} of the GPU's memory, "
+            "which it takes at once (rollout.vllm_gpu_memory_utilization); the columns prefill and decode do not apply."
         )
     yield ""
-    yield from _part_table(plan)
+    yield from _part_table(planned)
     yield ""
-    yield from _verdict(plan, card)
+    yield from _verdict(planned, gpu_memory)
     yield ""
-    yield from _group_table(recipe, shape, (card,) if card else USUAL_CARDS)
+    yield from _group_table(recipe, shape, (gpu_memory,) if gpu_memory else USUAL_SIZES)
 
 
-def fits(plan: Plan, card: float) -> bool:
-    return plan.total <= card * GiB
-
-
-def _part_table(plan: Plan) -> list[str]:
+def _part_table(planned: Plan) -> list[str]:
     head = ["part", *MOMENTS, ""]
-    parts = [[row.part, *(_cell(row, moment) for moment in MOMENTS), row.how] for row in plan.rows]
-    peaks = ["peak of torch's allocator", *(f"{plan.peaks[m] / GiB:.2f}" for m in MOMENTS), ""]
+    parts = [[row.part, *(_cell(row, moment) for moment in MOMENTS), row.how] for row in planned.rows]
+    peaks = ["peak of torch's allocator", *(f"{planned.peaks[m] / GiB:.2f}" for m in MOMENTS), ""]
     return aligned([head, *parts, peaks], left=(0, len(head) - 1))
 
 
@@ -58,31 +73,31 @@ def _cell(row: Row, moment: str) -> str:
     return f"{row.bytes / GiB:.2f}" if row.bytes >= 0.005 * GiB else "<0.01"
 
 
-def _verdict(plan: Plan, card: float | None) -> Iterator[str]:
-    largest = max(plan.peaks, key=plan.peaks.__getitem__)
+def _verdict(planned: Plan, gpu_memory: float | None) -> Iterator[str]:
+    largest, needed = max(planned.peaks, key=planned.peaks.__getitem__), planned.total / GiB
     yield (
-        f"Needed: {plan.total / GiB:.2f} = {plan.peaks[largest] / GiB:.2f} ({largest}) + {OVERHEAD / GiB:.2f} for "
+        f"Needed: {needed:.2f} = {planned.peaks[largest] / GiB:.2f} ({largest}) + {OVERHEAD / GiB:.2f} for "
         "CUDA's context and fragmentation (assumed)"
     )
-    if card and fits(plan, card):
-        yield f"Fits a card of {card:g}, with {card - plan.total / GiB:.2f} to spare."
-    elif card:
-        yield f"Does not fit a card of {card:g}: {plan.total / GiB - card:.2f} too much; lower {REMEDIES[largest]}."
+    if gpu_memory and needed <= gpu_memory:
+        yield f"Fits a GPU of {gpu_memory:g}, with {gpu_memory - needed:.2f} to spare."
+    elif gpu_memory:
+        yield f"Does not fit a GPU of {gpu_memory:g}: {needed - gpu_memory:.2f} too much; lower {REMEDIES[largest]}."
 
 
-def _group_table(recipe: Recipe, shape: ModelShape, cards: Sequence[float]) -> list[str]:
+def _group_table(recipe: Recipe, shape: ModelShape, sizes: Sequence[float]) -> list[str]:
     rows = [
         [
-            f"{card:g}",
+            f"{gpu_memory:g}",
             str(prompts),
-            *(_largest(recipe, shape, card, prompts, completion) for completion in COMPLETION_LENGTHS),
+            *(_largest(recipe, shape, gpu_memory, prompts, completion) for completion in COMPLETION_LENGTHS),
         ]
-        for card in cards
+        for gpu_memory in sizes
         for prompts in sorted({1, recipe.prompts_per_rollout})
     ]
     title = "Largest num_generations that fits with completions_per_pass 1, by max_completion_length (up to 64):"
-    return [title, *aligned([["card", "prompts per rollout", *map(str, COMPLETION_LENGTHS)], *rows])]
+    return [title, *aligned([["GPU", "prompts per rollout", *map(str, COMPLETION_LENGTHS)], *rows])]
 
 
-def _largest(recipe: Recipe, shape: ModelShape, card: float, prompts: int, completion: int) -> str:
-    return str(largest_group(shape, recipe, int(card * GiB), prompts=prompts, completion=completion) or "none")
+def _largest(recipe: Recipe, shape: ModelShape, gpu_memory: float, prompts: int, completion: int) -> str:
+    return str(largest_group(shape, recipe, int(gpu_memory * GiB), prompts=prompts, completion=completion) or "none")

@@ -86,7 +86,7 @@ class DataSection(Section):
     system_prompt: str | None = None
     """System message; none leaves it to the model's own chat template."""
     instruction: str | None = None
-    """Text put after every problem, for instance how to dress the answer."""
+    """Text put after every problem, for instance in which format to answer."""
     max_pixels: Count | None = None
     """Larger images are shrunk to this many pixels, aspect ratio kept. One token is 28 x 28 of them in Qwen2.5-VL."""
     min_pixels: Count | None = None

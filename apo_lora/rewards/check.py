@@ -1,4 +1,4 @@
-"""Proof before training that the rewards work on the user's own rows: gold earns 1 in any dress, wrong answers 0.
+"""Proof before training that the rewards work on the user's own rows: gold scores 1 in every format, wrong answers 0.
 
 Pure functions; `apo-lora check-rewards` shows their table.
 """
@@ -17,9 +17,9 @@ _WORDS = ("banana", "none of these", "seventeen purple elephants")
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One line of the table: a dress, the reward it must earn, how many rows did, and the first that did not."""
+    """A line of the table: a format of answers, its right reward, how many rows got it, and the first that did not."""
 
-    dress: str
+    format: str
     expected: float
     checked: int
     passed: int
@@ -31,14 +31,14 @@ def in_answer(text: str) -> str:
     return f"{_THINK}<answer>{text}</answer>"
 
 
-def gold_in_other_dress(answer: str, choices: Sequence[str] | None = None) -> list[str]:
+def gold_in_other_formats(answer: str, choices: Sequence[str] | None = None) -> list[str]:
     """Completions that all say the gold answer, each as some model would; all must earn 1."""
-    return [completion for _, completion in _dresses(answer, choices)]
+    return [completion for _, completion in _formats(answer, choices)]
 
 
-def _dresses(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]]:
+def _formats(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]]:
     value = last_box(answer) or answer
-    dresses = [
+    formats = [
         ("as it stands", in_answer(value)),
         ("spaces and a full stop", in_answer(f" {value}. ")),
         ("\\boxed{}, no tags", f"The answer is \\boxed{{{value}}}."),
@@ -49,7 +49,7 @@ def _dresses(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]
     gold = read_gold(answer, tuple(choices or ()))
     if gold is not None and gold.index is not None:
         letter, text = chr(65 + gold.index), choices[gold.index]
-        dresses += [
+        formats += [
             ("letter", in_answer(letter)),
             ("(letter)", in_answer(f"({letter})")),
             ("boxed letter", f"The answer is $\\boxed{{\\text{{{letter}}}}}$."),
@@ -57,10 +57,10 @@ def _dresses(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]
             ("Option letter", in_answer(f"Option {letter}")),
         ]
         if _is_unique(gold):
-            dresses.append(("the choice's text", in_answer(text)))
+            formats.append(("the choice's text", in_answer(text)))
     elif gold is not None and (number := describes_number(answer)) is not None and number.integer:
-        dresses.append(("number with .0", in_answer(f"{value}.0" if value.isdecimal() else value)))
-    return dresses
+        formats.append(("number with .0", in_answer(f"{value}.0" if value.isdecimal() else value)))
+    return formats
 
 
 def _is_unique(gold: Gold) -> bool:
@@ -93,32 +93,32 @@ def _is_wrong(text: str, gold: Gold | None) -> bool:
 
 
 def check_rows(rows: Sequence[tuple[str, Sequence[str] | None]], score: Score) -> list[CheckRow]:
-    """Score every row's gold in every dress (must earn 1), a wrong answer and an empty one (must earn 0).
+    """Score every row's gold in every format (must earn 1), a wrong answer and an empty one (must earn 0).
 
     `score(completions, answers, choices)` is `Verifier.score` or anything like it. Rows count from 0.
     """
     tries: dict[tuple[str, float], list[tuple[int, str]]] = {}
     for index, (answer, choices) in enumerate(rows):
-        for dress, completion in _dresses(answer, choices):
-            tries.setdefault((dress, 1.0), []).append((index, completion))
+        for format, completion in _formats(answer, choices):
+            tries.setdefault((format, 1.0), []).append((index, completion))
         tries.setdefault(("a wrong answer", 0.0), []).append((index, wrong_answer(answer, choices)))
         tries.setdefault(("an empty answer", 0.0), []).append((index, in_answer("")))
         tries.setdefault(("an empty completion", 0.0), []).append((index, ""))
-    table = [_check(dress, expected, found, rows, score) for (dress, expected), found in tries.items()]
+    table = [_check(format, expected, found, rows, score) for (format, expected), found in tries.items()]
     return sorted(table, key=lambda row: -row.expected)
 
 
-def _check(dress: str, expected: float, tries: list[tuple[int, str]], rows, score: Score) -> CheckRow:
+def _check(format: str, expected: float, tries: list[tuple[int, str]], rows, score: Score) -> CheckRow:
     got = score([completion for _, completion in tries], [rows[i][0] for i, _ in tries], [rows[i][1] for i, _ in tries])
     failed = [index for (index, _), reward in zip(tries, got, strict=True) if reward != expected]
-    return CheckRow(dress, expected, len(tries), len(tries) - len(failed), failed[0] if failed else None)
+    return CheckRow(format, expected, len(tries), len(tries) - len(failed), failed[0] if failed else None)
 
 
 def table(checks: Sequence[CheckRow]) -> list[str]:
     """The checks as lines for a terminal."""
-    width = max([len("dress"), *(len(check.dress) for check in checks)])
-    lines = [f"{'dress':{width}}  must earn  checked  passed"]
+    width = max([len("format"), *(len(check.format) for check in checks)])
+    lines = [f"{'format':{width}}  must earn  checked  passed"]
     for check in checks:
         failure = "" if check.first_failure is None else f"   first failure: row {check.first_failure}"
-        lines.append(f"{check.dress:{width}}  {check.expected:9g}  {check.checked:7}  {check.passed:6}{failure}")
+        lines.append(f"{check.format:{width}}  {check.expected:9g}  {check.checked:7}  {check.passed:6}{failure}")
     return lines

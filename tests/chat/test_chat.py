@@ -169,7 +169,7 @@ def test_sampled_answers_vary_and_greedy_ones_do_not(run):
     [
         (["--image", "nowhere.png"], "no file"),
         (["--image", "text.png"], "not an image"),
-        (["--max-tokens", "0"], "no number of tokens"),
+        (["--max-tokens", "0"], "not a number of tokens"),
     ],
 )
 def test_bad_use_is_one_line(run, arguments, says, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from apo_lora.chat import llama_server
 from apo_lora.chat.chat import example_of
 from apo_lora.chat.columns import Column
 from apo_lora.chat.gguf import chat_gguf, files_to_ask
-from apo_lora.chat.llama_server import Answer, find_gguf, find_server, serving
+from apo_lora.chat.llama_server import StreamedAnswer, find_gguf, find_server, serving
 from apo_lora.commands.main import main
 from apo_lora.errors import ModelError
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
@@ -142,7 +142,7 @@ def test_the_image_is_bounded_as_in_training(run, board, program):
     prompts = []
     for limits in (image_token_limits(recipe.data, QWEN2_5_VL), {}):
         with serving(find_gguf(run / "gguf"), find_server(None), context=1024, image_tokens=limits) as url:
-            answer = Answer(url, chat_messages(example, recipe), max_tokens=1, temperature=0.0)
+            answer = StreamedAnswer(url, chat_messages(example, recipe), max_tokens=1, temperature=0.0)
             list(answer)
             prompts.append(answer.prompt_length)
     assert prompts[1] - prompts[0] == free - bounded
@@ -267,7 +267,7 @@ def test_an_answer_that_is_none_is_one_line(status, body, says):
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with pytest.raises(ModelError, match=says):
-            list(Answer(f"http://127.0.0.1:{server.server_port}", []))
+            list(StreamedAnswer(f"http://127.0.0.1:{server.server_port}", []))
 
 
 def test_neither_program_nor_package_says_what_to_install(monkeypatch):

@@ -252,8 +252,8 @@ def test_pictures_are_copied_small_and_damaged_ones_left_out(run, tmp_path, caps
         (["--data", "nowhere.jsonl"], "no such file"),
         (["--data", "boards", "--data", "boards"], "one at a time"),
         (["--model", "nowhere"], "no exported model"),
-        (["--name", "../out"], "is no name of a folder"),
-        (["--samples", "0"], "is no number of samples"),
+        (["--name", "../out"], "cannot name a folder"),
+        (["--samples", "0"], "is not a number of samples"),
         (["--base", "--model", "x"], "not allowed with"),
         (["--set", "data.eval=null"], "give some with --data"),
     ],
@@ -273,15 +273,10 @@ def test_no_run_is_one_line(tmp_path, capsys):
 
 
 def test_titles_and_names():
-    import argparse
-
     assert title_of("mathvista:some/file.parquet") == "mathvista" and title_of("ORG/Some Data:x") == "ORG-Some-Data-x"
-    options = argparse.Namespace(recipe=None, data=None, model=None, base=False)
-    assert default_name(options, {"reasoning": None}) == "held_out"
-    options.recipe = "recipes/eval_view_r1.yaml"
-    assert default_name(options, {}) == "eval_view_r1"
-    options.model = "runs/x/merged"
-    assert default_name(options, {}) == "eval_view_r1-merged"
+    assert default_name(None, (), None) == "held_out" and default_name(None, ("mmmu", "mmstar"), None) == "mmmu-mmstar"
+    assert default_name("recipes/eval_view_r1.yaml", (), None) == "eval_view_r1"
+    assert default_name("recipes/eval_view_r1.yaml", (), Path("runs/x/merged")) == "eval_view_r1-merged"
 
 
 def test_batches_have_seeds_of_their_own_and_both_models_the_same(load_tiny):

@@ -11,11 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from apo_lora.commands.arguments import EXPORT_TARGETS
 from apo_lora.commands.main import main
+from apo_lora.export import base as export_base
 from apo_lora.export import merged as export_merged
-from apo_lora.export.check import check_prompts, comparison
-from apo_lora.export.verb import TARGETS
+from apo_lora.export import targets
+from apo_lora.export.comparison import check_prompts, comparison
 from apo_lora.recipe.files import find_recipe
 from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
 from apo_lora.tiny import BASE_DIR
@@ -126,48 +126,55 @@ def test_a_run_is_exported_beside_its_adapter(adapter, tmp_path):
     assert (run / "merged" / "model.safetensors").is_file()
 
 
-def the_base(name, weight):
+def the_base(name, weight, merged):
     return weight
 
 
-def permuted(name, weight):
-    return weight.roll(1, 0) if name.endswith("q_proj.weight") else weight
+def permuted(name, weight, merged):
+    return merged.roll(1, 0) if name.endswith("q_proj") else merged
 
 
-def with_wrong_scale(name, weight):
-    return 3 * weight if name.endswith("down_proj.weight") else weight
+def with_wrong_scale(name, weight, merged):
+    return 3 * merged if name.endswith("down_proj") else merged
+
+
+def without_vision(name, weight, merged):
+    return weight if name.startswith("visual") else merged
+
+
+@pytest.fixture
+def merge_wrongly(monkeypatch):
+    right = export_merged.merged_weight
+
+    def use(wrong):
+        monkeypatch.setattr(
+            export_merged, "merged_weight", lambda name, weight, layer: wrong(name, weight, right(name, weight, layer))
+        )
+
+    return use
 
 
 @pytest.mark.parametrize("wrong", [the_base, permuted, with_wrong_scale])
-def test_a_wrong_merge_is_found_and_not_kept(wrong, adapter, tmp_path, capsys, monkeypatch):
-    right = export_merged.Deltas.added
-
-    def added(self, name, weight):
-        merged = right(self, name, weight)
-        return wrong(name, weight if wrong is the_base else merged)
-
-    monkeypatch.setattr(export_merged.Deltas, "added", added)
+def test_a_wrong_merge_is_found_and_not_kept(wrong, adapter, tmp_path, capsys, merge_wrongly):
+    merge_wrongly(wrong)
     assert export(adapter, tmp_path / "merged") == 1
-    assert "not the adapter model" in capsys.readouterr().err
+    assert ("equals the base" if wrong is the_base else "not the adapter model") in capsys.readouterr().err
     assert leftovers(adapter) == []
 
 
-def test_lost_vision_layers_are_found(adapter, tmp_path, capsys, monkeypatch):
-    right = export_merged.Deltas.added
-    monkeypatch.setattr(
-        export_merged.Deltas, "added", lambda self, n, w: (right(self, n, w), w)[n.startswith("visual")]
-    )
+def test_lost_vision_layers_are_found(adapter, tmp_path, capsys, merge_wrongly):
+    merge_wrongly(without_vision)
     edit_weights(adapter, lambda n, t: (n, t * 0.2 if "language_model" in n else t))
     assert export(adapter, tmp_path / "merged") == 1
     assert "image prompts: the merged model is not the adapter model" in capsys.readouterr().err
 
 
-def test_an_effect_as_small_as_rounding_passes_and_the_base_does_not(adapter, tmp_path, capsys, monkeypatch):
+def test_an_effect_as_small_as_rounding_passes_and_the_base_does_not(adapter, tmp_path, capsys, merge_wrongly):
     edit_weights(adapter, lambda n, t: (n, t * 5e-4 if "lora_B" in n else t))
     assert export(adapter, tmp_path / "merged") == 0
     for check in json.loads((tmp_path / "merged" / "export_report.json").read_text())["checks"]:
         assert check["gap"] > 0.5 and abs(check["gap"] / check["rounding"] - 1) < 0.2  # as PEFT's own merge
-    monkeypatch.setattr(export_merged.Deltas, "added", lambda self, name, weight: self.unused.clear() or weight)
+    merge_wrongly(the_base)
     assert export(adapter, tmp_path / "again") == 1
     assert "equals the base" in capsys.readouterr().err
 
@@ -201,7 +208,7 @@ def test_a_full_disk_leaves_nothing(adapter, tmp_path, capsys, monkeypatch):
     def no_space(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    monkeypatch.setattr(export_merged, "save_file", no_space)
     assert export(adapter, tmp_path / "merged") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert leftovers(adapter) == []
@@ -232,13 +239,13 @@ def test_what_a_kill_left_is_cleared_away(adapter, tmp_path):
     ],
 )
 def test_four_bit_names_lead_to_their_base(given, sibling):
-    assert export_merged.sixteen_bit_name(given) == sibling
+    assert export_base.sixteen_bit_name(given) == sibling
 
 
 def test_a_four_bit_folder_leads_to_its_sibling(adapter, tmp_path):
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "base-unsloth-bnb-4bit"))
     shutil.copytree(BASE_DIR, tmp_path / "base")
-    assert export_merged.base_folder(find_adapter(adapter)) == tmp_path / "base"
+    assert export_base.base_folder(find_adapter(adapter)) == tmp_path / "base"
 
 
 def test_the_base_of_the_hub_comes_with_the_adapters_revision_but_its_sibling_does_not(adapter, monkeypatch):
@@ -251,7 +258,7 @@ def test_the_base_of_the_hub_comes_with_the_adapters_revision_but_its_sibling_do
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for name in ("some/base", "some/base-bnb-4bit"):
         edit_config(adapter, base_model_name_or_path=name, revision="abc")
-        export_merged.base_folder(find_adapter(adapter))
+        export_base.base_folder(find_adapter(adapter))
     assert set(asked) == {("some/base", "abc"), ("some/base-bnb-4bit".removesuffix("-bnb-4bit"), None)}
 
 
@@ -288,10 +295,18 @@ def test_room_for_base_and_export_is_asked_for_before_the_download(free_gb, code
 
 
 def lm_head_pair(adapter):
-    tensors = load_file(adapter / WEIGHTS)
-    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(2, 96)
-    tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(448, 2)
-    save_file(tensors, adapter / WEIGHTS)
+    edit_config(adapter, target_modules=r".*(q_proj|lm_head)")
+    edit_weights(
+        adapter, lambda name, tensor: (name, tensor) if "language_model" in name and "q_proj" in name else None
+    )
+    rank = json.loads((adapter / CONFIG).read_text())["r"]
+    pair = {"lm_head.lora_A.weight": torch.zeros(rank, 96), "lm_head.lora_B.weight": torch.zeros(448, rank)}
+    add_weights(adapter, pair)
+
+
+def add_weights(adapter, tensors):
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(load_file(adapter / WEIGHTS) | named, adapter / WEIGHTS)
 
 
 def unknown_layer(adapter):
@@ -315,18 +330,18 @@ def lost_shard(adapter):
     ("spoil", "words"),
     [
         (lm_head_pair, "adapts lm_head, whose weight this base uses for both"),
-        (lambda a: edit_config(a, modules_to_save=["lm_head"]), "modules_to_save"),
-        (lambda a: edit_config(a, use_dora=True), "DoRA"),
-        (lambda a: edit_config(a, bias="all"), "bias=all"),
+        (lambda a: add_weights(a, {"lm_head.weight": torch.zeros(448, 96)}), "lm_head.weight is not one of a low-rank"),
+        (lambda a: edit_config(a, use_dora=True), "DoraLinearVariant"),
         (lambda a: edit_config(a, peft_type="IA3"), "only LoRA"),
+        (lambda a: edit_config(a, target_modules=["nothing"]), "PEFT cannot use it on"),
         (lambda a: edit_config(a, base_model_name_or_path="/no/such/base"), "/no/such/base is not here"),
         (lambda a: edit_config(a, base_model_name_or_path="nobody/nothing"), "hf download nobody/nothing"),
         (unknown_layer, "is this the base it was trained on?"),
         (quantised_base, "quantised"),
         (lost_shard, "model-00002-of-00002.safetensors is missing"),
         (lambda a: edit_weights(a, lambda n, t: (n, t * float("inf"))), "cannot hold"),
-        (lambda a: edit_weights(a, lambda n, t: (n, t[:, 1:].clone()) if "lora_A" in n else (n, t)), "in the base"),
-        (lambda a: edit_weights(a, lambda n, t: None if "lora_B" in n else (n, t)), "without its other half"),
+        (lambda a: edit_weights(a, lambda n, t: (n, t[:, 1:].clone()) if "lora_A" in n else (n, t)), "size mismatch"),
+        (lambda a: edit_weights(a, lambda n, t: None if "lora_B" in n else (n, t)), "48 of its weights are missing"),
         (lambda a: shutil.copytree(a, a.parent / "merged"), "already there"),
     ],
 )
@@ -337,10 +352,6 @@ def test_what_cannot_be_merged_is_one_line(spoil, words, adapter, tmp_path, caps
     error = [line for line in capsys.readouterr().err.splitlines() if "merging:" not in line and line.strip()]
     assert len(error) == 1 and words in error[0]
     assert leftovers(adapter) == before
-
-
-def test_the_command_line_knows_every_target():
-    assert set(EXPORT_TARGETS) == set(TARGETS)
 
 
 def test_no_adapter_is_one_line(tmp_path, capsys):
@@ -373,15 +384,13 @@ def test_an_adapter_goes_to_the_hub_privately(adapter, pushed, capsys):
 
 
 def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushed, tmp_path, monkeypatch):
-    from apo_lora.export import verb as export
-
     made = []
-    monkeypatch.setitem(export.TARGETS, "merged", lambda source, options: made.append(options.out))
+    monkeypatch.setattr(targets, "export_merged", lambda source, out: made.append(out))
     arguments = ["export", str(adapter), "--to", "hub", "--repo", "me/counts", "--what", "merged"]
-    assert main([*arguments, "--out", str(tmp_path / "absent")]) == 0 and made == [str(tmp_path / "absent")]
+    assert main([*arguments, "--out", str(tmp_path / "absent")]) == 0 and made == [tmp_path / "absent"]
     (tmp_path / "there").mkdir()
     assert main([*arguments, "--out", str(tmp_path / "there")]) == 2 and len(pushed) == 1  # no report: not ours
-    (tmp_path / "there" / export.REPORT).write_text("{}")
+    (tmp_path / "there" / targets.REPORT).write_text("{}")
     assert main([*arguments, "--out", str(tmp_path / "there")]) == 0 and len(made) == 1
     assert pushed[-1][1]["folder"] == tmp_path / "there"
 

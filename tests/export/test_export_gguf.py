@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from apo_lora.commands.main import main
 from apo_lora.export import gguf as export_gguf
-from apo_lora.export.check import load_plain
+from apo_lora.export.comparison import load_plain
 
 TEXT, ABOUT_IMAGE = "What is seven plus five?", "What is this?"
 TOP = 8
@@ -75,9 +75,9 @@ def test_q4_k_m_is_quantised_from_an_f16_file_that_goes(tmp_path):
     quantizer.parent.mkdir(parents=True)
     quantizer.write_text('#!/bin/sh\necho "$3 of $(cat "$1")" > "$2"\n')
     quantizer.chmod(0o755)
-    tools = export_gguf.find_llama_cpp(str(tmp_path), "Q4_K_M")
+    convert = export_gguf.find_converter(str(tmp_path), "Q4_K_M")
     (tmp_path / "out").mkdir()
-    text, mmproj = tools.convert(tmp_path, tmp_path / "out", "mine", "Q4_K_M")
+    text, mmproj = convert(tmp_path, tmp_path / "out", "mine", "Q4_K_M")
     assert (text.name, text.read_text()) == ("mine-Q4_K_M.gguf", "Q4_K_M of f16 False\n")
     assert (mmproj.name, mmproj.read_text()) == ("mmproj-mine-F16.gguf", "f16 True")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [text.name, mmproj.name]

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoProcessor
 
 from apo_lora.commands.main import main
-from apo_lora.export.check import check_prompts, load_plain
+from apo_lora.export.comparison import check_prompts, load_plain
 from apo_lora.tiny import BASE_DIR
 
 

@@ -13,7 +13,7 @@ from reward_cases import ONE_TO_FOUR, RIGHT, ROOTS, SHAPES, WHOLE, WRONG
 
 from apo_lora.errors import RewardError
 from apo_lora.rewards.answers.match import MathQuestion
-from apo_lora.rewards.check import check_rows, gold_in_other_dress, wrong_answer
+from apo_lora.rewards.check import check_rows, gold_in_other_formats, wrong_answer
 from apo_lora.rewards.plugins import load_reward
 from apo_lora.rewards.scores import accuracy_reward, format_reward, gold_is_parsable, quick_verdict
 
@@ -128,7 +128,7 @@ def test_importing_the_rewards_imports_neither_torch_nor_sympy():
 
 # --- recorded verdicts ---
 
-# Recorded as wrong, yet the gold choice's own letter or value in another dress, which the table above asks for:
+# Recorded as wrong, yet the gold choice's own letter or value in another format, which the table above asks for:
 # "1m" for "1 m", "54^\circ" for "54^{\circ}", "12" for "12 cm^2", "(D) <text of D>" for D, "(C) 49" for C.
 LABELLED_WRONG_BUT_RIGHT = {
     "mathv-out-ChatGPT3.5_CoT_Text_Image_Caption_-969",
@@ -198,9 +198,9 @@ def test_check_rows_notices_a_reward_that_is_wrong():
         return [1.0 if c.endswith(f"<answer>{a}</answer>") else 0.0 for c, a in zip(completions, answers, strict=True)]
 
     failed = [row for row in check_rows([("30", None), ("B", SHAPES)], string_compare) if row.passed < row.checked]
-    assert {"bold", "number with .0", "(letter)"} <= {row.dress for row in failed}
+    assert {"bold", "number with .0", "(letter)"} <= {row.format for row in failed}
     generous = check_rows([("30", None)], lambda completions, *_: [1.0] * len(completions))
-    assert [(r.dress, r.first_failure) for r in generous if r.first_failure is not None] == [
+    assert [(r.format, r.first_failure) for r in generous if r.first_failure is not None] == [
         ("a wrong answer", 0),
         ("an empty answer", 0),
         ("an empty completion", 0),
@@ -212,8 +212,8 @@ def test_check_rows_notices_a_reward_that_is_wrong():
     [("30", None), ("1/2", None), ("2\\sqrt{3}", None), ("red", None), ("yes", None), ("banana", None), ("C", None),
      ("x^2+1", None), ("(3,-4)", None), ("B", SHAPES), ("hexagon", SHAPES), ("36\\pi cm^2", None), ("50%", None)],
 )  # fmt: skip
-def test_dresses_earn_one_and_the_wrong_answer_nothing(answer, choices):
-    assert [accuracy_reward(c, answer, choices) for c in gold_in_other_dress(answer, choices)].count(0.0) == 0
+def test_all_formats_earn_one_and_the_wrong_answer_nothing(answer, choices):
+    assert [accuracy_reward(c, answer, choices) for c in gold_in_other_formats(answer, choices)].count(0.0) == 0
     assert accuracy_reward(wrong_answer(answer, choices), answer, choices) == 0.0
 
 

@@ -94,7 +94,7 @@ def test_the_arguments_take_the_values(tiny_policy, tmp_path):
 def test_the_plan_says_what_it_does_not_know():
     shape = find_shape(VLLM.model.name)
     shown = "\n".join(plan_lines("single_gpu", VLLM, shape, plan(shape, VLLM), 24))
-    assert "vLLM samples" in shown and "50% of the card" in shown
+    assert "vLLM samples" in shown and "50% of the GPU" in shown
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM needs a GPU")

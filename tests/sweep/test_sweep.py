@@ -115,7 +115,7 @@ def test_an_unknown_experiment_is_one_line(capsys):
 def test_bad_seeds_are_one_line(seeds, experiment_file, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["sweep", str(experiment_file()), "--seeds", seeds])
-    assert exit.value.code == 2 and "is no list of seeds" in capsys.readouterr().err
+    assert exit.value.code == 2 and "is not a list of seeds" in capsys.readouterr().err
 
 
 def test_nothing_in_the_file_is_executed(tmp_path, capsys):

@@ -39,7 +39,7 @@ class Gold:
     letter: bool  # an open question whose gold is a bare letter
 
 
-# A letter in its usual dresses: "B", "(B)", "B.", "Option B", "figure (B)", "B) 12", "B: text".
+# A letter in its usual formats: "B", "(B)", "B.", "Option B", "figure (B)", "B) 12", "B: text".
 _LETTER_NAMES = (
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|final\s+)?"
     r"(?:option|choice|answer|letter|figure|fig\.?|image|picture|diagram|graph|shape|pattern|panel|选项|答案)\s*:?\s*)?"

@@ -1,6 +1,6 @@
 """From a model's whole completion to the short text of its final answer, and that text made plain.
 
-`final_answer` picks the text; `plain` strips its dress (markdown, LaTeX wrappers, full-width signs) but
+`final_answer` picks the text; `plain` strips its markup (markdown, LaTeX wrappers, full-width signs) but
 keeps its mathematics. Nothing here judges an answer, and nothing is slow on a megabyte of rubbish.
 """
 
@@ -179,7 +179,7 @@ _EDGES = " \t\r\n\"'`*;,"
 
 
 def plain(text: str) -> str:
-    """`text` without its dress: no $, no \\text{}, no markdown, no closing full stop; mathematics kept."""
+    """`text` without its markup: no $, no \\text{}, no markdown, no closing full stop; mathematics kept."""
     text = unify_signs(text)
     for _ in range(6):  # wrappers nest: \boxed{\textbf{(C)}}
         unwrapped = _WRAPPER.sub(r" \1 ", text)

@@ -4,7 +4,7 @@ One model is in memory at a time. Shape suffixes: L positions, V vocabulary.
 """
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,6 @@ class Comparison:
             f"{self.argmax_agreement:.1%} of {self.positions} positions, gap {self.gap:.3f} of the adapter's effect "
             f"(rounding alone: {self.rounding:.3f})"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(merged: Path, base: Path, adapter: Path) -> list[Comparison]:

@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from apo_lora.data.check import Spread, answer_kind, report
 from apo_lora.data.examples import Example, Loaded, prompt_lengths
 from apo_lora.data.images import ImageRef
+from apo_lora.data.report import Spread, answer_kind, report
 from apo_lora.recipe.schema import DataSection
 from apo_lora.tiny import BASE_DIR
 

@@ -1,0 +1,59 @@
+"""ask base and tuned model of a run one question, side by side"""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from apo_lora.commands.arguments import count_of, load_named
+from apo_lora.errors import UserError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory, or an adapter's or a GGUF's folder (see --recipe)")
+    add("question")
+    add("--image", metavar="FILE", help="what the question is about")
+    add("--sample", action="store_true", help="sample as in training instead of taking the likeliest tokens")
+    add("--max-tokens", metavar="N", type=count_of("tokens"), help="cut the answers there; else the recipe's limit")
+    add("--recipe", metavar="R", help="how to ask; else the run's, or the one that a push left")
+    add("--gguf", action="store_true", help="ask the run's exported GGUF, through llama.cpp")
+    add(
+        "--base-gguf",
+        metavar="DIR",
+        help="with --gguf: the base's GGUF; else that of `export --to base-gguf`, or the tuned answer stands alone",
+    )
+    add(
+        "--llama-cpp",
+        metavar="DIR",
+        help="with --gguf: a llama.cpp folder; else llama-server on the PATH, or the package xllamacpp",
+    )
+
+
+def run(
+    run: str,
+    question: str,
+    image: str | None,
+    sample: bool,
+    max_tokens: int | None,
+    recipe: str | None,
+    gguf: bool,
+    base_gguf: str | None,
+    llama_cpp: str | None,
+) -> int:
+    how_to_ask = load_named(recipe)[1] if recipe else None
+    options = {"image": image, "sampled": sample, "max_tokens": max_tokens}
+    if gguf:
+        from apo_lora.chat.gguf import chat_gguf, files_to_ask
+
+        tuned, base, how_to_ask = files_to_ask(Path(run), base_gguf, how_to_ask)
+        chat_gguf(tuned, base, how_to_ask, question, sys.stdout, llama_cpp=llama_cpp, **options)
+        return 0
+    if base_gguf or llama_cpp:
+        raise UserError("chat: --base-gguf and --llama-cpp go with --gguf")
+    from apo_lora.run.adapter import find_adapter
+
+    source = find_adapter(run)  # before the heavy libraries
+    from apo_lora.chat.chat import chat
+
+    chat(source, question, sys.stdout, recipe=how_to_ask, **options)
+    return 0

@@ -1,0 +1,12 @@
+"""report on a recipe's data: rows, answers, images, tokens"""
+
+from apo_lora.commands.arguments import add_recipe, load_named
+
+add_arguments = add_recipe
+
+
+def run(recipe: str, overrides: list[str]) -> int:
+    from apo_lora.preflight.data import check_data
+
+    check_data(load_named(recipe, overrides)[1])
+    return 0

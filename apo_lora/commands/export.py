@@ -1,0 +1,48 @@
+"""turn an adapter into what people deploy, and check it"""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from apo_lora.export import QUANTIZATIONS, TARGETS
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder")
+    targets = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
+    add("--to", required=True, choices=TARGETS, help=targets)
+    add("--out", metavar="DIR", type=Path, help="folder to write, which must not exist; else beside the adapter")
+    quantization = f"of a GGUF's text model (default: {QUANTIZATIONS[0]})"
+    add("--quantization", choices=QUANTIZATIONS, default=QUANTIZATIONS[0], help=quantization)
+    add("--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF; else its programs are looked for on the PATH")
+    add("--repo", metavar="ORG/NAME", help="where on the Hub (--to hub)")
+    add("--what", choices=("adapter", "merged", "gguf"), default="adapter", help="what goes to the Hub")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", default=True, help="only you see it on the Hub (default)")
+    seen.add_argument("--public", dest="private", action="store_false", help="everybody sees it on the Hub")
+
+
+def run(
+    source: str,
+    to: str,
+    out: Path | None,
+    quantization: str,
+    llama_cpp: str | None,
+    repo: str | None,
+    what: str,
+    private: bool,
+) -> int:
+    from apo_lora.export import targets
+    from apo_lora.run.adapter import find_adapter
+
+    adapter = find_adapter(source)
+    gguf = {"quantization": quantization, "llama_cpp": llama_cpp}
+    if to == "hub":
+        targets.export_to_hub(adapter, repo=repo, what=what, private=private, out=out, **gguf)
+    elif to == "merged":
+        targets.export_merged(adapter, out)
+    elif to == "base-gguf":
+        targets.export_base_gguf(adapter, out, **gguf)
+    else:
+        targets.export_gguf(adapter, out, **gguf)
+    return 0

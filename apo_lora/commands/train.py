@@ -1,0 +1,23 @@
+"""train an adapter by a recipe"""
+
+from argparse import ArgumentParser
+
+from apo_lora.commands.arguments import add_recipe, load_named
+
+WHEN_STOPPED = "Stopped. What was saved is kept; continue with --resume auto."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue the run: its last whole checkpoint, or the one at PATH"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
+
+
+def run(recipe: str, overrides: list[str], resume: str | None, dry_run: bool) -> int:
+    from apo_lora.train import train
+
+    name, loaded = load_named(recipe, overrides)
+    train(loaded, recipe_name=name, resume=resume, dry_run=dry_run)
+    return 0

@@ -1,0 +1,37 @@
+"""`apo-lora check-data` and `apo-lora check-rewards`: the rows that training would see, looked through before it."""
+
+from typing import Any
+
+from apo_lora.data.examples import Loaded
+from apo_lora.data.inputs import open_inputs
+from apo_lora.data.report import report
+from apo_lora.errors import printable
+from apo_lora.recipe.schema import Recipe
+from apo_lora.rewards.check import check_rows, table
+from apo_lora.rewards.verifier import Verifier
+
+
+def check_data(recipe: Recipe) -> None:
+    """Prints what the rows hold: answers, images, prompt lengths, and each row that is dropped. Raises UserError."""
+    loaded, processor = _training_rows(recipe)
+    print("\n".join(map(printable, report(loaded, recipe.data, processor).lines())))
+
+
+def check_rewards(recipe: Recipe) -> bool:
+    """Prints how each row's gold answer and a wrong one are scored. True if all are as they must. Raises UserError."""
+    loaded, _ = _training_rows(recipe)
+    rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
+    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
+        checks = check_rows(rows, verifier.score)
+    print("\n".join([printable(loaded.summary()), *table(checks)]))
+    return all(check.passed == check.checked for check in checks)
+
+
+def _training_rows(recipe: Recipe) -> tuple[Loaded, Any]:
+    """The rows, and the model's processor, which says how long their prompts are."""
+    inputs = open_inputs(recipe, held_out={})
+    # Only now the heavy libraries: what is wrong with the data shows at once.
+    from apo_lora.policy.loading import load_processor
+
+    processor = load_processor(recipe.model, recipe.data)
+    return inputs.fitting(processor, recipe.data).train, processor
