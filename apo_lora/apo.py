@@ -36,6 +36,11 @@ DADS_SHAPES = {
 }
 
 
+def without_variance(rewards_NG: Tensor) -> Tensor:
+    """Which groups earned the same throughout, and so teach nothing but the KL. Returns (N,), bool."""
+    return (rewards_NG == rewards_NG[:, :1]).all(dim=-1)
+
+
 def group_advantages(rewards_NG: Tensor, eps: float = 1e-9) -> Tensor:
     """Rewards standardised within each group, with the unbiased deviation (divisor G-1). Returns (N, G).
 
@@ -45,7 +50,7 @@ def group_advantages(rewards_NG: Tensor, eps: float = 1e-9) -> Tensor:
         raise ValueError("group_advantages needs at least 2 generations per prompt")
     centred_NG = rewards_NG - rewards_NG.mean(dim=-1, keepdim=True)
     # Equal rewards can leave a rounding residue in both the mean and the deviation; eps is too small to hide it.
-    constant_N1 = (rewards_NG == rewards_NG[..., :1]).all(dim=-1, keepdim=True)
+    constant_N1 = without_variance(rewards_NG).unsqueeze(-1)
     return torch.where(constant_N1, 0.0, centred_NG / (rewards_NG.std(dim=-1, keepdim=True) + eps))
 
 

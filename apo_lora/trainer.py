@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from apo_lora.apo import apo_loss
+from apo_lora.apo import apo_loss, without_variance
 from apo_lora.config import APOConfig
 from apo_lora.family.lookup import closest_family, family_of, inner_model_of
 from apo_lora.machine import ranks
@@ -49,7 +49,7 @@ from apo_lora.rewards.functions import completion_text
 from apo_lora.rollout.credit import Rollout, credit_rule
 from apo_lora.rollout.group_images import RowPixels, images_processed_once
 from apo_lora.rollout.sampling import generation_fault, watched_forwards, without_dropout
-from apo_lora.rollout.zero_variance import resampled, without_rows, without_variance
+from apo_lora.rollout.zero_variance import resampled, without_rows
 from apo_lora.run.callbacks import NonFiniteGuard
 from apo_lora.run.hooks import APOCallback
 
@@ -202,7 +202,7 @@ class APOTrainer(GRPOTrainer):
         batch["advantages"] = scored.credit.advantages_NG.flatten()[own]
         batch["kl_weights"] = scored.credit.kl_weights_NG.flatten()[own]
         batch["correct"] = scored.correct_NG.flatten()[own]
-        is_skipped_N = without_variance(scored) & (on_zero_variance != "keep")
+        is_skipped_N = without_variance(scored.rewards_NG) & (on_zero_variance != "keep")
         if is_skipped_N.any():
             batch = without_rows(batch, is_skipped_N.repeat_interleave(self._group_size)[own])
         self._score_frozen_policies(batch)

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from apo_lora.commands.main import main
+from apo_lora.recipe.files import load_recipe
 from apo_lora.run.directory import RunDir
+from apo_lora.run.figures import HELD_OUT, PER_STEP
 from apo_lora.run.files import read_jsonl
 
 SMALL = [
@@ -88,6 +90,14 @@ def test_a_run_is_a_record(finished_run):
     assert card.startswith("---\nlibrary_name: peft") and "| reasoning | accuracy (95 % interval) |" in card
     assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
+
+
+def test_what_is_recorded_is_what_the_registry_declares(finished_run):
+    functions = load_recipe(finished_run.recipe).rewards.functions
+    declared = {"step", *(figure.name for figure in PER_STEP), *(f"reward_{name}" for name in functions)}
+    assert all(row.keys() == declared for row in read_jsonl(finished_run.metrics))
+    evaluation = json.loads(finished_run.evaluation.read_text())
+    assert all(set(HELD_OUT) <= task.keys() for tasks in evaluation.values() for task in tasks.values())
 
 
 def test_plots_are_pictures_with_something_on_them(finished_run):

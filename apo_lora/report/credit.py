@@ -1,78 +1,74 @@
-"""What DADS and STCR did to the completions of a run: weights by accuracy, multipliers by excess length.
+"""What DADS and STCR did to the completions of a run: weights by accuracy, multipliers by excess length."""
 
-The formulas are those of apo.py, here for drawing without torch; a test compares the two.
-"""
-
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from apo_lora.report.curves import Points
-from apo_lora.report.runs import Row
+from pandas import DataFrame
 
-DADS_FORMULAS: dict[str, Callable[[float], float]] = {
-    "complement_exp": lambda accuracy: 1.0 - math.exp(-math.e * accuracy),
-    "exp_decay": lambda accuracy: math.exp(-math.e * (1.0 - accuracy)),
-    "constant": lambda accuracy: 1.0,
-}
+from apo_lora.report.runs import COMPLETION_KEYS, Row
+
+Points = list[tuple[float, float]]
 
 
-def stcr_formula(excess: float, base: float) -> float:
-    """`excess`: tokens above the mean length of the group's right completions."""
-    return 1.0 - math.expm1(-max(0.0, excess) * math.log(base))
-
-
-@dataclass
-class CreditSeen:
-    completions: int = 0
-    weights: Counter = field(default_factory=Counter)
+class CreditSeen(NamedTuple):
+    completions: int
+    weights: Counter
     """(group accuracy, KL weight) of completions with a positive advantage, in groups that are partly right."""
-    multipliers: Counter = field(default_factory=Counter)
-    """(excess tokens, multiplier) of wrong completions in groups that have a right one."""
-    amplified: int = 0
-    """Completions with a multiplier above 1."""
-    multiplier_sum: float = 0.0
+    mean_weight: float
     """Over those."""
-
-    @property
-    def mean_weight(self) -> float | None:
-        total = self.weights.total()
-        return sum(weight * count for (_, weight), count in self.weights.items()) / total if total else None
-
-    @property
-    def mean_multiplier(self) -> float | None:
-        return self.multiplier_sum / self.amplified if self.amplified else None
+    multipliers: Counter
+    """(excess tokens, multiplier) of wrong completions in groups that have a right one."""
+    amplified: int
+    """Completions with a multiplier above 1."""
+    mean_multiplier: float
+    """Over those."""
 
 
 def credit_seen(groups: Iterable[list[Row]]) -> CreditSeen:
-    """Counted from the rows of completions.jsonl, a list per prompt."""
-    seen = CreditSeen()
-    for group in groups:
-        right = [row["length"] for row in group if row["correct"]]
-        accuracy = len(right) / len(group)
-        seen.completions += len(group)
-        for row in group:
-            if row["advantage"] > 0 and 0 < accuracy < 1:
-                seen.weights[round(accuracy, 3), round(row["kl_weight"], 3)] += 1
-            if right and not row["correct"]:
-                excess = row["length"] - sum(right) / len(right)
-                seen.multipliers[_rounded(excess), round(row["stcr_multiplier"], 5)] += 1
-            if row["stcr_multiplier"] > 1:
-                seen.amplified += 1
-                seen.multiplier_sum += row["stcr_multiplier"]
-    return seen
+    """Counted from the rows of completions.jsonl, a list per prompt. A mean over nothing is NaN."""
+    columns = sorted(COMPLETION_KEYS)
+    rows = [
+        [group_number, *(row[key] for key in columns)] for group_number, group in enumerate(groups) for row in group
+    ]
+    seen = DataFrame(rows, columns=["group", *columns]).astype({"correct": bool})
+    accuracy = seen.groupby("group")["correct"].transform("mean")
+    excess = seen["length"] - seen["length"].where(seen["correct"]).groupby(seen["group"]).transform("mean")
+    weighted = seen[(seen["advantage"] > 0) & accuracy.between(0, 1, inclusive="neither")]["kl_weight"]
+    multiplied = seen[~seen["correct"] & excess.notna()]["stcr_multiplier"]
+    amplified = seen["stcr_multiplier"][seen["stcr_multiplier"] > 1]
+    return CreditSeen(
+        completions=len(seen),
+        weights=Counter(zip(accuracy[weighted.index].round(3), weighted.round(3), strict=True)),
+        mean_weight=weighted.mean(),
+        # Tokens to two digits, so that many thousand completions are some hundred points.
+        multipliers=Counter(
+            zip((float(f"{x:.2g}") for x in excess[multiplied.index].round()), multiplied.round(5), strict=True)
+        ),
+        amplified=len(amplified),
+        mean_multiplier=amplified.mean(),
+    )
 
 
-def _rounded(tokens: float) -> float:
-    """To two digits, so that many thousand completions are some hundred points."""
-    return float(f"{round(tokens):.2g}")
+# The curves are drawn through the formulas of apo.py; torch is loaded only where there is something to draw.
 
 
 def dads_curve(shape: str) -> Points:
-    return [(n / 50, DADS_FORMULAS[shape](n / 50)) for n in range(51)]
+    import torch
+
+    from apo_lora.apo import DADS_SHAPES
+
+    accuracies = torch.linspace(0, 1, 51)
+    return list(zip(accuracies.tolist(), DADS_SHAPES[shape](accuracies).tolist(), strict=True))
 
 
 def stcr_curve(base: float, shortest: float, longest: float) -> Points:
-    excesses = [shortest + (longest - shortest) * n / 100 for n in range(101)]
-    return [(excess, stcr_formula(excess, base)) for excess in excesses]
+    """From `shortest` to `longest` tokens above the mean length of the group's right completions."""
+    import torch
+
+    from apo_lora.apo import stcr_multipliers
+
+    # One group: a right completion without length, so that the others' lengths are their excess.
+    excesses = torch.linspace(shortest, longest, 101, dtype=torch.float64)
+    lengths, correct = torch.cat([torch.zeros(1), excesses]), torch.tensor([1.0] + [0.0] * 101)
+    return list(zip(excesses.tolist(), stcr_multipliers(correct, lengths, base)[1:].tolist(), strict=True))

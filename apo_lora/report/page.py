@@ -1,6 +1,6 @@
 """A report as HTML: everything the template needs, gathered and filled in. Nothing in it asks the network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,41 +13,21 @@ from apo_lora import __version__
 from apo_lora.errors import RunDirError
 from apo_lora.evaluation.gallery import MOST_BYTES, content_policy, gallery, page_file
 from apo_lora.report.answers import answer_sources
-from apo_lora.report.chart import Chart, rounded_range, scatter_chart, step_chart
+from apo_lora.report.charts import curve_charts, dads_chart, stcr_chart
+from apo_lora.report.comparison import COMPARED, HEADINGS, Compared, compare, difference_rows, interval_words
 from apo_lora.report.cost import cost
-from apo_lora.report.credit import CreditSeen, credit_seen, dads_curve, stcr_curve
-from apo_lora.report.curves import curve
-from apo_lora.report.groups import Group, differences, grouped, line_style
-from apo_lora.report.results import COLUMNS, result_row
+from apo_lora.report.credit import credit_seen
+from apo_lora.report.groups import Group, differences, grouped
 from apo_lora.report.runs import Run, prompt_groups
-from apo_lora.run.learning_signal import ALARM_SHARE, verdict
+from apo_lora.run.drawing import css
+from apo_lora.run.figures import CURVES, SIGNAL_CURVES, in_words
+from apo_lora.run.learning_signal import verdict
 from apo_lora.run.summary import evaluation_table
 
 GENERATOR = "apo-lora report"
 
-SHARE = (0.0, 1.0)
-CURVES = (
-    ("Accuracy", "share of sampled completions", {"accuracy": ""}, SHARE),
-    ("Reward", "mean of completions", {"reward": ""}, None),
-    ("Length", "tokens", {"length_correct": "right", "length_wrong": "wrong"}, None),
-    ("Entropy", "nats per token", {"entropy": "all", "entropy_correct": "right", "entropy_wrong": "wrong"}, None),
-    (
-        "KL to the base",
-        "nats per token",
-        {"kl": "all", "kl_positives": "positive advantage", "kl_negatives": "others"},
-        None,
-    ),
-    ("Gradient norm", "before clipping", {"grad_norm": ""}, None),
-)
-"""Title, unit, metrics of metrics.jsonl with their labels, and the range of the axis where it is fixed."""
-
-SIGNAL_CURVES = (
-    ("Reward variance", "share of groups that have it", {"groups_with_variance": ""}, SHARE),
-    ("One-sided groups", "share of groups", {"all_right_groups": "all right", "all_wrong_groups": "all wrong"}, SHARE),
-    ("Truncated", "share of completions", {"truncated": ""}, SHARE),
-)
-ALARM_LINE = {"groups_with_variance": 1 - ALARM_SHARE, "truncated": ALARM_SHARE}
-"""Where the screen's alarms begin."""
+FINAL_STEPS = 5
+"""Over which entropy and KL at the end of training are means."""
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -60,12 +40,13 @@ def render(runs: Sequence[Run]) -> str:
         "runs": runs,
         "groups": groups,
         "evaluation": evaluation_table(runs[0].evaluation) if len(runs) == 1 else [],
-        "columns": COLUMNS,
-        "group_rows": [result_row(group.label, group.style, group.runs) for group in groups],
-        "run_rows": [result_row(run.name, "", [run]) for group in groups for run in group.runs],
+        "columns": HEADINGS,
+        "group_rows": [_result_row(group.label, group.style, group.runs) for group in groups],
+        "run_rows": [_result_row(run.name, "", [run]) for group in groups for run in group.runs],
+        "seed_differences": _seed_differences(groups),
         "differences": differences([group.recipe for group in groups]),
-        "curves": list(_panels(CURVES, groups)),
-        "signal_curves": list(_panels(SIGNAL_CURVES, groups)),
+        "curves": list(curve_charts(CURVES, groups)),
+        "signal_curves": list(curve_charts(SIGNAL_CURVES, groups)),
         "signal": [_signal(run) for group in groups for run in group.runs],
         "costs": [(group, cost(group.runs)) for group in groups],
         "credit": [_credit(group) for group in tqdm(groups, "completions", delay=2, leave=False)],
@@ -87,49 +68,49 @@ def _filled(content: dict[str, Any], completions: Markup) -> str:
         lstrip_blocks=True,
     )
     own_style = files("apo_lora.report").joinpath("page", "style.css").read_text(encoding="utf-8")
-    style = page_file("page.css") + page_file("gallery.css") + Markup(own_style)
+    style = page_file("page.css") + Markup(css()) + page_file("gallery.css") + Markup(own_style)
     script = page_file("gallery.js")
     return environment.get_template("report.html").render(
         **content, completions=completions, style=style, script=script, policy=content_policy(style, script)
     )
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+def _result_row(label: str, style: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """A row of the results: per compared figure `(value, interval)`, of held-out items each before → after training."""
+    found = compare({label: runs}, FINAL_STEPS)
+    return {
+        "label": label,
+        "style": style,
+        "seeds": ", ".join(str(run.seed) for run in runs),
+        "progress": "; ".join(dict.fromkeys(run.progress for run in runs)),
+        "cells": {c.key: _cell(c, found[c.key]["before"], found[c.key]["variants"][label], runs) for c in COMPARED},
+    }
 
 
-def _panels(specifications: Sequence[tuple], groups: Sequence[Group]) -> Iterator[Chart]:
-    """One panel per quantity. With one group its metrics share the panel; with several each metric has its own, on a
-    common axis, and the lines are the groups."""
-    for title, unit, metrics, fixed_range in specifications:
-        curves = {metric: [curve(group.runs, metric) for group in groups] for metric in metrics}
-        values = [value for of_metric in curves.values() for one in of_metric for value in one.values]
-        if not values:
-            continue
-        options = {"value_range": fixed_range or rounded_range(values)}
-        if len(groups) == 1:
-            lines = [(metrics[name], line_style(place), curves[name][0]) for place, name in enumerate(metrics)]
-            threshold = ALARM_LINE.get(next(iter(metrics)))
-            panels = [step_chart(title, unit, lines, threshold=threshold, show_legend=len(lines) > 1, **options)]
-        else:
-            panels = [
-                step_chart(
-                    f"{title}, {label}" if label else title,
-                    unit,
-                    [(group.label, group.style, one) for group, one in zip(groups, curves[name], strict=True)],
-                    threshold=ALARM_LINE.get(name),
-                    show_legend=False,
-                    **options,
-                )
-                for name, label in metrics.items()
-            ]
-        yield from filter(None, panels)
+def _cell(compared: Compared, before: Any, after: Any, runs: Sequence[Run]) -> tuple[str, str]:
+    values, intervals = [], []
+    for when, estimate in (("before", before), ("after", after)) if compared.task else (("after", after),):
+        values.append(in_words(compared.name, estimate and estimate["mean"]))
+        if len(runs) == 1 and compared.name == "accuracy":  # one run's items have an interval of their own
+            measured = runs[0].evaluation.get(when, {}).get(compared.task, {})
+            estimate = measured and {"low": measured["accuracy_95_low"], "high": measured["accuracy_95_high"]}
+        if estimate and estimate["low"] is not None:
+            intervals.append(interval_words(estimate, compared.name))
+    return " → ".join(values), " → ".join(intervals)
+
+
+def _seed_differences(groups: Sequence[Group]) -> list[list[str]]:
+    """The groups' differences to the first; empty where they share no seed."""
+    if len(groups) == 1:
+        return []
+    rows = difference_rows(compare({group.label: group.runs for group in groups}, FINAL_STEPS), groups[0].label)
+    return rows if any(cell != "-" for row in rows[1:] for cell in row[1:]) else []
 
 
 def _signal(run: Run) -> dict[str, Any]:
     """The share of groups with reward variance over all steps, and what that means."""
-    shares = run.values("groups_with_variance").values()
-    share = sum(shares) / len(shares) if shares else None
-    return {"run": run.name, "share": share, "verdict": verdict(run.steps)}
+    shares = run.steps["zero_variance_groups"].dropna()
+    return {"run": run.name, "share": None if shares.empty else 1 - shares.mean(), "verdict": verdict(run.steps)}
 
 
 def _credit(group: Group) -> dict[str, Any]:
@@ -141,36 +122,9 @@ def _credit(group: Group) -> dict[str, Any]:
         "seen": seen,
         "dads": apo.dads,
         "stcr": apo.stcr,
-        "dads_chart": _dads_chart(apo.dads, seen) if apo.dads and seen.weights else None,
-        "stcr_chart": _stcr_chart(apo.stcr, seen) if apo.stcr and seen.multipliers else None,
+        "dads_chart": dads_chart(apo.dads, seen) if apo.dads and seen.weights else None,
+        "stcr_chart": stcr_chart(apo.stcr, seen) if apo.stcr and seen.multipliers else None,
     }
-
-
-def _dads_chart(shape: str, seen: CreditSeen) -> Chart:
-    return scatter_chart(
-        "KL weight by group accuracy",
-        "DADS, completions with a positive advantage",
-        "accuracy of the group",
-        f"{seen.weights.total()} completions; their mean weight is {seen.mean_weight:.3f}.",
-        seen.weights,
-        dads_curve(shape),
-        SHARE,
-    )
-
-
-def _stcr_chart(base: float, seen: CreditSeen) -> Chart:
-    excesses = [excess for excess, _ in seen.multipliers]
-    shortest, longest = min(0.0, *excesses), max(1.0, *excesses)
-    formula = stcr_curve(base, shortest, longest)
-    return scatter_chart(
-        "Multiplier by excess length",
-        "STCR, wrong completions beside right ones",
-        "tokens above the mean of right answers",
-        f"{seen.multipliers.total()} wrong completions, {seen.amplified} with a multiplier above 1.",
-        seen.multipliers,
-        formula,
-        rounded_range([1.0, *(value for _, value in formula), *(value for _, value in seen.multipliers)]),
-    )
 
 
 def _record(group: Group) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Run directories as they were recorded, whole or cut short."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pandas import DataFrame
+
 from apo_lora.errors import RecipeError, RunDirError
 from apo_lora.recipe.schema import Recipe
+from apo_lora.run.curves import read_steps
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
 from apo_lora.run.recipes import trained_recipe
@@ -23,8 +25,8 @@ class Run:
     folder: RunDir
     recipe: Recipe
     environment: Row
-    steps: list[Row]
-    """Rows of metrics.jsonl, each with `groups_with_variance`."""
+    steps: DataFrame
+    """As curves.read_steps gives them."""
     evaluation: Row
     """eval.json: `before` and `after`, by task."""
 
@@ -35,19 +37,11 @@ class Run:
     @property
     def progress(self) -> str:
         """In words: how far it came."""
-        done, planned = (self.steps[-1]["step"] if self.steps else 0), self.recipe.train.max_steps
+        done, planned = max(self.steps.index, default=0), self.recipe.train.max_steps
         steps = f"{done} of {planned} steps" if planned else f"{done} steps"
         if "after" in self.evaluation or self.folder.adapter.is_dir():
             return steps
         return f"{steps}; still going, or stopped"
-
-    def values(self, metric: str) -> dict[int, float]:
-        """Step to value, where there is a finite one."""
-        return {row["step"]: row[metric] for row in self.steps if is_number(row.get(metric))}
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -59,15 +53,18 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
             continue
         seen.add(path.resolve())
         try:
-            runs.append(_read_run(path))
+            runs.append(read_run(path))
         except (RunDirError, RecipeError) as error:
             problems += error.problems
     if problems:
         raise RunDirError(*problems)
-    return _with_different_names(runs)
+    if len({run.name for run in runs}) < len(runs):
+        return [replace(run, name=str(run.folder.path)) for run in runs]
+    return runs
 
 
-def _read_run(path: Path) -> Run:
+def read_run(path: Path) -> Run:
+    """Raises RunDirError where it is no run, or cannot be read."""
     folder = RunDir(path)
     if not path.is_dir():
         raise RunDirError(f"{path}: there is no such folder; give run directories")
@@ -82,15 +79,9 @@ def _read_run(path: Path) -> Run:
         folder=folder,
         recipe=recipe,
         environment=_read_json(folder.environment),
-        steps=[_with_variance(row) for row in _rows(folder.metrics) if isinstance(row.get("step"), int)],
+        steps=read_steps(folder),
         evaluation=_read_json(folder.evaluation),
     )
-
-
-def _with_variance(row: Row) -> Row:
-    """The step with what the record holds the other way around: the share of groups that teach something."""
-    lacking = row.get("zero_variance_groups")
-    return {**row, "groups_with_variance": 1.0 - lacking if is_number(lacking) else None}
 
 
 def _read_json(path: Path) -> Row:
@@ -108,13 +99,6 @@ def _rows(path: Path) -> Iterator[Row]:
     """Rows of a file that may be absent or cut short."""
     if path.is_file():
         yield from (row for row in read_jsonl(path) if isinstance(row, dict))
-
-
-def _with_different_names(runs: list[Run]) -> list[Run]:
-    names = [run.name for run in runs]
-    if len(set(names)) == len(names):
-        return runs
-    return [replace(run, name=str(run.folder.path)) for run in runs]
 
 
 COMPLETION_KEYS = frozenset({"correct", "length", "advantage", "kl_weight", "stcr_multiplier"})

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from apo_lora.apo import without_variance
 from apo_lora.policy.batches import Batch, with_rows_replaced
 from apo_lora.rollout.credit import CreditRule, Rollout, ScoredRollout
 
@@ -15,11 +16,6 @@ MOST_ROUNDS = 2
 """Times that other prompts are sampled; each costs generation time, and on easy or hopeless data all are in vain."""
 
 Sampled = tuple[dict[str, Any], Rollout]
-
-
-def without_variance(scored: ScoredRollout) -> Tensor:
-    """(N,), bool."""
-    return (scored.rewards_NG == scored.rewards_NG[:, :1]).all(dim=-1)
 
 
 def resampled(
@@ -36,7 +32,7 @@ def resampled(
     """
     num_generations, sampled = credit_of.num_generations, 0
     for number in range(MOST_ROUNDS):
-        groups = without_variance(scored).nonzero().flatten().tolist()
+        groups = without_variance(scored.rewards_NG).nonzero().flatten().tolist()
         if not groups:
             break
         others = [item for item in draw(len(groups), number) for _ in range(num_generations)]

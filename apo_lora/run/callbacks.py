@@ -1,6 +1,5 @@
 """What happens around the optimizer steps: the record, the screen, the guard against NaN, and an orderly stop."""
 
-import math
 import os
 import signal
 import time
@@ -15,8 +14,9 @@ from transformers import TrainerCallback
 from apo_lora.errors import Interrupted, TrainingStopped
 from apo_lora.machine import ranks
 from apo_lora.run.directory import RunDir
+from apo_lora.run.figures import ALARM_SHARE, FIGURES, in_words, is_recorded
 from apo_lora.run.files import append_jsonl
-from apo_lora.run.learning_signal import ALARM_SHARE, SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
+from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 
 KEPT_LOGS = 50
 """Steps whose figures stay in memory; metrics.jsonl has all."""
@@ -30,8 +30,7 @@ class MetricsWriter(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any):
         if "reward" in logs:
-            # The Trainer's epoch is its way through the run's list of prompts, not through the data.
-            figures = {name: value for name, value in logs.items() if name != "epoch"}
+            figures = {name: value for name, value in logs.items() if is_recorded(name)}
             append_jsonl(self.run_dir.metrics, [{"step": state.global_step, **figures}])
             del state.log_history[:-KEPT_LOGS]  # it would grow in memory and in every checkpoint
 
@@ -198,18 +197,13 @@ class Screen(TrainerCallback):
         self.bar.close()
 
 
+STEP_LINE = (
+    "step {step:>4}  reward {reward}  accuracy {accuracy}  length right {length_correct} wrong {length_wrong}  "
+    "KL {kl}  entropy {entropy}  {seconds} s (generate {seconds_generate}, reward {seconds_reward}, "
+    "score {seconds_score}, train {seconds_train})"
+)
+
+
 def step_line(step: int, logs: dict[str, float | None]) -> str:
     """One step in one line of plain words."""
-
-    def number(name: str, form: str) -> str:
-        value = logs.get(name)
-        return "-" if value is None or not math.isfinite(value) else format(value, form)
-
-    return (
-        f"step {step:>4}  reward {number('reward', '.2f')}  accuracy {number('accuracy', '.2f')}  "
-        f"length right {number('length_correct', '.0f')} wrong {number('length_wrong', '.0f')}  "
-        f"KL {number('kl', '.4f')}  entropy {number('entropy', '.3f')}  "
-        f"{number('seconds', '.1f')} s (generate {number('seconds_generate', '.1f')}, "
-        f"reward {number('seconds_reward', '.1f')}, score {number('seconds_score', '.1f')}, "
-        f"train {number('seconds_train', '.1f')})"
-    )
+    return STEP_LINE.format(step=step, **{name: in_words(name, logs.get(name)) for name in FIGURES})

@@ -1,4 +1,4 @@
-"""The figures of one optimizer step, as a flat dict of floats. None stands where a mean has nothing to average.
+"""The figures of one optimizer step, by their names in run/figures.py. None stands where a mean has nothing to average.
 
 Shape suffixes as in apo.py.
 """
@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from apo_lora.apo import Credit, token_kl
+from apo_lora.apo import Credit, token_kl, without_variance
 from apo_lora.machine import ranks
 
 
@@ -28,7 +28,7 @@ def rollout_metrics(
         "reward_std": rewards_NG.float().std().item(),
         "accuracy": _mean(correct_NG),
         "advantage_std": credit.advantages_NG.float().std().item(),
-        "zero_variance_groups": _mean((rewards_NG == rewards_NG[:, :1]).all(dim=-1)),
+        "zero_variance_groups": _mean(without_variance(rewards_NG)),
         "all_right_groups": _mean(accuracy_N == 1),
         "all_wrong_groups": _mean(accuracy_N == 0),
         "length": _mean(lengths_NG),

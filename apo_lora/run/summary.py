@@ -1,34 +1,31 @@
 """What is said at the end of a run: what changed, where it lies, and what to type next."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from apo_lora.run.directory import RunDir
-
-FIGURES = (
-    (
-        "accuracy (95 % interval)",
-        lambda e: f"{e['accuracy']:.3f} ({e['accuracy_95_low']:.2f}-{e['accuracy_95_high']:.2f})",
-    ),
-    ("tokens when right", lambda e: _number(e["length_correct"], ".0f")),
-    ("tokens when wrong", lambda e: _number(e["length_wrong"], ".0f")),
-    ("truncated", lambda e: f"{e['truncated']:.3f}"),
-    ("well formatted", lambda e: f"{e['well_formatted']:.3f}"),
-)
+from apo_lora.run.figures import FIGURES, HELD_OUT, in_words
+from apo_lora.run.tables import aligned
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(task, figure, before, after) rows; a dash where nothing was measured."""
     before, after = evaluation.get("before", {}), evaluation.get("after", {})
     return [
-        (task, label, *(show(measured[task]) if task in measured else "-" for measured in (before, after)))
+        (task, _label(name), *(_measured(of_task.get(task, {}), name) for of_task in (before, after)))
         for task in before or after
-        for label, show in FIGURES
+        for name in HELD_OUT
     ]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _label(name: str) -> str:
+    return FIGURES[name].label + (" (95 % interval)" if name == "accuracy" else "")
+
+
+def _measured(figures: dict[str, Any], name: str) -> str:
+    interval = f" ({figures['accuracy_95_low']:.2f}-{figures['accuracy_95_high']:.2f})" if figures else ""
+    return in_words(name, figures.get(name)) + (interval if name == "accuracy" else "")
 
 
 def closing_words(
@@ -41,12 +38,8 @@ def closing_words(
 ) -> str:
     """The text. `troubles` are counts of what went wrong on the way, named; zeros are left out."""
     lines = ["", f"{steps} steps, {seconds:.0f} s of training."]
-    table = evaluation_table(evaluation)
-    width = max((len(label) for _, label, _, _ in table), default=0)
-    for position, (task, label, before, after) in enumerate(table):
-        if position == 0 or task != table[position - 1][0]:
-            lines += ["", f"{task + ' (held out)':<{width}}  {'before':>17}  {'after':>17}"]
-        lines.append(f"{label:<{width}}  {before:>17}  {after:>17}")
+    for task, rows in groupby(evaluation_table(evaluation), key=lambda row: row[0]):
+        lines += ["", *aligned([(f"{task} (held out)", "before", "after"), *(row[1:] for row in rows)])]
     if any(troubles.values()):
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in troubles.items() if count)
         lines += ["", f"On the way: {counts}."]

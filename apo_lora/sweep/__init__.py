@@ -5,9 +5,6 @@
 | `experiment.py` | the file: base recipe, common changes, variants, seeds; the runs it asks for |
 | `runs.py` | which runs are done, half-done or another experiment's |
 | `queue.py` | the runs as child processes, some at once |
-| `figures.py` | the figures of a run that are compared, read from its record |
-| `findings.py` | means over seeds, differences by seed, their intervals. Pure functions |
-| `tables.py` | the findings in words, on the screen and as OUT/README.md |
-| `picture.py` | the findings as one picture |
+| `findings.py` | what they say: sweep.json, README.md, sweep.png. The comparison itself is the report's |
 | `sweep.py` | the verb: all of it in order |
 """

@@ -1,25 +1,21 @@
 """`apo-lora sweep`: the runs of an experiment that are still to be made, then what all of them say."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
 from apo_lora.errors import RecipeError
+from apo_lora.report.comparison import COMPARED, value
+from apo_lora.report.runs import read_run
 from apo_lora.run.directory import RunDir
-from apo_lora.run.files import append_jsonl, read_jsonl, write_atomically, write_json
+from apo_lora.run.figures import in_words
 from apo_lora.sweep.experiment import Experiment, PlannedRun, find_experiment, load_experiment, plan_runs
-from apo_lora.sweep.figures import FIGURES, Record, figures_before, figures_of, read_record
-from apo_lora.sweep.findings import Estimate, compare, mean_over_seeds
+from apo_lora.sweep.findings import closing_words, record_child, spent_by_run, write_findings
 from apo_lora.sweep.queue import Outcome, run_all
 from apo_lora.sweep.runs import State, is_finished, states, steps_done
-from apo_lora.sweep.tables import closing_words, report
 
 
 def sweep(
@@ -107,12 +103,10 @@ def _run(
 
     def on_end(outcome: Outcome) -> None:
         on_poll()
-        run = {"variant": outcome.run.variant, "seed": outcome.run.seed}
-        spent = {"seconds": round(outcome.seconds, 2), "cpu_seconds": round(outcome.cpu_seconds, 2)}
-        append_jsonl(_journal(out), [{**run, **spent, "finished": outcome.finished, "ended": _now()}])
+        record_child(out, outcome)
         if outcome.finished:
-            figures = figures_of(read_record(RunDir(outcome.run.path)), experiment.final_steps)
-            tail = f"accuracy {figures['accuracy']:.3f}" if figures["accuracy"] is not None else "done"
+            accuracy = value(read_run(outcome.run.path), COMPARED[0], "after", experiment.final_steps)
+            tail = f"accuracy {in_words('accuracy', accuracy)}"
         else:
             failed.append(outcome)
             tail = outcome.reason
@@ -126,101 +120,3 @@ def _run(
 
 def total_steps(planned: Sequence[PlannedRun]) -> int:
     return sum(steps_done(run) for run in planned)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _journal(out: Path) -> Path:
-    return out / "logs" / "children.jsonl"
-
-
-def spent_by_run(out: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """Wall clock and CPU seconds of each finished run, its interrupted parts added up."""
-    spent: dict[tuple[str, int], dict[str, float]] = {}
-    finished = set()
-    for row in read_jsonl(_journal(out)) if _journal(out).exists() else ():
-        key = row["variant"], row["seed"]
-        total = spent.setdefault(key, {"seconds": 0.0, "cpu_seconds": 0.0})
-        for name in total:
-            total[name] += row[name]
-        finished |= {key} if row["finished"] else set()
-    return {key: total for key, total in spent.items() if key in finished}
-
-
-def write_findings(
-    name: str, experiment: Experiment, planned: Sequence[PlannedRun], out: Path, overrides: Sequence[str] = ()
-) -> dict[str, Any] | None:
-    """sweep.json, README.md and sweep.png from the runs that are finished. Returns sweep.json; None if none is."""
-    from apo_lora.sweep.picture import draw
-
-    records: dict[str, dict[int, Record]] = {variant: {} for variant in experiment.variants}
-    for run in planned:
-        if is_finished(RunDir(run.path)):
-            records[run.variant][run.seed] = read_record(RunDir(run.path))
-    first = next((run for run in planned if run.seed in records[run.variant]), None)
-    if first is None:
-        return None
-    spent = spent_by_run(out)
-    findings = {
-        "experiment": name,
-        "date": _now(),
-        "cpu_cores": os.cpu_count(),
-        "environment": json.loads(RunDir(first.path).environment.read_text()),
-        "overrides": list(overrides),
-        "variants": {variant: changes or {} for variant, changes in experiment.variants.items()},
-        "baseline": next(iter(experiment.variants)),
-        "seeds": list(experiment.seeds),
-        "final_steps": experiment.final_steps,
-        "recipe": _without_own_keys(planned[0]),
-        "figures": _findings(records, experiment),
-        "runs": [
-            {
-                "variant": run.variant,
-                "seed": run.seed,
-                "finished": run.seed in records[run.variant],
-                **spent.get((run.variant, run.seed), {"seconds": None, "cpu_seconds": None}),
-            }
-            for run in planned
-        ],
-    }
-    write_json(out / "sweep.json", findings)
-    write_atomically(out / "README.md", report(findings))
-    draw(records, findings, out / "sweep.png")
-    return findings
-
-
-def _without_own_keys(run: PlannedRun) -> dict[str, Any]:
-    """The baseline's resolved recipe, less what differs from run to run."""
-    tree = run.recipe.model_dump(mode="json")
-    del tree["train"]["seed"], tree["output"]["dir"]
-    return tree
-
-
-def _findings(records: dict[str, dict[int, Record]], experiment: Experiment) -> dict[str, Any]:
-    """Figure's key to its base value, the variants' means and the differences to the first of them."""
-    baseline = next(iter(records))
-    values = {
-        variant: {seed: figures_of(record, experiment.final_steps) for seed, record in by_seed.items()}
-        for variant, by_seed in records.items()
-    }
-    # All variants start from the same base, seed by seed.
-    starts = {seed: figures_before(record) for by_seed in records.values() for seed, record in by_seed.items()}
-    found = {}
-    for figure in FIGURES:
-        of_figure = {v: {seed: row[figure.key] for seed, row in by_seed.items()} for v, by_seed in values.items()}
-        means, differences = compare(of_figure, baseline)
-        before = mean_over_seeds([start[figure.key] for start in starts.values() if start[figure.key] is not None])
-        found[figure.key] = {
-            "title": figure.title,
-            "unit": figure.unit,
-            "before": _plain(before),
-            "variants": {v: _plain(mean, by_seed=of_figure[v]) for v, mean in means.items()},
-            "differences": {v: _plain(difference) for v, difference in differences.items()},
-        }
-    return found
-
-
-def _plain(estimate: Estimate | None, **more: Any) -> dict[str, Any] | None:
-    return None if estimate is None else {**asdict(estimate), "excludes_zero": estimate.excludes_zero, **more}

@@ -12,15 +12,17 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+import torch
+from pandas import DataFrame
 from PIL import Image
 from report_runs import GROUP, answer_row, metrics_row, shown_sources, write_run
 
+from apo_lora.apo import stcr_multipliers
 from apo_lora.commands.main import main
 from apo_lora.evaluation.gallery import MOST_BYTES
 from apo_lora.report.cost import cost, duration
-from apo_lora.report.credit import DADS_FORMULAS, credit_seen, stcr_formula
-from apo_lora.report.curves import MOST_POINTS, curve, last_value, running_mean
-from apo_lora.report.groups import differences, grouped, line_style
+from apo_lora.report.credit import credit_seen, stcr_curve
+from apo_lora.report.groups import differences, grouped
 from apo_lora.report.page import render
 from apo_lora.report.runs import prompt_groups, read_runs
 from apo_lora.run.directory import RunDir
@@ -34,32 +36,6 @@ def run_folder(tmp_path):
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_running_mean_is_over_the_steps_that_have_a_value():
-    assert running_mean({1: 1.0, 2: 3.0, 4: 5.0, 9: 7.0}, window=3) == {1: 1.0, 2: 2.0, 4: 4.0, 9: 7.0}
-
-
-def test_seeds_are_a_mean_and_a_band_as_far_as_all_of_them_go(tmp_path):
-    write_run(tmp_path / "a", steps=6, metrics={"accuracy": 0.2})
-    write_run(tmp_path / "b", "train.seed=1", steps=4, metrics={"accuracy": 0.6})
-    runs = read_runs([tmp_path / "a", tmp_path / "b"])
-    both = curve(runs, "accuracy")
-    assert [step for step, _ in both.line[0]] == [1, 2, 3, 4] and both.line[0][-1][1] == pytest.approx(0.4)
-    assert both.band[0][-1] == pytest.approx((4, 0.2, 0.6)) and not both.raw
-    alone = curve(runs[:1], "accuracy")
-    assert not alone.band and len(alone.raw[0]) == 6
-    assert last_value(runs, "accuracy") == pytest.approx([0.2, 0.6])
-
-
-def test_a_step_without_a_value_is_a_gap_and_long_runs_are_thinned(tmp_path):
-    (run,) = read_runs([write_run(tmp_path / "run", steps=7)])
-    assert [len(stretch) for stretch in curve([run], "length_wrong").raw] == [4, 2]  # none at step 5
-    run.steps[:] = [metrics_row(step) for step in range(1, 2002)]
-    (line,) = curve([run], "length_wrong").line  # none at every fifth step, which no thinning may pick out
-    assert MOST_POINTS / 2 < len(line) <= MOST_POINTS
-    (line,) = curve([run], "accuracy").line
-    assert MOST_POINTS / 2 < len(line) <= MOST_POINTS and line[-1][0] == 2001
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path):
@@ -83,28 +59,12 @@ def test_groups_of_one_method_are_named_by_what_differs(tmp_path):
     assert labels == ["GRPO + DADS + STCR, learning_rate 0.001", "GRPO + DADS + STCR, learning_rate 0.0001"]
 
 
-def test_lines_are_told_apart_without_colour_too():
-    styles = [line_style(place) for place in range(36)]
-    assert len(set(styles)) == 36
-    colours, dashes = zip(*(style.split() for style in styles[:6]), strict=True)
-    assert len(set(colours)) == len(set(dashes)) == 6
-
-
-def test_the_drawn_formulas_are_those_of_the_algorithm():
-    import torch
-
-    from apo_lora.apo import DADS_SHAPES, stcr_multipliers
-
-    assert set(DADS_FORMULAS) == set(DADS_SHAPES)
-    drawn = {shape: [formula(n / 8) for n in range(9)] for shape, formula in DADS_FORMULAS.items()}
-    assert drawn["complement_exp"] != drawn["exp_decay"] != drawn["constant"]
-    for shape, values in drawn.items():
-        assert values == pytest.approx(DADS_SHAPES[shape](torch.arange(9) / 8).tolist(), abs=1e-6)
-    for base in (1.01, 1.00001):
-        lengths = torch.tensor([[100.0, 40.0, 100.0, 130.0, 2100.0]])
-        correct = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]])
-        expected = stcr_multipliers(correct, lengths, base)[0, 1:].tolist()
-        assert [stcr_formula(excess, base) for excess in (-60, 0, 30, 2000)] == pytest.approx(expected, rel=1e-6)
+def test_the_drawn_multipliers_are_those_of_a_group(tmp_path):
+    lengths, correct = torch.tensor([[100.0, 40.0, 100.0, 130.0, 2100.0]]), torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]])
+    expected = stcr_multipliers(correct, lengths, 1.01)[0, 1:].tolist()
+    drawn = dict(stcr_curve(1.01, -1000.0, 4000.0))
+    assert min(drawn.values()) == 1.0 and max(drawn.values()) > 1.9
+    assert [drawn[excess] for excess in (-50, 0, 50, 2000)][::3] == pytest.approx(expected[::3])
 
 
 def test_credit_is_counted_per_group(run_folder):
@@ -125,10 +85,10 @@ def test_a_group_that_a_kill_cut_short_is_left_out(run_folder):
 
 @pytest.mark.parametrize(("zero", "level"), [(0.5, "enough"), (0.6, "gone")])
 def test_the_verdict_follows_the_alarm(zero, level):
-    steps = [{"step": n, "zero_variance_groups": zero, "all_right_groups": zero} for n in range(1, 21)]
+    steps = DataFrame({"zero_variance_groups": [zero] * 20, "all_right_groups": [zero] * 20}, index=range(1, 21))
     assert verdict(steps).level == level
-    assert verdict(steps[: SIGNAL_ALARM_STEPS - 1]).level == "enough"
-    assert verdict([]).level == "unknown"
+    assert verdict(steps.head(SIGNAL_ALARM_STEPS - 1)).level == "enough"
+    assert verdict(steps.head(0)).level == "unknown"
 
 
 @pytest.mark.parametrize("pattern", ["0" * 30, "1" * 9 + "0" + "1" * 9, "0" * 5 + "1" * 10, "1" * 12 + "0" * 8])
@@ -140,12 +100,12 @@ def test_the_verdict_names_a_stretch_where_the_screen_warned(pattern):
     steps = [metrics_row(n, zero_variance_groups=float(flag)) for n, flag in enumerate(pattern, start=1)]
     for row in steps:
         screen.on_log(None, SimpleNamespace(global_step=row["step"], max_steps=999), None, logs=row)
-    assert (verdict(steps).level in ("gone", "came back")) == bool(warnings)
+    assert (verdict(DataFrame(steps).set_index("step")).level in ("gone", "came back")) == bool(warnings)
 
 
 def test_time_is_shared_out_and_memory_is_the_highest(run_folder):
     (run,) = read_runs([run_folder])
-    run.steps[3]["peak_memory_bytes"] = 3 * 2**30
+    run.steps.loc[3, "peak_memory_bytes"] = 3 * 2**30
     spent = cost([run])
     assert [phase.share for phase in spent.phases] == [0.5, 0.0, 0.25, 0.25]
     assert (spent.seconds, spent.whole, spent.tokens_per_second) == (4.0, "48 s", 1000.0)
@@ -324,10 +284,12 @@ def test_an_interrupted_report_leaves_the_earlier_one(run_folder, monkeypatch):
     assert target.read_bytes() == earlier
 
 
-def test_no_torch_is_needed(run_folder):
+@pytest.mark.parametrize(("changes", "loaded"), [(["apo.dads=null", "apo.stcr=null"], []), ([], ["torch"])])
+def test_torch_is_loaded_for_the_formulas_alone(changes, loaded, tmp_path):
+    folder = write_run(tmp_path / "run", *changes)
     code = (
         "import sys; from apo_lora.commands.main import main; main(sys.argv[1:])\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])"
     )
-    out = subprocess.check_output([sys.executable, "-c", code, "report", str(run_folder)], text=True)
-    assert out.splitlines()[-1] == "[]"
+    out = subprocess.check_output([sys.executable, "-c", code, "report", str(folder)], text=True)
+    assert out.splitlines()[-1] == str(loaded)

@@ -22,7 +22,9 @@ FIGURES = {
 def test_one_step_is_one_line_with_a_dash_for_what_is_not_there():
     line = step_line(7, FIGURES)
     assert "\n" not in line
-    assert line.startswith("step    7  reward 1.23  accuracy 0.75  length right 42 wrong -  KL 0.0012  entropy 0.200")
+    assert line.startswith(
+        "step    7  reward 1.234  accuracy 0.750  length right 41.6 wrong -  KL 0.0012  entropy 0.200"
+    )
     assert "generate 1.0, reward 0.1, score 0.4, train 1.5" in line
 
 
