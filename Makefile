@@ -6,6 +6,7 @@ RECIPE ?= tiny_cpu.yaml
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
+WORKERS ?= 2
 READY := $(VENV)/ready
 
 .PHONY: train test fast clean
@@ -14,7 +15,7 @@ train: $(READY)
 	$(VENV)/bin/apo-lora train --recipe $(RECIPE) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
 
 fast: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not slow" $(ARGS)

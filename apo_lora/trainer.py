@@ -20,7 +20,6 @@ import random
 import tempfile
 import time
 import warnings
-from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,6 @@ from apo_lora.apo import apo_loss, without_variance
 from apo_lora.config import APOConfig
 from apo_lora.family.lookup import closest_family, family_of, inner_model_of
 from apo_lora.machine import ranks
-from apo_lora.machine.memory import peak_memory
 from apo_lora.policy.batches import row_slices
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
@@ -52,6 +50,7 @@ from apo_lora.rollout.sampling import generation_fault, watched_forwards, withou
 from apo_lora.rollout.zero_variance import resampled, without_rows
 from apo_lora.run.callbacks import NonFiniteGuard
 from apo_lora.run.hooks import APOCallback
+from apo_lora.run.log_window import LogWindow
 
 
 class APOTrainer(GRPOTrainer):
@@ -89,9 +88,8 @@ class APOTrainer(GRPOTrainer):
         )
         self.add_callback(self.nonfinite_guard)
         self.rollout_figures: dict[str, float | None] = {}
-        self.logged: dict[str, list[float]] = defaultdict(list)
         self.step_figures = StepFigures()
-        self._start_log_window()
+        self.window = LogWindow()
 
     def _never_sample(self, token_ids: list[int]) -> None:
         """A sampled image token has no pixels, and breaks the next forward pass."""
@@ -101,12 +99,6 @@ class APOTrainer(GRPOTrainer):
         options = {"remove_invalid_values": True, **({"suppress_tokens": token_ids} if token_ids else {})}
         self.generation_config.update(**options)
         self.generation_kwargs.update(options)
-
-    def _start_log_window(self) -> None:
-        self.seconds = {"generate": 0.0, "reward": 0.0, "score": 0.0}
-        self.sampled_tokens = 0.0
-        self.steps_in_window = 0
-        self.window_started = time.perf_counter()
 
     @property
     def _apo_callbacks(self) -> list[APOCallback]:
@@ -183,9 +175,9 @@ class APOTrainer(GRPOTrainer):
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
         if not (self.use_vllm or self.use_transformers_continuous_batching) and (fault := generation_fault(forwards)):
             warnings.warn(f"{fault} while sampling, which takes many times as long", RuntimeWarning, stacklevel=2)
-        self.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
-        self.seconds["reward"] += self.rollout.seconds_for_rewards
-        self.sampled_tokens += self.rollout.lengths_B.sum().item()
+        self.window.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
+        self.window.seconds["reward"] += self.rollout.seconds_for_rewards
+        self.window.sampled_tokens += self.rollout.lengths_B.sum().item()
         if self.rollout_pixels:
             batch["pixel_values"] = self.rollout_pixels
         return self._with_shared_prompts(batch), self.rollout
@@ -212,7 +204,7 @@ class APOTrainer(GRPOTrainer):
             **scored.figures(self.reward_func_names),
             "resampled_groups": float(num_resampled),
             "skipped_groups": is_skipped_N.sum().item(),
-            "tokens_per_second": self.sampled_tokens / self.seconds["generate"],
+            "tokens_per_second": self.window.sampled_tokens / self.window.seconds["generate"],
         }
         if ranks.is_main():
             for callback in self._apo_callbacks:
@@ -264,7 +256,7 @@ class APOTrainer(GRPOTrainer):
                 batch["ref_logps"] = score()
             if batch.get("old_per_token_logps") is not None:
                 batch["old_per_token_logps"] = score()
-        self.seconds["score"] += time.perf_counter() - started
+        self.window.seconds["score"] += time.perf_counter() - started
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL asks here for the old policy when a rollout feeds several optimizer steps, before the rewards are known.
@@ -312,10 +304,8 @@ class APOTrainer(GRPOTrainer):
                     parameter.grad = torch.zeros_like(parameter)
             # The scoring pass calls the inner model, around the wrapper that would average gradients.
             ranks.sum_gradients(self.trained_parameters)
-            for name, value in {**self.rollout_figures, **self.step_figures.over_ranks()}.items():
-                self.logged[name] += [value] if value is not None else []  # None is the mean of nothing
+            self.window.add_step({**self.rollout_figures, **self.step_figures.over_ranks()})
             self.step_figures = StepFigures()
-            self.steps_in_window += 1
         return loss
 
     def _forward(self, inputs: dict[str, Any], num_tokens: float, num_sequences: float) -> Pass:
@@ -354,29 +344,16 @@ class APOTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's figures and ours, means over the optimizer steps since the last line; ours where both have a name."""
-        if self.steps_in_window and "grad_norm" in logs:  # not of an evaluation, nor the summary at the end
-            own = {name: sum(values) / len(values) if values else None for name, values in self.logged.items()}
-            own |= {"skipped_nonfinite_steps": self.nonfinite_guard.skipped}
+        if self.window.steps and "grad_norm" in logs:  # not of an evaluation, nor the summary at the end
+            own = {**self.window.means(), "skipped_nonfinite_steps": self.nonfinite_guard.skipped}
             for callback in self._apo_callbacks:
                 own |= callback.figures()
-            own |= self._step_cost()
+            own |= self.window.cost()
             for name in own:
                 self._metrics["train"].pop(name, None)
             logs = {**logs, **own}
-            self.logged.clear()
-            self._start_log_window()
+            self.window = LogWindow()
         super().log(logs, start_time)
-
-    def _step_cost(self) -> dict[str, float]:
-        """Of one optimizer step."""
-        seconds = (time.perf_counter() - self.window_started) / self.steps_in_window
-        phases = {phase: spent / self.steps_in_window for phase, spent in self.seconds.items()}
-        return {
-            **{f"seconds_{phase}": spent for phase, spent in phases.items()},
-            "seconds_train": seconds - sum(phases.values()),
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory(),
-        }
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

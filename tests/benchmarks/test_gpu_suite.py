@@ -18,7 +18,7 @@ from conftest import PROJECT
 from PIL import Image
 from unsloth_on_cpu import ENVIRONMENT
 
-from apo_lora.data.examples import read_data
+from apo_lora.data.inputs import open_inputs
 from apo_lora.errors import DataError, ModelError
 from apo_lora.family.lookup import shape_from_config
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
@@ -306,7 +306,7 @@ def test_the_suite_runs_every_gpu_recipe_without_a_network(tiny_setting, name):
     """conftest keeps the Hub out of reach, so what a recipe still reads from there is an error."""
     recipe = work.recipe_on_random_model(name, tiny_setting, f"offline-{name}")
     assert recipe.train.evaluate  # else held-out data would not be read anyway
-    train, held_out = read_data(recipe)
+    train, held_out = open_inputs(recipe)
     assert len(train.examples) == max(2, recipe.prompts_per_rollout) and not held_out
     assert Path(recipe.model.name).is_dir() and not recipe.data.benchmarks
     assert not recipe.output.report_to and not recipe.output.mirror
@@ -317,7 +317,7 @@ def test_held_out_data_of_a_recipe_needs_a_network(tiny_setting):
     assert set(CARDS) <= set(GPU_RECIPES) and shipped("colab_t4").data.eval
     recipe = work.recipe_on_random_model("colab_t4", tiny_setting, "online", "data.eval=hiyouga/geometry3k")
     with pytest.raises(DataError, match="hiyouga/geometry3k"):
-        read_data(recipe)
+        open_inputs(recipe)
 
 
 def test_every_prompt_of_a_shipped_recipe_has_exactly_its_largest_length(tiny_setting):
