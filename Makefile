@@ -15,7 +15,7 @@ train: $(READY)
 	$(VENV)/bin/apo-lora train --recipe $(RECIPE) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
 
 fast: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
