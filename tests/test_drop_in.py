@@ -114,6 +114,21 @@ def test_chats_with_images_and_an_evaluation(tmp_path):
     run(HEAD + ARGUMENTS + CHATS_WITH_IMAGES, BASE_DIR, tmp_path)
 
 
+@pytest.mark.slow
+def test_an_unsloth_notebook_with_images(tmp_path):
+    """Unsloth's rewritten trainer below ours; its notebooks' other loss is named, and replaced."""
+    import torch
+    from unsloth_on_cpu import run_script
+
+    from apo_lora.tiny import BASE_DIR
+
+    if torch.cuda.is_available():
+        pytest.skip("Unsloth on a CPU is for hosts without a GPU")
+    finished = run_script(PROJECT / "tests" / "support" / "unsloth_drop_in.py", str(BASE_DIR), folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "loss_type='dr_grpo', importance_sampling_level='sequence'" in finished.stderr
+
+
 def test_a_model_without_an_adapter_is_refused(tiny_policy, tmp_path):
     from datasets import Dataset
 
