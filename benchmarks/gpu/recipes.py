@@ -7,6 +7,8 @@ from typing import Any
 from apo_lora.family.lookup import find_shape
 from apo_lora.preflight.memory_plan import Plan, plan
 from apo_lora.recipe.schema import Recipe
+from apo_lora.run.directory import RunDir
+from apo_lora.run.recipes import trained_recipe
 from apo_lora.trainer import APOTrainer
 from benchmarks.gpu.card import pretend_card
 from benchmarks.gpu.measurements import Setting
@@ -58,11 +60,8 @@ def check(record: Record, recipe: Recipe, trainer: APOTrainer, summary: dict[str
     found = summary["tokens"]["completion"]
     record.check("every completion had its full length", lambda: (found == wanted, f"{found:,} tokens in a step"))
     rows = trainer.pass_size.rows
-    fits = (
-        trainer.recipe.grpo == recipe.grpo
-        and trainer.recipe.data == recipe.data
-        and rows == recipe.grpo.completions_per_pass
-    )
+    trained = trained_recipe(RunDir(recipe.output.dir))
+    fits = trained.grpo == recipe.grpo and trained.data == recipe.data and rows == recipe.grpo.completions_per_pass
     record.check("the card holds the recipe as it stands", lambda: (fits, f"{rows} completions per pass"))
 
 

@@ -32,7 +32,7 @@ def unsloth_backward(trainer: APOTrainer, batches: list[Batch], *, weighted: boo
     num_tokens = sum(batch["completion_mask"].sum() for batch in batches)
     num_sequences = sum(len(batch["completion_mask"]) for batch in batches)
     ours = trainer.beta, trainer.args.use_bias_correction_kl, trainer._get_per_token_logps_and_entropies
-    trainer.beta, trainer.args.use_bias_correction_kl = trainer.recipe.grpo.beta, False
+    trainer.beta, trainer.args.use_bias_correction_kl = trainer.args.beta, False
     trainer._get_per_token_logps_and_entropies = base._get_per_token_logps_and_entropies.__get__(trainer)
     total = 0.0
     for batch in batches:

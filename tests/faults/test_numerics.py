@@ -62,7 +62,7 @@ def test_a_poisoned_step_is_skipped_counted_and_shown(make_trainer, poison, valu
     assert moved == [True, False, True, False]
     assert [figures["skipped_nonfinite_steps"] for figures in logged(trainer)] == [0, 1, 1, 2]
     assert all(torch.isfinite(p).all() for p in states[-1].values())
-    shown = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    shown = [line for line in capsys.readouterr().out.splitlines() if "skipped:" in line]
     assert [line.split(":")[0].split() for line in shown] == [["step", "2", "skipped"], ["step", "4", "skipped"]]
     assert shown[0].endswith("1 so far") and shown[1].endswith("2 so far")
 

@@ -290,7 +290,7 @@ def test_training_prompt_is_the_processors(processor):
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.argv = ['make_base', '--help']\n"
-        "from apo_lora.tiny import make_base\n"
+        "from tools.tiny_base import make_base\n"
         "try: make_base.main()\n"
         "except SystemExit: print('torch' in sys.modules)\n"
     )
