@@ -300,7 +300,6 @@ def agreement(trainer: APOTrainer, policy: Policy) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     for batch, logps in zip(batches, scored, strict=True):  # as if an older policy had sampled: some ratios are clipped
         batch["old_per_token_logps"] = logps + 0.3 * torch.randn(logps.shape, generator=generator)
-    trainer._start_step()
     figures["off_policy"] = compare(trainer, batches)
     figures["clip_fraction"] = trainer.step_figures.loss_shares["clip_fraction"]
     return figures
