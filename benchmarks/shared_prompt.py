@@ -214,9 +214,9 @@ def measure_unsloth(*numbers: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    found = {way: measure_apart(way, *shape, repeats) for way in WAYS}
-    if not torch.cuda.is_available():
+def compare(shape: tuple[int, int, int], repeats: int, ways: list[str]) -> dict[str, Any]:
+    found = {way: measure_apart(way, *shape, repeats) for way in ways if way in WAYS}
+    if "unsloth" in ways and not torch.cuda.is_available():
         found["unsloth"] = measure_unsloth(*shape, repeats)
     prompt, completion, group = shape
     print(f"\nprompt {prompt}, completion {completion}, G = {group}")
@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("shared_prompt"), help="results go to OUT.json and OUT.png")
     parser.add_argument("--shapes", default=" ".join(",".join(map(str, shape)) for shape in SHAPES))
     parser.add_argument("--groups", default=",".join(map(str, GROUPS)), help="of the plot; empty for none")
+    parser.add_argument("--ways", default=",".join([*WAYS, "unsloth"]), help="what is compared with `shared`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--numbers", help=argparse.SUPPRESS)
@@ -290,7 +291,7 @@ def main() -> None:
         given.out.with_suffix(".json").write_text(json.dumps(results, indent=1))
 
     for shape in shapes:
-        results["shapes"].append(compare(shape, given.repeats))
+        results["shapes"].append(compare(shape, given.repeats, given.ways.split(",")))
         keep()
     groups = [int(group) for group in given.groups.split(",") if group]
     if groups:
