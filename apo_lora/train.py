@@ -28,7 +28,7 @@ from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
 from apo_lora.run.recipes import fitted_as_before, record_recipes
 from apo_lora.run.resume import checkpoint_to_continue, environment_changes, rewind_record
-from apo_lora.run.summary import closing_words
+from apo_lora.run.summary import closing_summary
 from apo_lora.run.trackers import require_trackers, trackers_in
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _close_run(
     plots = write_plots(run_dir)
     versions = json.loads(run_dir.environment.read_text())
     write_atomically(run_dir.model_card, model_card(recipe, base_name, evaluation, steps, versions))
-    say(closing_words(run_dir, evaluation, plots, seconds, steps, troubles))
+    say(closing_summary(run_dir, evaluation, plots, seconds, steps, troubles))
 
 
 @contextmanager

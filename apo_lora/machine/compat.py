@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 
-def mend_4bit_on_cpu(model: nn.Module) -> None:
+def fix_4bit_on_cpu(model: nn.Module) -> None:
     """Both of the shims that a 4-bit model on a CPU needs."""
     keep_4bit_layout_on_cpu(model)
     dequantize_blocks_across_rows_on_cpu()

@@ -16,9 +16,9 @@ from torch import nn
 from apo_lora.errors import ModelError
 from apo_lora.family.lookup import closest_family
 from apo_lora.family.record import Family
-from apo_lora.machine.compat import mend_4bit_on_cpu
+from apo_lora.machine.compat import fix_4bit_on_cpu
 from apo_lora.machine.device import choose_dtype, choose_engine
-from apo_lora.policy.shared_prompt.attention import recognise_families
+from apo_lora.policy.shared_prompt.attention import accept_prompt_groups
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 from apo_lora.tiny import BASE_DIR
 
@@ -127,7 +127,7 @@ def load_policy(
     if model.load_in_4bit and not is_4bit(peft_model):
         raise ModelError(f"model.load_in_4bit: {engine} loaded {model.name} without 4-bit layers; check bitsandbytes")
     limit_image_size(processor, data)
-    recognise_families(peft_model)  # before anything is sampled, in training as in preflight, evaluation and chat
+    accept_prompt_groups(peft_model)  # before anything is sampled, in training, preflight, evaluation and chat
     return Policy(peft_model, processor, engine, dtype, base_path(model.name))
 
 
@@ -161,7 +161,7 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
     _require_layers(base, lora, model.name)
     if model.load_in_4bit:
         if not torch.cuda.is_available():
-            mend_4bit_on_cpu(base)
+            fix_4bit_on_cpu(base)
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
     torch.manual_seed(seed)
     adapter = LoraConfig(

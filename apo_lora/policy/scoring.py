@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apo_lora.family.lookup import closest_family
 from apo_lora.machine.compat import torch_checkpoint
 from apo_lora.policy.batches import Batch, pixels, row_slices
-from apo_lora.policy.shared_prompt.attention import recognise_families
+from apo_lora.policy.shared_prompt.attention import accept_prompt_groups
 from apo_lora.policy.shared_prompt.rows import pack
 from apo_lora.policy.shared_prompt.vision_features import embed, image_features
 
@@ -77,10 +77,10 @@ def _hidden_states_of_shared_prompts(inner_model: nn.Module, batch: Batch) -> Te
     used = [features[sequence] for sequence in row.prompt_rows]
     family = closest_family(inner_model)
     language_model = family.language_of(inner_model)
-    recognise_families(language_model)
+    accept_prompt_groups(language_model)
     hidden_1LH = language_model(
         **embed(inner_model, row.input_ids_L, [part for part in used if part is not None]),
-        **family.mask_inputs(row.families),
+        **family.mask_inputs(row.prompt_groups),
         position_ids=row.position_ids_3L.unsqueeze(1),
         use_cache=False,
     )[0]

@@ -19,7 +19,7 @@ from apo_lora.machine import ranks
 from apo_lora.machine.memory import peak_memory, reset_peak_memory
 from apo_lora.policy.loading import Policy, limit_image_size, reference_mode
 from apo_lora.policy.scoring import token_logps
-from apo_lora.preflight.sample import as_batch, sample_probe
+from apo_lora.preflight.sample import as_batch, short_sample
 from apo_lora.preflight.shared_prompt import compare_shared_prompt, compare_shared_reading
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
@@ -27,7 +27,7 @@ from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
 MIN_IMAGE_TOKENS = 64
 """Images are never shrunk below this on our own account: much smaller, and nothing can be read in them."""
 
-PROBE_EXAMPLES = 4
+SAMPLE_EXAMPLES = 4
 
 # Mean difference, in nats per token, between a token's log-prob while sampling and when scored. In 16 bits the two
 # passes round differently (other batch shapes, other kernels); over this they are not the same policy.
@@ -53,7 +53,7 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
     """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
-        batch, sampled_logps, forwards = sample_probe(policy, examples[:PROBE_EXAMPLES], recipe)
+        batch, sampled_logps, forwards = short_sample(policy, examples[:SAMPLE_EXAMPLES], recipe)
         sharing = []
         if recipe.grpo.shared_prompt:
             check, shares = check_shared_prompt(policy, batch, examples, recipe)

@@ -14,10 +14,10 @@ from apo_lora.policy.shared_prompt.prefill import prompts_read_once
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Forward, generating, generation_options, prompt_inputs, watched_forwards
 
-PROBE_TOKENS = 16
+SAMPLE_TOKENS = 16
 
 
-def sample_probe(
+def short_sample(
     policy: Policy, examples: Sequence[Example], recipe: Recipe, groups: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], Tensor, list[Forward]]:
     """A batch of short sampled completions, their log-probs while sampling (B, T), and the forward passes.
@@ -25,7 +25,7 @@ def sample_probe(
     With `groups`, one number per example, prompts of the same number are read once, as in training.
     """
     inputs = prompt_inputs(policy, examples, recipe)
-    lengths = {"max_new_tokens": PROBE_TOKENS, "min_new_tokens": PROBE_TOKENS}
+    lengths = {"max_new_tokens": SAMPLE_TOKENS, "min_new_tokens": SAMPLE_TOKENS}
     with ExitStack() as inside:
         forwards = inside.enter_context(watched_forwards(policy.model))
         inside.enter_context(generating(policy.model))

@@ -15,7 +15,7 @@ from apo_lora.policy.batches import Batch, pixels, row_slices
 from apo_lora.policy.loading import Policy
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import obstacle
-from apo_lora.preflight.sample import sample_probe
+from apo_lora.preflight.sample import short_sample
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import without_dropout
 
@@ -49,9 +49,10 @@ def compare_shared_prompt(policy: Policy, batch: Batch) -> tuple[bool, str]:
 
 def compare_shared_reading(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[bool, str]:
     """The same of sampling, which reads a prompt once: two prompts, two completions each, scored with prompts alone."""
-    probe = [example for example in examples[:2] for _ in range(2)]
+    repeated = [example for example in examples[:2] for _ in range(2)]
+    groups = [place // 2 for place in range(len(repeated))]
     try:
-        batch, sampled, _ = sample_probe(policy, probe, recipe, groups=[place // 2 for place in range(len(probe))])
+        batch, sampled, _ = short_sample(policy, repeated, recipe, groups=groups)
         with torch.no_grad(), policy.autocast():
             scored, _ = token_logps(policy.model, batch, temperature=recipe.grpo.temperature)
     except torch.OutOfMemoryError:

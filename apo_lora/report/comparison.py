@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import mpmath
 
 from apo_lora.report.runs import Run
-from apo_lora.run.figures import in_words
+from apo_lora.run.figures import format_figure
 
 
 class Compared(NamedTuple):
@@ -117,16 +117,16 @@ def compare(groups: Mapping[str, Sequence[Run]], final_steps: int) -> dict[str, 
 # --- in words --------------------------------------------------------------------------------------------------------
 
 
-def estimate_words(estimate: Estimate | None, name: str, sign: str = "") -> str:
+def format_estimate(estimate: Estimate | None, name: str, sign: str = "") -> str:
     """`0.871 (0.850 to 0.890)`; a dash for nothing, no interval for a single seed."""
     if estimate is None:
         return "-"
-    interval = f" ({interval_words(estimate, name, sign)})" if estimate["low"] is not None else ""
-    return in_words(name, estimate["mean"], sign) + interval
+    interval = f" ({format_interval(estimate, name, sign)})" if estimate["low"] is not None else ""
+    return format_figure(name, estimate["mean"], sign) + interval
 
 
-def interval_words(estimate: Estimate, name: str, sign: str = "") -> str:
-    return f"{in_words(name, estimate['low'], sign)} to {in_words(name, estimate['high'], sign)}"
+def format_interval(estimate: Estimate, name: str, sign: str = "") -> str:
+    return f"{format_figure(name, estimate['low'], sign)} to {format_figure(name, estimate['high'], sign)}"
 
 
 HEADINGS = tuple(compared.title for compared in COMPARED)
@@ -136,7 +136,7 @@ def mean_rows(figures: dict[str, Any]) -> list[list[str]]:
     """Heading, the base, then a row per group: mean and 95 % interval of every figure."""
 
     def row(label: str, estimate_of: Any) -> list[str]:
-        return [label, *(estimate_words(estimate_of(figures[c.key]), c.name) for c in COMPARED)]
+        return [label, *(format_estimate(estimate_of(figures[c.key]), c.name) for c in COMPARED)]
 
     groups = figures[COMPARED[0].key]["variants"]
     return [
@@ -152,6 +152,6 @@ def difference_rows(figures: dict[str, Any], baseline: str) -> list[list[str]]:
     for group in figures[COMPARED[0].key]["differences"]:
         estimates = [(figures[compared.key]["differences"][group], compared.name) for compared in COMPARED]
         stars = [" *" if estimate and estimate["excludes_zero"] else "" for estimate, _ in estimates]
-        words = [estimate_words(estimate, name, "+") for estimate, name in estimates]
+        words = [format_estimate(estimate, name, "+") for estimate, name in estimates]
         rows.append([group, *map(str.__add__, words, stars)])
     return rows

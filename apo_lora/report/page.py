@@ -14,13 +14,13 @@ from apo_lora.errors import RunDirError
 from apo_lora.evaluation.gallery import MOST_BYTES, content_policy, gallery, page_file
 from apo_lora.report.answers import answer_sources
 from apo_lora.report.charts import curve_charts, dads_chart, stcr_chart
-from apo_lora.report.comparison import COMPARED, HEADINGS, Compared, compare, difference_rows, interval_words
+from apo_lora.report.comparison import COMPARED, HEADINGS, Compared, compare, difference_rows, format_interval
 from apo_lora.report.cost import cost
 from apo_lora.report.credit import credit_seen
 from apo_lora.report.groups import Group, differences, grouped
 from apo_lora.report.runs import Run, prompt_groups
 from apo_lora.run.drawing import css
-from apo_lora.run.figures import CURVES, SIGNAL_CURVES, in_words
+from apo_lora.run.figures import CURVES, SIGNAL_CURVES, format_figure
 from apo_lora.run.learning_signal import verdict
 from apo_lora.run.summary import evaluation_table
 
@@ -90,12 +90,12 @@ def _result_row(label: str, style: str, runs: Sequence[Run]) -> dict[str, Any]:
 def _cell(compared: Compared, before: Any, after: Any, runs: Sequence[Run]) -> tuple[str, str]:
     values, intervals = [], []
     for when, estimate in (("before", before), ("after", after)) if compared.task else (("after", after),):
-        values.append(in_words(compared.name, estimate and estimate["mean"]))
+        values.append(format_figure(compared.name, estimate and estimate["mean"]))
         if len(runs) == 1 and compared.name == "accuracy":  # one run's items have an interval of their own
             measured = runs[0].evaluation.get(when, {}).get(compared.task, {})
             estimate = measured and {"low": measured["accuracy_95_low"], "high": measured["accuracy_95_high"]}
         if estimate and estimate["low"] is not None:
-            intervals.append(interval_words(estimate, compared.name))
+            intervals.append(format_interval(estimate, compared.name))
     return " → ".join(values), " → ".join(intervals)
 
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from apo_lora.errors import Interrupted, TrainingStopped
 from apo_lora.machine import ranks
 from apo_lora.run.directory import RunDir
-from apo_lora.run.figures import ALARM_SHARE, FIGURES, in_words, is_recorded
+from apo_lora.run.figures import ALARM_SHARE, FIGURES, format_figure, is_recorded
 from apo_lora.run.files import append_jsonl
 from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 
@@ -206,4 +206,4 @@ STEP_LINE = (
 
 def step_line(step: int, logs: dict[str, float | None]) -> str:
     """One step in one line of plain words."""
-    return STEP_LINE.format(step=step, **{name: in_words(name, logs.get(name)) for name in FIGURES})
+    return STEP_LINE.format(step=step, **{name: format_figure(name, logs.get(name)) for name in FIGURES})

@@ -95,7 +95,7 @@ def is_recorded(name: str) -> bool:
     return name in FIGURES or name.startswith("reward_")
 
 
-def in_words(name: str, value: float | None, sign: str = "") -> str:
+def format_figure(name: str, value: float | None, sign: str = "") -> str:
     """The value as its figure is written; a dash for none."""
     return "-" if value is None or not math.isfinite(value) else format(value, sign + FIGURES[name].form)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.run.directory import RunDir
-from apo_lora.run.figures import FIGURES, HELD_OUT, in_words
+from apo_lora.run.figures import FIGURES, HELD_OUT, format_figure
 from apo_lora.run.tables import aligned
 
 
@@ -25,10 +25,10 @@ def _label(name: str) -> str:
 
 def _measured(figures: dict[str, Any], name: str) -> str:
     interval = f" ({figures['accuracy_95_low']:.2f}-{figures['accuracy_95_high']:.2f})" if figures else ""
-    return in_words(name, figures.get(name)) + (interval if name == "accuracy" else "")
+    return format_figure(name, figures.get(name)) + (interval if name == "accuracy" else "")
 
 
-def closing_words(
+def closing_summary(
     run_dir: RunDir,
     evaluation: dict[str, Any],
     plots: list[Path],

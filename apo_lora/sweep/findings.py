@@ -95,7 +95,7 @@ def tables(findings: dict[str, Any]) -> list[list[Sequence[str]]]:
     return [list(zip(*of_table, strict=True)) for of_table in rows]
 
 
-def closing_words(findings: dict[str, Any]) -> str:
+def closing_summary(findings: dict[str, Any]) -> str:
     """Both tables and how to read them."""
     words = ["\n".join(aligned(rows, left=range(len(rows[0])))) for rows in tables(findings)]
     return "\n\n".join([*words, _how_to_read(findings)])

@@ -11,9 +11,9 @@ from apo_lora.errors import RecipeError
 from apo_lora.report.comparison import COMPARED, value
 from apo_lora.report.runs import read_run
 from apo_lora.run.directory import RunDir
-from apo_lora.run.figures import in_words
+from apo_lora.run.figures import format_figure
 from apo_lora.sweep.experiment import Experiment, PlannedRun, find_experiment, load_experiment, plan_runs
-from apo_lora.sweep.findings import closing_words, record_child, spent_by_run, write_findings
+from apo_lora.sweep.findings import closing_summary, record_child, spent_by_run, write_findings
 from apo_lora.sweep.queue import Outcome, run_all
 from apo_lora.sweep.runs import State, is_finished, states, steps_done
 
@@ -55,7 +55,7 @@ def sweep(
     failed = _run(pending, planned, experiment, out, jobs) if pending else []
     findings = write_findings(path.stem, experiment, planned, out, overrides)
     if findings:
-        print(f"\n{closing_words(findings)}\n")
+        print(f"\n{closing_summary(findings)}\n")
         print(f"Written      {out / 'README.md'}, {out / 'sweep.json'}, {out / 'sweep.png'}")
         print(f"As a page    apo-lora report {out}/*/seed-*")
     if failed:
@@ -106,7 +106,7 @@ def _run(
         record_child(out, outcome)
         if outcome.finished:
             accuracy = value(read_run(outcome.run.path), COMPARED[0], "after", experiment.final_steps)
-            tail = f"accuracy {in_words('accuracy', accuracy)}"
+            tail = f"accuracy {format_figure('accuracy', accuracy)}"
         else:
             failed.append(outcome)
             tail = outcome.reason

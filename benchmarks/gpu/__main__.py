@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, child: Sequence[str] = CHILD) -
             continue
         print(f"{measurement.name} ...", end=" ", flush=True)
         results[measurement.name] = measure(measurement, setting, seconds, child, options.out / "log.txt")
-        print(in_words(results[measurement.name]), flush=True)
+        print(described(results[measurement.name]), flush=True)
         for folder in (setting.folder, options.out):
             results_files.write(folder, results)
         if not setting.model.is_dir():
@@ -134,7 +134,7 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def in_words(measured: Measured) -> str:
+def described(measured: Measured) -> str:
     failed = failed_checks(measured)
     checks = f", {len(failed)} of {len(measured.get('checks', ()))} checks failed" if failed else ""
     return f"{measured['status']} ({measured['seconds_in_all']:.0f} s{checks})"

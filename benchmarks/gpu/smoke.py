@@ -57,10 +57,10 @@ class Start:
 
     trainer: APOTrainer
     policy: Policy
-    probe: dict[str, Any]
+    batch: dict[str, Any]
     """A batch of two prompts with arbitrary completions."""
     base_logps: Tensor
-    """Of the probe's completions, adapters off, (B, T)."""
+    """Of the batch's completions, adapters off, (B, T)."""
     adapter: Tensor
     base_checksum: int
 
@@ -97,9 +97,9 @@ def note_start(trainer: APOTrainer, recipe: Recipe) -> Start:
     inputs = prompt_inputs(policy, examples, recipe)
     # Ordinary tokens: the first 256 are the bytes.
     ids = torch.arange(2 * 32, device=policy.model.device).view(2, 32)
-    probe = as_batch(inputs, ids, examples)
+    batch = as_batch(inputs, ids, examples)
     model = policy.model
-    return Start(trainer, policy, probe, base_logps(model, probe), adapter_of(model), base_checksum(model))
+    return Start(trainer, policy, batch, base_logps(model, batch), adapter_of(model), base_checksum(model))
 
 
 def base_logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -179,7 +179,7 @@ def check_weights(record: Record, start: Start) -> None:
 
 
 def left_base(start: Start) -> Finding:
-    found = (policy_logps(start.policy.model, start.probe) - start.base_logps).abs().mean().item()
+    found = (policy_logps(start.policy.model, start.batch) - start.base_logps).abs().mean().item()
     return found > 1e-3, f"{found:.2g} nats per token on average"
 
 
@@ -190,8 +190,8 @@ def same_base(start: Start) -> Finding:
 
 def same_reference(start: Start) -> Finding:
     """Its log-probs may differ by rounding: Unsloth leaves the model in another mode."""
-    error = (base_logps(start.policy.model, start.probe) - start.base_logps).abs().mean().item()
-    change = (policy_logps(start.policy.model, start.probe) - start.base_logps).abs().mean().item()
+    error = (base_logps(start.policy.model, start.batch) - start.base_logps).abs().mean().item()
+    change = (policy_logps(start.policy.model, start.batch) - start.base_logps).abs().mean().item()
     return error < 0.1 * change, f"{error:.2g} nats per token, where training changed the policy by {change:.2g}"
 
 
@@ -215,9 +215,9 @@ def gradient_scale(trainer: APOTrainer) -> Finding:
 
 def reloads(recipe: Recipe, run_dir: RunDir, start: Start) -> Finding:
     """Between the two lies at most rounding, where PEFT computes in another order than Unsloth."""
-    trained = policy_logps(start.policy.model, start.probe)
+    trained = policy_logps(start.policy.model, start.batch)
     fresh = load_policy(recipe.model, recipe.lora, recipe.data, seed=1)
     loaded = PeftModel.from_pretrained(fresh.model.unload(), run_dir.adapter)
-    error = (policy_logps(loaded, start.probe) - trained).abs().mean().item()
+    error = (policy_logps(loaded, start.batch) - trained).abs().mean().item()
     trained_by = (trained - start.base_logps).abs().mean().item()
     return error < 0.1 * trained_by, f"{error:.2g} nats per token, where training changed {trained_by:.2g}"

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from apo_lora.policy.shared_prompt.attention import Families, attend, family, recognise_families
+from apo_lora.policy.shared_prompt.attention import PromptGroups, accept_prompt_groups, attend, prompt_group
 from apo_lora.tiny import BASE_DIR
 
 ROWS, HEADS, KEY_HEADS, CACHE, WIDTH = 3, 6, 2, 11, 16
@@ -26,7 +26,7 @@ def model_with(attention):
 @pytest.fixture
 def ours(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
-    recognise_families(model_with("sdpa"))
+    accept_prompt_groups(model_with("sdpa"))
     return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -68,14 +68,14 @@ def test_equals_the_expanded_attention(ours, length, kind):
 
 
 def test_gradients_behind_a_shared_prompt_equal_those_of_expanded_heads():
-    families, length = Families(family(4, (3, 2)), family(2, (5,))), 16
+    groups, length = PromptGroups(prompt_group(4, (3, 2)), prompt_group(2, (5,))), 16
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, n, length, WIDTH, generator=generator) for n in (HEADS, KEY_HEADS, KEY_HEADS))
     upstream = torch.randn(1, length, HEADS, WIDTH, generator=generator)
 
     def gradients(prepare):
         leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        attend(leaves[0], *(prepare(tensor) for tensor in leaves[1:]), families, 0.3).backward(upstream)
+        attend(leaves[0], *(prepare(tensor) for tensor in leaves[1:]), groups, 0.3).backward(upstream)
         return [leaf.grad for leaf in leaves]
 
     found, expected = gradients(lambda tensor: tensor), gradients(lambda tensor: repeat_kv(tensor, HEADS // KEY_HEADS))
@@ -125,7 +125,7 @@ def test_a_function_that_is_not_upstreams_keeps_its_calls(monkeypatch):
     assert ALL_ATTENTION_FUNCTIONS["sdpa"](LAYER, query, key, value, masked(1, "boolean")) == "original"
     assert len(calls) == 1
     before = dict(ALL_ATTENTION_FUNCTIONS)
-    recognise_families(model_with("eager"))  # in no registry: transformers calls it directly
+    accept_prompt_groups(model_with("eager"))  # in no registry: transformers calls it directly
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
 
 
@@ -139,7 +139,7 @@ def recorded(monkeypatch, module):
 
     stand_in.__module__ = module
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", stand_in)
-    recognise_families(model_with("sdpa"))
+    accept_prompt_groups(model_with("sdpa"))
     return calls
 
 

@@ -9,7 +9,7 @@ from apo_lora.policy.batches import row_slices
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt import attention as shared_attention
-from apo_lora.policy.shared_prompt.attention import Families, attend, family, obstacle
+from apo_lora.policy.shared_prompt.attention import PromptGroups, attend, obstacle, prompt_group
 from apo_lora.policy.shared_prompt.rows import pack
 from apo_lora.policy.shared_prompt.vision_features import image_features, tower_is_frozen
 
@@ -185,7 +185,7 @@ def test_completions_that_are_masked_out(tiny_policy, make_groups, empty):
 
 def fault_completions_see_each_other(monkeypatch):
     monkeypatch.setattr(
-        shared_attention, "attend", lambda query, key, value, families, scaling: causal(query, key, value, scaling)
+        shared_attention, "attend", lambda query, key, value, groups, scaling: causal(query, key, value, scaling)
     )
 
 
@@ -235,8 +235,8 @@ def test_a_fault_would_show(tiny_policy, make_groups, monkeypatch, fault):
 
 
 def test_attention_equals_the_dense_mask():
-    families = Families(family(7, (3, 5, 1)), family(4, (6,)), family(2, ()))
-    lengths = [(f.prompt, *f.completions) for f in families.members]
+    groups = PromptGroups(prompt_group(7, (3, 5, 1)), prompt_group(4, (6,)), prompt_group(2, ()))
+    lengths = [(f.prompt, *f.completions) for f in groups.members]
     length = sum(map(sum, lengths))
     visible, start = torch.zeros(length, length, dtype=torch.bool), 0
     for prompt, *completions in lengths:
@@ -253,7 +253,7 @@ def test_attention_equals_the_dense_mask():
         query, key, value, attn_mask=visible, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     assert difference(causal(query, key, value, 0.3), expected) > 0.1
-    assert difference(attend(query, key, value, families, 0.3), expected) < 1e-6
+    assert difference(attend(query, key, value, groups, 0.3), expected) < 1e-6
 
 
 # --- once ------------------------------------------------------------------------------------------------------------
@@ -359,12 +359,12 @@ def test_what_does_not_qualify_is_named(tiny_policy):
 
 
 def test_everything_else_keeps_its_attention(tiny_policy, make_batch):
-    """The wrapped function gives the very same result for masks that are no families."""
+    """The wrapped function gives the very same result for ordinary masks."""
     batch = make_batch(tiny_policy)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    shared_attention.recognise_families(tiny_policy.model.get_base_model().model.language_model)
+    shared_attention.accept_prompt_groups(tiny_policy.model.get_base_model().model.language_model)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"].__wrapped__ is sdpa_attention_forward
     wrapped = scored(tiny_policy.model, batch)
     ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
@@ -376,7 +376,7 @@ def test_a_compiled_layer_is_not_compiled_again_for_other_lengths(tiny_policy):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     language_model = tiny_policy.model.get_base_model().model.language_model
-    shared_attention.recognise_families(language_model)
+    shared_attention.accept_prompt_groups(language_model)
     generator, counter = torch.Generator().manual_seed(0), CompileCounterWithBackend("eager")
     layer = language_model.layers[0]
     torch._dynamo.reset()
@@ -386,7 +386,7 @@ def test_a_compiled_layer_is_not_compiled_again_for_other_lengths(tiny_policy):
         length = lengths[0] + sum(lengths[1])
         hidden = torch.randn(1, length, 96, generator=generator)
         rotation = language_model.rotary_emb(hidden, torch.arange(length).expand(3, 1, -1))
-        options = {"position_embeddings": rotation, "attention_mask": Families(family(*lengths))}
+        options = {"position_embeddings": rotation, "attention_mask": PromptGroups(prompt_group(*lengths))}
         torch.testing.assert_close(compiled(hidden, **options), layer.forward(hidden, **options))
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}

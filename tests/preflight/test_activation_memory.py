@@ -168,7 +168,7 @@ def test_logits_of_the_training_pass(entropy_coef, chunks):
 
 def test_what_attention_behind_a_shared_prompt_keeps():
     """Copied keys and values, a 16-bit mask per completion, and the output, as parts and as one."""
-    from apo_lora.policy.shared_prompt.attention import Families, attend, family
+    from apo_lora.policy.shared_prompt.attention import PromptGroups, attend, prompt_group
 
     recipe = recipe_of(
         "single_gpu", "grpo.prompts_per_step=6", "grpo.num_generations=4", "grpo.completions_per_pass=4",
@@ -179,8 +179,8 @@ def test_what_attention_behind_a_shared_prompt_keeps():
     query, key, value = (
         torch.randn(1, n, load.pass_tokens, width).bfloat16().requires_grad_() for n in (heads, SMALL.kv_heads, 2)
     )
-    families, kept = Families(family(512, (128,) * 4)), []
-    measured = left_by(lambda: kept.append(attend(query, key, value, families, None)))
-    masks = attention_mask(recipe, load).bytes - families.members[0].visible.nbytes
+    groups, kept = PromptGroups(prompt_group(512, (128,) * 4)), []
+    measured = left_by(lambda: kept.append(attend(query, key, value, groups, None)))
+    masks = attention_mask(recipe, load).bytes - groups.members[0].visible.nbytes
     outputs = 2 * load.pass_tokens * SMALL.hidden * 2
     assert copied_keys(SMALL, recipe, load, 4) + masks + outputs == pytest.approx(measured, rel=0.05)

@@ -11,7 +11,7 @@ from apo_lora.report.comparison import (
     compare,
     difference_by_seed,
     difference_rows,
-    estimate_words,
+    format_estimate,
     mean_over_seeds,
     mean_rows,
     t_quantile,
@@ -114,9 +114,9 @@ def test_a_star_marks_a_difference_whose_interval_excludes_zero(make_run):
 
 def test_an_estimate_is_written_as_its_figure_is():
     estimate = {"mean": 0.5, "low": 0.25, "high": 0.75}
-    assert estimate_words(estimate, "accuracy", "+") == "+0.500 (+0.250 to +0.750)"
-    assert estimate_words({**estimate, "low": None}, "length_wrong") == "0.5"
-    assert estimate_words(None, "accuracy") == "-"
+    assert format_estimate(estimate, "accuracy", "+") == "+0.500 (+0.250 to +0.750)"
+    assert format_estimate({**estimate, "low": None}, "length_wrong") == "0.5"
+    assert format_estimate(None, "accuracy") == "-"
 
 
 def test_the_picture_shows_what_was_found(make_run):

@@ -7,7 +7,7 @@ import torch
 
 from apo_lora.apo import assign_credit
 from apo_lora.run.callbacks import STEP_LINE
-from apo_lora.run.figures import CURVES, FIGURES, PER_STEP, PLOTS, SIGNAL_CURVES, in_words
+from apo_lora.run.figures import CURVES, FIGURES, PER_STEP, PLOTS, SIGNAL_CURVES, format_figure
 from apo_lora.run.metrics import TokenMeans, rollout_metrics
 
 PANELS = [*CURVES, *SIGNAL_CURVES, *(panel for panels in PLOTS.values() for panel in panels)]
@@ -32,6 +32,6 @@ def test_figures_that_share_axes_share_their_unit_and_range(panel):
 
 
 def test_a_value_is_written_as_declared_and_none_is_a_dash():
-    assert in_words("accuracy", 0.12345) == "0.123" and in_words("kl", 0.5, "+") == "+0.5000"
-    assert in_words("kl", None) == in_words("kl", math.nan) == in_words("kl", math.inf) == "-"
+    assert format_figure("accuracy", 0.12345) == "0.123" and format_figure("kl", 0.5, "+") == "+0.5000"
+    assert format_figure("kl", None) == format_figure("kl", math.nan) == format_figure("kl", math.inf) == "-"
     assert "{reward}" in STEP_LINE

@@ -21,12 +21,12 @@ def main() -> None:
         start()
     else:
         give_trl_a_head()
-    mend_every_4bit_model()
+    fix_every_4bit_model()
     run(measurement, setting, record)
 
 
-def mend_every_4bit_model() -> None:
-    """compat.mend_4bit_on_cpu, also for models that are loaded by others than our CPU engine."""
+def fix_every_4bit_model() -> None:
+    """compat.fix_4bit_on_cpu, also for models that are loaded by others than our CPU engine."""
     from bitsandbytes.nn import modules
 
     from apo_lora.machine.compat import dequantize_blocks_across_rows_on_cpu

@@ -78,7 +78,7 @@ def _without_offload(cls: type, name: str) -> None:
 
 def load_tiny(model: dict | None = None, lora: dict | None = None) -> Any:
     """The embedded tiny policy, through our load_policy and Unsloth."""
-    from apo_lora.machine.compat import mend_4bit_on_cpu
+    from apo_lora.machine.compat import fix_4bit_on_cpu
     from apo_lora.policy.loading import load_policy
     from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 
@@ -88,5 +88,5 @@ def load_tiny(model: dict | None = None, lora: dict | None = None) -> Any:
         DataSection(train="boards"),
         seed=0,
     )
-    mend_4bit_on_cpu(policy.model)
+    fix_4bit_on_cpu(policy.model)
     return policy

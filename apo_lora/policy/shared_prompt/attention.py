@@ -2,13 +2,13 @@
 
 A mask of L x L pairs would hide most of them and still be computed: completions do not see each other. Instead, every
 stretch of the row is one call of PyTorch's own attention: a prompt causally on itself, a completion on its prompt and
-itself. Their cost is linear in the number of completions. The only mask is that of a family's longest completion, as
+itself. Their cost is linear in the number of completions. The only mask is that of a group's longest completion, as
 wide as its prompt and itself; shorter ones use its corner, and every layer the same tensor.
 
-The model's layers get here through transformers' registry of attention functions: `Families` travels in the place of
-the attention mask, and whatever function the model uses is wrapped to recognise it. The same wrapper keeps sampling
-from copying keys and values: transformers repeats them for every query head wherever there is a mask, for each token
-and layer the whole cache.
+The model's layers get here through transformers' registry of attention functions: `PromptGroups` is passed in place of
+the attention mask, and the function that the model uses is wrapped to accept it. The same wrapper keeps sampling from
+copying keys and values: wherever there is a mask, transformers repeats the whole cache for every query head, for each
+token and layer.
 """
 
 import functools
@@ -24,7 +24,9 @@ from apo_lora.family.lookup import closest_family
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-class Family(NamedTuple):
+class PromptGroup(NamedTuple):
+    """A prompt with its completions."""
+
     prompt: int
     """Tokens."""
     completions: tuple[int, ...]
@@ -33,34 +35,34 @@ class Family(NamedTuple):
     """(longest completion, prompt + longest completion), bool: all of the prompt, and itself up to here."""
 
 
-def family(prompt: int, completions: tuple[int, ...], device: torch.device | str = "cpu") -> Family:
+def prompt_group(prompt: int, completions: tuple[int, ...], device: torch.device | str = "cpu") -> PromptGroup:
     longest = max(completions, default=0)
     visible = torch.ones(longest, prompt + longest, dtype=torch.bool, device=device).tril(prompt)
-    return Family(prompt, completions, visible)
+    return PromptGroup(prompt, completions, visible)
 
 
-class Families:
+class PromptGroups:
     """A whole row. Stands where a layer expects its attention mask.
 
-    No tuple and no dataclass: torch.compile looks into those, takes the lengths for constants of a layer, and compiles
+    Not a tuple or a dataclass: torch.compile looks into those, treats the lengths as constants of a layer, and compiles
     it again for every pass.
     """
 
-    def __init__(self, *members: Family):
+    def __init__(self, *members: PromptGroup):
         self.members = members
 
 
 @torch.compiler.disable
-def attend(query: Tensor, key: Tensor, value: Tensor, families: Families, scaling: float | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, groups: PromptGroups, scaling: float | None) -> Tensor:
     """query (1, heads, L, D); key and value (1, key heads, L, D). Returns (1, L, heads, D).
 
     Unsloth compiles whole layers on a GPU. This stays out of their graphs: its shapes are other ones in every pass.
     """
-    lengths = [length for prompt, completions, _ in families.members for length in (prompt, *completions)]
+    lengths = [length for prompt, completions, _ in groups.members for length in (prompt, *completions)]
     # Splitting once keeps backward linear: the gradient of every single slice would be as long as the row.
     queries, keys, values = (iter(tensor[0].split(lengths, dim=1)) for tensor in (query, key, value))
     parts = []
-    for prompt, completions, visible in families.members:
+    for prompt, completions, visible in groups.members:
         prompt_key, prompt_value = next(keys), next(values)
         parts.append(_attend_row(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling))
         for length in completions:
@@ -120,30 +122,32 @@ def obstacle(model: nn.Module) -> str | None:
     """Why this model cannot compute completions behind one shared prompt, or None."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model_family = closest_family(model)
-    if not model_family.shares_prompts:
-        return f"{model_family.model_type} is not a model that it is written for"
-    text = model_family.language_of(model_family.inner_of(model)).config
+    family = closest_family(model)
+    if not family.shares_prompts:
+        return f"it is not implemented for {family.model_type} models"
+    text = family.language_of(family.inner_of(model)).config
     if set(getattr(text, "layer_types", ["full_attention"])) != {"full_attention"}:
-        return "not every layer sees the whole sequence (sliding_attention)"
+        return "not every layer attends to the whole sequence (sliding_attention)"
     if text.attention_dropout:
-        return f"its attention drops out ({text.attention_dropout})"
+        return f"the model uses attention dropout ({text.attention_dropout})"
     if text._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         return f"attention {text._attn_implementation!r} is not in transformers' registry"
     return None
 
 
-def recognise_families(model: nn.Module) -> None:
-    """From now on the model's attention function takes Families for a mask, and where it is transformers' SDPA,
-    sampling copies no keys and values for query heads. Everything else goes to it unchanged."""
+def accept_prompt_groups(model: nn.Module) -> None:
+    """From now on the model's attention function accepts PromptGroups as a mask, and where it is transformers' SDPA,
+    sampling copies no keys and values for query heads. All other calls reach it unchanged."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = model.config.get_text_config()._attn_implementation
     if name not in ALL_ATTENTION_FUNCTIONS:  # obstacle() says so where that matters
         return
     attention = ALL_ATTENTION_FUNCTIONS[name]
-    if not getattr(attention, "_recognises_families", False):
-        ALL_ATTENTION_FUNCTIONS[name] = _recognising(attention, is_sdpa=name == "sdpa" and _is_upstreams(attention))
+    if not getattr(attention, "_accepts_prompt_groups", False):
+        ALL_ATTENTION_FUNCTIONS[name] = _accepting_prompt_groups(
+            attention, is_sdpa=name == "sdpa" and _is_upstreams(attention)
+        )
 
 
 def _is_upstreams(attention: Attention) -> bool:
@@ -151,19 +155,19 @@ def _is_upstreams(attention: Attention) -> bool:
     return attention.__module__.partition(".")[0] in ("transformers", "unsloth", "unsloth_zoo")
 
 
-def _recognising(attention: Attention, is_sdpa: bool) -> Attention:
+def _accepting_prompt_groups(attention: Attention, is_sdpa: bool) -> Attention:
     @functools.wraps(attention)  # Unsloth marks functions by attributes, and looks for them
     def call(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(attention_mask, Families):
+        if isinstance(attention_mask, PromptGroups):
             return attend(query, key, value, attention_mask, options.get("scaling")), None
         if is_sdpa and _is_plain_sampling(module, query, key, attention_mask, options):
             grouped = attend_one if query.shape[2] == 1 else attend_several
             return grouped(query, key, value, attention_mask, options.get("scaling")), None
         return attention(module, query, key, value, attention_mask, **options)
 
-    call._recognises_families = True
+    call._accepts_prompt_groups = True
     return call
 
 

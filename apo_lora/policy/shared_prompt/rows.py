@@ -3,7 +3,7 @@
     prompt A | completion A1 | completion A2 | ... | prompt B | completion B1 | ...
 
 A completion attends to its prompt and to itself (attention.py), and its positions go on from its prompt's, as if
-each stood alone behind it. One prompt with its completions is a family.
+each stood alone behind it. One prompt with its completions is a prompt group.
 
 Shape suffixes: B sequences, L tokens of the row, P prompt tokens, K completion tokens that are not padding.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apo_lora.family.lookup import closest_family
 from apo_lora.policy.batches import Batch, row_slices
-from apo_lora.policy.shared_prompt.attention import Families, family
+from apo_lora.policy.shared_prompt.attention import PromptGroups, prompt_group
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class PackedRow:
     input_ids_L: Tensor
     position_ids_3L: Tensor
     """Temporal, height and width (M-RoPE)."""
-    families: Families
+    prompt_groups: PromptGroups
     prompt_rows: list[int]
-    """Per family, the sequence of the batch whose prompt and images stand for all of its."""
+    """Per group, the sequence of the batch whose prompt and images stand for all of its."""
     sources_K: Tensor
     """Where in the row the k-th completion token is predicted; k counts through completion_mask row by row."""
 
@@ -39,19 +39,19 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
     rows = list(row_slices(batch, 1))
     lengths_B = batch["completion_mask"].sum(dim=-1).tolist()
 
-    input_ids, position_ids, families, end = [], [], [], 0
+    input_ids, position_ids, prompt_groups, end = [], [], [], 0
     sources: dict[int, Tensor] = {}
     # Masked-out completions need no prompt either.
-    members = {group: in_family for group, in_family in members.items() if any(lengths_B[row] for row in in_family)}
-    for in_family in members.values():
-        prompt_ids_P, prompt_positions_3P = _prompt(inner_model, rows[in_family[0]])
+    members = {group: own_rows for group, own_rows in members.items() if any(lengths_B[row] for row in own_rows)}
+    for own_rows in members.values():
+        prompt_ids_P, prompt_positions_3P = _prompt(inner_model, rows[own_rows[0]])
         input_ids.append(prompt_ids_P)
         position_ids.append(prompt_positions_3P)
-        lengths = tuple(lengths_B[row] for row in in_family if lengths_B[row])
-        families.append(family(len(prompt_ids_P), lengths, device))
+        lengths = tuple(lengths_B[row] for row in own_rows if lengths_B[row])
+        prompt_groups.append(prompt_group(len(prompt_ids_P), lengths, device))
         end += len(prompt_ids_P)
         last_of_prompt, next_position = end - 1, prompt_positions_3P.max() + 1
-        for row in in_family:
+        for row in own_rows:
             length, mask_T = lengths_B[row], batch["completion_mask"][row].bool()
             steps = torch.arange(length, device=device)
             input_ids.append(batch["completion_ids"][row][mask_T])
@@ -62,8 +62,8 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
     return PackedRow(
         torch.cat(input_ids),
         torch.cat(position_ids, dim=1),
-        Families(*families),
-        [in_family[0] for in_family in members.values()],
+        PromptGroups(*prompt_groups),
+        [own_rows[0] for own_rows in members.values()],
         torch.cat([sources[row] for row in sorted(sources)]),
     )
 
