@@ -1,9 +1,9 @@
-"""apo-lora: teach a vision-language model to reason on one GPU, by LoRA, GRPO and APO (arXiv 2506.21655).
+"""apo-lora: teach a vision-language model to reason on one GPU, with LoRA, GRPO and APO (arXiv 2506.21655).
 
-For scripts of one's own; nothing is imported before it is asked for:
+For use in your own scripts; each name is imported on first use:
 
-    APOTrainer, APOConfig            in the place of TRL's GRPOTrainer and GRPOConfig, stock or Unsloth's
-    APOCallback                      a callback that also hears of rollouts
+    APOTrainer, APOConfig            replace TRL's GRPOTrainer and GRPOConfig, stock or Unsloth's
+    APOCallback                      a callback that also receives rollouts
     assign_credit, apo_loss          the algorithm as functions on tensors
     accuracy_reward, format_reward   the two built-in rewards of one completion
 """

@@ -26,24 +26,24 @@ FIXED: dict[str, Any] = {
     "use_adaptive_entropy": False,
     "sync_ref_model": False,
 }
-"""Arguments of TRL's loss with the one value that APO's loss has."""
+"""Arguments of TRL's loss, with the only value that matches APO's loss."""
 
 
 @dataclass
 class APOConfig(GRPOConfig):
-    """In the place of `trl.GRPOConfig`, with every argument of that class and these:
+    """Replaces `trl.GRPOConfig`: every argument of that class, and these:
 
-    dads                    shape of the KL weight of positives: complement_exp (the paper's), exp_decay, constant; None
-                            is off
-    stcr                    base of the factor on wrong completions longer than the right ones, above 1; None is off
+    dads                    shape of the KL weight of positive completions: complement_exp (the paper's), exp_decay,
+                            constant; None is off
+    stcr                    base of the factor on wrong completions longer than the correct ones, above 1; None is off
     stcr_amplify_positive   whether STCR multiplies positive advantages too, as the released code does
-    correct_by              name of the reward function that says which completions are correct; None is the first one
-    correct_from            the value of that reward from which on a completion is correct
-    shared_prompt           compute the prompt of a group once in scoring, where the model allows it; same result
+    correct_by              name of the reward function that decides which completions are correct; None is the first
+    correct_from            smallest value of that reward that counts as correct
+    shared_prompt           compute each prompt once for all of its completions, where the model allows it; same result
     zero_variance_groups    groups whose rewards are all equal: keep, skip, or resample other prompts (twice at most)
-    max_nonfinite_steps     stop after so many optimizer steps in a row whose loss or gradient is not finite
+    max_nonfinite_steps     stop after this many optimizer steps in a row with a loss or gradient that is not finite
 
-    Defaults that differ from TRL 1.15's, since those contradict APO (arXiv 2506.21655 and its released code):
+    Defaults that differ from TRL 1.15's, because those contradict APO (arXiv 2506.21655 and its released code):
 
     | argument                            | TRL    | here   | why                                                    |
     |-------------------------------------|--------|--------|--------------------------------------------------------|
@@ -52,8 +52,8 @@ class APOConfig(GRPOConfig):
     | use_bias_correction_kl              | True   | False  | the released KL has no correction factor               |
     | vllm_importance_sampling_correction | True   | False  | it multiplies TRL's loss, which does not run       |
 
-    Of the arguments in FIXED another value has no effect; it is replaced, with a warning.
-    Raises ValueError for a value of its own arguments that is not allowed.
+    The arguments in FIXED have only one valid value; any other is replaced, with a warning.
+    Raises ValueError for an invalid value of the arguments above.
     """
 
     dads: str | None = field(default="complement_exp", metadata={"help": "Shape of the KL weight of positives."})
@@ -62,31 +62,33 @@ class APOConfig(GRPOConfig):
         default=True, metadata={"help": "Let STCR multiply positive advantages too, as released."}
     )
     correct_by: str | None = field(
-        default=None, metadata={"help": "Name of the reward function that decides what is correct; default the first."}
+        default=None, metadata={"help": "Name of the reward function that decides what is correct; default: the first."}
     )
-    correct_from: float = field(default=1.0, metadata={"help": "Value of that reward from which on it is correct."})
-    shared_prompt: bool = field(default=True, metadata={"help": "Compute the prompt of a group once in scoring."})
+    correct_from: float = field(default=1.0, metadata={"help": "Smallest value of that reward that counts as correct."})
+    shared_prompt: bool = field(default=True, metadata={"help": "Compute each prompt once for all of its completions."})
     zero_variance_groups: str = field(
         default="keep", metadata={"help": "Groups with equal rewards: keep, skip or resample."}
     )
     max_nonfinite_steps: int = field(
-        default=3, metadata={"help": "Stop after so many optimizer steps in a row that are not finite."}
+        default=3, metadata={"help": "Stop after this many non-finite optimizer steps in a row."}
     )
 
     beta: float = field(default=1e-3, metadata={"help": "Weight of the KL to the base without its adapter."})
     loss_type: str = field(default="grpo", metadata={"help": "Fixed: APO has its own normalisation."})
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Fixed: APO's KL has no correction factor."})
-    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Fixed: belongs to TRL's loss."})
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Fixed: applies only to TRL's loss."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dads is not None and self.dads not in DADS_SHAPES:
-            raise ValueError(f"APOConfig: dads={self.dads!r} is not one of {', '.join(DADS_SHAPES)} or None")
+            raise ValueError(f"APOConfig: dads={self.dads!r} must be one of {', '.join(DADS_SHAPES)}, or None")
         if self.stcr is not None and not self.stcr > 1:
             raise ValueError(f"APOConfig: stcr={self.stcr!r} must be above 1, for instance 1.00001; None is off")
         if self.zero_variance_groups not in ZERO_VARIANCE:
             given, allowed = self.zero_variance_groups, ", ".join(ZERO_VARIANCE)
-            raise ValueError(f"APOConfig: zero_variance_groups={given!r} is not one of {allowed}")
+            raise ValueError(f"APOConfig: zero_variance_groups={given!r} must be one of {allowed}")
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"APOConfig: steps_per_generation={self.steps_per_generation} must be a multiple of "
@@ -98,7 +100,7 @@ class APOConfig(GRPOConfig):
             without_effect.append("epsilon_high")
         if without_effect:
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in without_effect)
-            warnings.warn(f"APOConfig: {given}: without effect, APO's loss has its own", UserWarning, stacklevel=3)
+            warnings.warn(f"APOConfig: {given}: ignored, because APO has its own loss", UserWarning, stacklevel=3)
         for name, value in FIXED.items():
             setattr(self, name, value)
         self.epsilon_high = self.epsilon

@@ -1,11 +1,11 @@
-"""What a user did wrong, in one line each. The command line prints these and exits with 2; the rest is our bug."""
+"""User errors, one line each. The command line prints them and exits with 2; any other exception is a bug."""
 
 
 class UserError(Exception):
-    """Something only the user can mend.
+    """Something that only the user can fix.
 
     `problems`: one line each, naming what is wrong, where (file, row, key), and the remedy.
-    All problems that can be found are raised at once, so that one edit mends them all.
+    All problems that can be found are raised at once, so that one edit fixes them all.
     """
 
     exit_code = 2
@@ -36,17 +36,17 @@ class RunDirError(UserError):
 
 
 class HubError(UserError):
-    """The Hugging Face Hub: a token, a repository, or the way there."""
+    """The Hugging Face Hub: a token, a repository, or the connection."""
 
 
 class TrainingStopped(UserError):
-    """A run that ended early by itself; what it had learned is kept."""
+    """A run that stopped itself early; what it has learned is kept."""
 
     exit_code = 1
 
 
 class Interrupted(TrainingStopped):
-    """A run that a signal ended in order; the exit code is the shell's for that signal."""
+    """A run that a signal stopped after its step; the exit code is the shell's for that signal."""
 
     def __init__(self, signal_number: int, *problems: str):
         super().__init__(*problems)
@@ -54,5 +54,5 @@ class Interrupted(TrainingStopped):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and broken ones spelled out: what data says must not steer a terminal."""
+    """`text` with control characters and broken ones escaped: text from data must not control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

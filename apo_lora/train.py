@@ -1,5 +1,5 @@
 """A recipe in, an adapter out. Cheap checks come first, then heavy imports, then data, then the model; the run
-directory is made only when all of that has worked.
+directory is created only when all of that has succeeded.
 """
 
 import json
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_run: bool = False) -> RunDir:
     """Runs a recipe into its run directory, which is created, or continued with `resume` ("auto" or a checkpoint).
 
-    Raises UserError for everything a user can mend, before anything is written where that is possible.
+    Raises UserError for everything that a user can fix, before anything is written where possible.
     """
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
     recipe = recipe.in_run_dir(run_dir.path)
@@ -55,7 +55,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     _refuse_at_once(recipe, recipe_name)
 
     prepare_process()
-    if not dry_run:  # which may be made on another machine
+    if not dry_run:  # a dry run may be on another machine
         _require_device(recipe)
     inputs = open_inputs(recipe)
     require_trainable(inputs, recipe)
@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
 
     loaded, held_out = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
     say(loaded.summary())
-    kept = f"Whole checkpoints in {run_dir.checkpoints} are kept"
+    kept = f"Complete checkpoints in {run_dir.checkpoints} are kept"
     with (
         ranks.lost_process_as_one_line(kept),
         disk_errors_as_one_line(run_dir.path, kept),
@@ -122,7 +122,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             _save_adapter(policy.model, run_dir)
         if not (stop.requested or guard.gave_up):
             measure("after")
-        counts = troubles() | {"steps skipped as not finite": guard.skipped}
+        counts = troubles() | {"non-finite steps skipped": guard.skipped}
         done, steps = trainer.state.global_step, trainer.args.max_steps
         if ranks.is_main():
             _close_run(run_dir, fitted, policy.base_name, evaluation, seconds, done, counts)
@@ -136,7 +136,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
 
 
 def _refuse_at_once(recipe: Recipe, recipe_name: str) -> None:
-    """What can be seen to fail before anything heavy is loaded."""
+    """Problems that can be found before anything heavy is loaded."""
     require_trackers(recipe)
     if problems := list(combination_problems(recipe, ranks.num_processes())):
         raise RecipeError(*(f"{recipe_name}: {problem}" for problem in problems))
@@ -203,7 +203,7 @@ def _trainer(
         ],
     )
     refuse_changes(trainer.args, vars(arguments), by=type(trainer).__mro__[1])
-    for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; Screen has words
+    for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; Screen prints readable lines
         trainer.remove_callback(upstream_screen)
     trainer.create_model_card = lambda *args, **kwargs: None  # ours is written once, at the end
     trainer.nonfinite_guard.skipped = run_dir.last_metrics().get("skipped_nonfinite_steps", 0)
@@ -229,18 +229,18 @@ def _close_run(
 
 @contextmanager
 def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
-    """A checkpoint's optimizer and random state are unpickled as plain tensors alone; what holds more is refused."""
+    """A checkpoint's optimizer and random state are unpickled as plain tensors only; anything else is refused."""
     try:
         yield
     except pickle.UnpicklingError:
         raise RunDirError(
-            f"--resume {checkpoint}: holds more than plain numbers and tensors, and nothing of that was run; "
-            "resume a checkpoint of your own, or start anew"
+            f"--resume {checkpoint}: contains objects other than numbers and tensors, none of which were loaded; "
+            "resume one of your own checkpoints, or start a new run"
         ) from None
 
 
 def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
-    """Of the opened rows, those whose prompt is not too long."""
+    """The opened rows whose prompt is not too long."""
     inputs = inputs.fitting(processor, recipe.data)
     require_trainable(inputs, recipe)
     return inputs.train, {title: rows.examples for title, rows in inputs.held_out.items()}
@@ -257,10 +257,10 @@ def _plan(recipe: Recipe, num_prompts: int) -> str:
 
 
 def _restored(mirrors: Mirrors, run_dir: RunDir) -> None:
-    """Brings a run back whose directory is gone. The main process does it; the others see it done."""
+    """Restores a run whose directory is missing. The main process does it; the others wait for it."""
     if ranks.is_main():
         if place := mirrors.restore():
-            say(f"{run_dir.path} was gone and is restored from {place}.")
+            say(f"{run_dir.path} was missing and has been restored from {place}.")
     else:
         mirrors.wait_for_restored()
 
@@ -268,7 +268,7 @@ def _restored(mirrors: Mirrors, run_dir: RunDir) -> None:
 def _open_run(
     run_dir: RunDir, recipe: Recipe, fitted: Recipe, checkpoint: Path | None, resume: str | None, engine: str
 ) -> None:
-    """Makes the run directory, or takes its record back to the checkpoint."""
+    """Creates the run directory, or rewinds its record to the checkpoint."""
     here = environment(engine)
     if resume is None:
         run_dir.create()
@@ -280,7 +280,7 @@ def _open_run(
 
 
 def run_preflight(recipe: Recipe) -> bool:
-    """`apo-lora preflight`: the checks alone. Nothing is written; True if all passed."""
+    """`apo-lora preflight`: only the checks. Nothing is written; True if all passed."""
     prepare_process()
     _require_device(recipe)
     inputs = open_inputs(recipe)
@@ -297,7 +297,7 @@ def run_preflight(recipe: Recipe) -> bool:
 
 
 def _require_device(recipe: Recipe) -> None:
-    """Raises ModelError for what this machine lacks, before a byte is downloaded or a library is waited for."""
+    """Raises ModelError for what this machine lacks, before anything is downloaded or a heavy library is imported."""
     if recipe.model.name == "tiny" and recipe.rollout.engine == "transformers":
         return  # runs anywhere
     import torch
@@ -329,11 +329,11 @@ def report_checks(checks: list["Check"]) -> list[str]:
 
 
 def _save_adapter(model: Any, run_dir: RunDir) -> None:
-    """Into a folder beside it first: adapter/ is always whole."""
+    """Writes to a folder beside it first, so that adapter/ is always complete."""
     temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the card of the run says more
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
     if run_dir.adapter.exists():
         run_dir.adapter.rename(old)
     temporary.rename(run_dir.adapter)

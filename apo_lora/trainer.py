@@ -1,4 +1,4 @@
-"""APOTrainer: whatever `trl.GRPOTrainer` is at this moment, with APO's credit and loss in the place of GRPO's.
+"""APOTrainer: the current `trl.GRPOTrainer`, with APO's credit and loss instead of GRPO's.
 
 On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards
 and steps. Overridden are:
@@ -54,7 +54,7 @@ from apo_lora.run.log_window import LogWindow
 
 
 class APOTrainer(GRPOTrainer):
-    """GRPO with DADS and STCR on a LoRA policy, in the place of `trl.GRPOTrainer` and with its arguments.
+    """GRPO with DADS and STCR on a LoRA policy; replaces `trl.GRPOTrainer` and takes its arguments.
 
     The reference is the same model with its adapter off: no second model and no copy of the adapter is made. `args` is
     an APOConfig. Callbacks may be APOCallbacks. Raises ValueError for a model without an adapter, and for tools.
@@ -65,7 +65,9 @@ class APOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = APOConfig(f"{Path(name).name}-APO")
         if not isinstance(args, APOConfig):
-            raise ValueError(f"APOTrainer: args is a {type(args).__name__}; give an APOConfig, with the same arguments")
+            raise ValueError(
+                f"APOTrainer: args must be an APOConfig, not {type(args).__name__}; it takes the same arguments"
+            )
         if any(named.get(name) for name in ("tools", "environment_factory", "rollout_func")):
             raise ValueError("APOTrainer: tools, environments and rollout functions are not supported; leave them out")
         # With a beta, TRL would copy the fresh adapter as a reference policy, and run a pass of its own over it.
@@ -78,7 +80,7 @@ class APOTrainer(GRPOTrainer):
         self.pass_size = PassSize(self.args.per_device_train_batch_size)
         self.shares_prompts = self.args.shared_prompt
         if self.shares_prompts and (reason := obstacle(self.model)):
-            tqdm.write(f"shared_prompt: {reason}; every completion is scored with a prompt of its own")
+            tqdm.write(f"shared_prompt: not used, {reason}; every completion is scored with its own copy of the prompt")
             self.shares_prompts = False
         self.rollout_features: list[Tensor | None] | None = None
         self.rollout_pixels: RowPixels = []
@@ -95,7 +97,7 @@ class APOTrainer(GRPOTrainer):
         """A sampled image token has no pixels, and breaks the next forward pass."""
         if self.use_vllm:
             return
-        # Sampling from logits with a NaN raises (on a GPU it ends the process); scored, they cost one step alone.
+        # Sampling from logits with a NaN raises (on a GPU it ends the process); scored, they cost only one step.
         options = {"remove_invalid_values": True, **({"suppress_tokens": token_ids} if token_ids else {})}
         self.generation_config.update(**options)
         self.generation_kwargs.update(options)
@@ -124,7 +126,7 @@ class APOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *arguments, **options):
         if self.use_vllm or not self.shares_prompts:
-            if self.rollout_pixels and not self.use_vllm:  # vLLM processes them itself; the others want every row's
+            if self.rollout_pixels and not self.use_vllm:  # vLLM processes them itself; the others need every row's
                 pixels = [part for part in self.rollout_pixels if part is not None]
                 multimodal_fields = {**multimodal_fields, "pixel_values": torch.cat(pixels)}
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
@@ -163,7 +165,7 @@ class APOTrainer(GRPOTrainer):
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         if inputs[0].get("image") is not None or inputs[0].get("images"):
-            family_of(model)  # raises for a model whose images nobody here can cut into passes
+            family_of(model)  # raises for a model whose images cannot be split into passes
         try:
             with (
                 watched_forwards(model) as forwards,
@@ -174,7 +176,7 @@ class APOTrainer(GRPOTrainer):
         except torch.OutOfMemoryError:
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
         if not (self.use_vllm or self.use_transformers_continuous_batching) and (fault := generation_fault(forwards)):
-            warnings.warn(f"{fault} while sampling, which takes many times as long", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{fault} while sampling, which makes it many times slower", RuntimeWarning, stacklevel=2)
         self.window.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
         self.window.seconds["reward"] += self.rollout.seconds_for_rewards
         self.window.sampled_tokens += self.rollout.lengths_B.sum().item()
@@ -361,7 +363,7 @@ class APOTrainer(GRPOTrainer):
             for callback in self._apo_callbacks:
                 inside.enter_context(callback.around_save(folder))
             super()._save_checkpoint(model, trial)
-        ranks.wait()  # nobody trains on, or ends, beside a checkpoint that is half there
+        ranks.wait()  # no process continues or ends beside an incomplete checkpoint
 
     def _save_rng_state(self, output_dir):
         """Each process has a random state of its own; the main one writes them all."""

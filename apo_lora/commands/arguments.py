@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, and what a word on the command line must look like. No torch."""
+"""Arguments that several verbs take, and types for them. No torch."""
 
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
@@ -9,8 +9,12 @@ if TYPE_CHECKING:
 
 
 def add_recipe(parser: ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.max_steps=10")
+    parser.add_argument(
+        "--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped recipe"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.max_steps=10"
+    )
 
 
 def load_named(recipe: str, overrides: Sequence[str] = ()) -> tuple[str, "Recipe"]:
@@ -22,11 +26,11 @@ def load_named(recipe: str, overrides: Sequence[str] = ()) -> tuple[str, "Recipe
 
 
 def count_of(what: str) -> Callable[[str], int]:
-    """A type for argparse: a whole number from 1 on."""
+    """A type for argparse: a whole number of at least 1."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
-            raise ArgumentTypeError(f"{text!r} is not a number of {what}; give 1 or more")
+            raise ArgumentTypeError(f"{text!r} is not a valid number of {what}; give a whole number of at least 1")
         return int(text)
 
     return read

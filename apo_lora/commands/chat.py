@@ -1,4 +1,4 @@
-"""ask base and tuned model of a run one question, side by side"""
+"""ask a run's base and tuned model a question and show both answers side by side"""
 
 import sys
 from argparse import ArgumentParser
@@ -10,22 +10,32 @@ from apo_lora.errors import UserError
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory, or an adapter's or a GGUF's folder (see --recipe)")
-    add("question")
-    add("--image", metavar="FILE", help="what the question is about")
-    add("--sample", action="store_true", help="sample as in training instead of taking the likeliest tokens")
-    add("--max-tokens", metavar="N", type=count_of("tokens"), help="cut the answers there; else the recipe's limit")
-    add("--recipe", metavar="R", help="how to ask; else the run's, or the one that a push left")
-    add("--gguf", action="store_true", help="ask the run's exported GGUF, through llama.cpp")
+    add("run", metavar="RUN", help="a run directory, or a folder with an adapter or GGUF files (see --recipe)")
+    add("question", help="the question, in quotes")
+    add("--image", metavar="FILE", help="image that the question is about")
+    add("--sample", action="store_true", help="sample as in training instead of decoding greedily")
+    add(
+        "--max-tokens",
+        metavar="N",
+        type=count_of("tokens"),
+        help="maximum length of an answer (default: the recipe's limit)",
+    )
+    add(
+        "--recipe",
+        metavar="R",
+        help="recipe that says how to ask (default: the run's, or the one pushed with the adapter)",
+    )
+    add("--gguf", action="store_true", help="ask the run's exported GGUF files through llama.cpp")
     add(
         "--base-gguf",
         metavar="DIR",
-        help="with --gguf: the base's GGUF; else that of `export --to base-gguf`, or the tuned answer stands alone",
+        help="with --gguf: folder with the base model's GGUF files (default: those of `export --to base-gguf`; "
+        "without them only the tuned model answers)",
     )
     add(
         "--llama-cpp",
         metavar="DIR",
-        help="with --gguf: a llama.cpp folder; else llama-server on the PATH, or the package xllamacpp",
+        help="with --gguf: a llama.cpp folder (default: llama-server on the PATH, or the package xllamacpp)",
     )
 
 
@@ -49,7 +59,7 @@ def run(
         chat_gguf(tuned, base, how_to_ask, question, sys.stdout, llama_cpp=llama_cpp, **options)
         return 0
     if base_gguf or llama_cpp:
-        raise UserError("chat: --base-gguf and --llama-cpp go with --gguf")
+        raise UserError("chat: --base-gguf and --llama-cpp need --gguf; add it, or leave them out")
     from apo_lora.run.adapter import find_adapter
 
     source = find_adapter(run)  # before the heavy libraries

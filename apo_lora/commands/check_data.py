@@ -1,4 +1,4 @@
-"""report on a recipe's data: rows, answers, images, tokens"""
+"""report what a recipe's data contains: rows, answers, images, prompt lengths"""
 
 from apo_lora.commands.arguments import add_recipe, load_named
 

@@ -1,4 +1,4 @@
-"""prove on a recipe's data that right answers are rewarded and wrong ones are not"""
+"""check on a recipe's data that correct answers earn the reward and wrong ones do not"""
 
 from apo_lora.commands.arguments import add_recipe, load_named
 

@@ -1,4 +1,4 @@
-"""check this machine: versions, GPU, memory, disk; plain text to paste into an issue"""
+"""check this machine (versions, GPU, memory, disk) and print a report to paste into an issue"""
 
 from argparse import ArgumentParser
 

@@ -1,48 +1,61 @@
-"""measure base and tuned model of a run on held-out items: accuracy, difference, pass@k, gallery"""
+"""evaluate a run's base and tuned model on held-out items: accuracy, difference, pass@k, gallery"""
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 
 from apo_lora.commands.arguments import count_of
 
-WHEN_STOPPED = "Stopped. What was answered is kept; the same command goes on."
+WHEN_STOPPED = "Stopped. Answers so far are kept; run the same command again to continue."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
-    add("--recipe", metavar="R", help="ask as R says where it sets model, data, rewards or grpo")
+    add("run", metavar="RUN", help="a run directory")
+    add(
+        "--recipe",
+        metavar="R",
+        help="take the settings of model, data, rewards and grpo from recipe R, where it sets them",
+    )
     add(
         "--set",
         dest="overrides",
         metavar="key=value",
         action="append",
         default=[],
-        help="a change to how it is asked, such as grpo.max_completion_length=2048; may be given several times",
+        help="a change to the settings, such as grpo.max_completion_length=2048; can be repeated",
     )
     add(
         "--data",
         metavar="D",
         action="append",
         default=[],
-        help="measure on D instead of the recipe's held-out data: any form of data.train, or a benchmark "
-        "(mathvista, mathverse, mmk12, mmstar, mmmu); may be given several times",
+        help="evaluate on D instead of the recipe's held-out data: anything that data.train accepts, or a benchmark "
+        "(mathvista, mathverse, mmk12, mmstar, mmmu); can be repeated",
     )
-    add("--split", metavar="S", help="split of a Hugging Face id; else data.eval_split")
-    limit = "the first N rows of each; else data.eval_limit, or all of --data"
+    add("--split", metavar="S", help="split of a Hugging Face data set (default: data.eval_split)")
+    limit = "use only the first N rows of each data set (default: data.eval_limit; with --data, all rows)"
     add("--limit", metavar="N", type=count_of("rows"), help=limit)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--base", action="store_true", help="measure the base model alone; the tuned one can follow")
-    which.add_argument("--model", metavar="FOLDER", help="an exported (merged) model instead of the run's adapter")
-    samples = "besides the greedy answer, K sampled ones, for pass@k"
+    which.add_argument(
+        "--base", action="store_true", help="evaluate only the base model; the tuned model can be added later"
+    )
+    which.add_argument(
+        "--model", metavar="FOLDER", help="evaluate an exported (merged) model instead of the run's adapter"
+    )
+    samples = "also sample K answers per item, for pass@k"
     add("--samples", metavar="K", type=count_of("samples"), default=0, help=samples)
-    add("--batch-size", metavar="B", type=count_of("answers"), help="answers at once; else as many as in training")
-    add("--name", metavar="NAME", type=_folder_name, help="of the folder RUN/evaluations/NAME")
+    add(
+        "--batch-size",
+        metavar="B",
+        type=count_of("answers"),
+        help="answers generated at once (default: as many as in training)",
+    )
+    add("--name", metavar="NAME", type=_folder_name, help="name of the result folder, RUN/evaluations/NAME")
 
 
 def _folder_name(text: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", text):
-        raise ArgumentTypeError(f"{text!r} cannot name a folder; use letters, digits, dots and dashes")
+        raise ArgumentTypeError(f"{text!r} is not a valid folder name; use letters, digits, dots and dashes")
     return text
 
 

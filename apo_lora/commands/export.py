@@ -1,4 +1,4 @@
-"""turn an adapter into what people deploy, and check it"""
+"""export an adapter for deployment (merged, GGUF or the Hub) and check the result"""
 
 from argparse import ArgumentParser
 from pathlib import Path
@@ -8,18 +8,23 @@ from apo_lora.export import QUANTIZATIONS, TARGETS
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder")
+    add("source", metavar="RUN_OR_ADAPTER", help="a run directory, or a folder with an adapter")
     targets = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
     add("--to", required=True, choices=TARGETS, help=targets)
-    add("--out", metavar="DIR", type=Path, help="folder to write, which must not exist; else beside the adapter")
-    quantization = f"of a GGUF's text model (default: {QUANTIZATIONS[0]})"
+    add("--out", metavar="DIR", type=Path, help="new folder to write to (default: beside the adapter)")
+    quantization = f"quantization of the GGUF text model (default: {QUANTIZATIONS[0]})"
     add("--quantization", choices=QUANTIZATIONS, default=QUANTIZATIONS[0], help=quantization)
-    add("--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF; else its programs are looked for on the PATH")
-    add("--repo", metavar="ORG/NAME", help="where on the Hub (--to hub)")
-    add("--what", choices=("adapter", "merged", "gguf"), default="adapter", help="what goes to the Hub")
+    add("--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF (default: llama.cpp's programs on the PATH)")
+    add("--repo", metavar="ORG/NAME", help="repository on the Hub, for --to hub")
+    add(
+        "--what",
+        choices=("adapter", "merged", "gguf"),
+        default="adapter",
+        help="what to push to the Hub (default: adapter)",
+    )
     seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_true", default=True, help="only you see it on the Hub (default)")
-    seen.add_argument("--public", dest="private", action="store_false", help="everybody sees it on the Hub")
+    seen.add_argument("--private", action="store_true", default=True, help="make the Hub repository private (default)")
+    seen.add_argument("--public", dest="private", action="store_false", help="make the Hub repository public")
 
 
 def run(

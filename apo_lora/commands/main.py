@@ -53,7 +53,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
-        prog="apo-lora", description="Teach a vision-language model to reason on one GPU: LoRA, GRPO and APO."
+        prog="apo-lora", description="Teach a vision-language model to reason on one GPU, with LoRA, GRPO and APO."
     )
     parser.add_argument("--version", action="version", version=f"apo-lora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_OneLineParser)
@@ -63,16 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0; 1 a check failed or a run stopped itself; 2 something to mend.
+    """Runs one verb. Returns the exit code: 0; 1 if a check failed or a run stopped itself; 2 for a user error.
 
     A run that a signal stopped gives the shell's code for it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = build_parser()
-    # The parser's own words for an unknown verb list all of them; the nearest one is more help.
+    # argparse's message for an unknown verb lists all of them; the nearest one is more help.
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         near = difflib.get_close_matches(arguments[0], VERBS, n=1)
-        parser.error(f"no verb {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        parser.error(f"unknown verb {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
     options = vars(parser.parse_args(arguments))
     verb = VERBS[options.pop("verb")]
     prepare_process()
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _by_rank(problem: str) -> str:
-    """All processes of a run have the same to say of a bad recipe, and one of them of its own GPU."""
+    """All processes report the same problem of a recipe; a problem of one GPU comes from its own process."""
     problem = printable(problem)
     return problem if ranks.is_main() else f"process {ranks.rank()}: {problem}"
 

@@ -1,4 +1,4 @@
-"""estimate the GPU memory a recipe needs, and what fits; needs no GPU"""
+"""estimate the GPU memory that a recipe needs and what would fit; runs without a GPU"""
 
 from argparse import ArgumentParser, ArgumentTypeError
 
@@ -7,7 +7,9 @@ from apo_lora.commands.arguments import add_recipe, load_named
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--vram", metavar="GB", type=_gigabytes, help="GPU memory; else that of a visible GPU")
+    parser.add_argument(
+        "--vram", metavar="GB", type=_gigabytes, help="GPU memory to plan for (default: that of the visible GPU)"
+    )
 
 
 def _gigabytes(text: str) -> float:

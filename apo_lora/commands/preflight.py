@@ -1,4 +1,4 @@
-"""check image, reference and sampling, and whether the largest example fits"""
+"""load the model and check images, reference, sampling, and that the largest example fits"""
 
 from apo_lora.commands.arguments import add_recipe, load_named
 

@@ -4,8 +4,8 @@ from argparse import ArgumentParser
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="recipe to print")
-    parser.add_argument("--keys", action="store_true", help="every key with its default and meaning")
+    parser.add_argument("name", nargs="?", help="print this recipe")
+    parser.add_argument("--keys", action="store_true", help="list every key with its default and meaning")
 
 
 def run(name: str | None, keys: bool) -> int:

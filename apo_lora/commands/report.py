@@ -1,11 +1,15 @@
-"""make one HTML page of a run, or of several compared"""
+"""write an HTML report of one run, or a comparison of several"""
 
 from argparse import ArgumentParser
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; seeds of one recipe become one line")
-    parser.add_argument("--out", metavar="FILE", help="else RUN/report.html, or ./report.html for several runs")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directories; runs that differ only in their seed are grouped"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="file to write (default: RUN/report.html, or ./report.html for several runs)"
+    )
 
 
 def run(runs: list[str], out: str | None) -> int:

@@ -1,18 +1,20 @@
-"""train an adapter by a recipe"""
+"""train a LoRA adapter from a recipe"""
 
 from argparse import ArgumentParser
 
 from apo_lora.commands.arguments import add_recipe, load_named
 
-WHEN_STOPPED = "Stopped. What was saved is kept; continue with --resume auto."
+WHEN_STOPPED = "Stopped. Saved checkpoints are kept; continue with --resume auto."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue the run: its last whole checkpoint, or the one at PATH"
+        "--resume",
+        metavar="auto|PATH",
+        help="continue the run from its last complete checkpoint, or from the one at PATH",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, show the plan, stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, print the plan and stop")
 
 
 def run(recipe: str, overrides: list[str], resume: str | None, dry_run: bool) -> int:

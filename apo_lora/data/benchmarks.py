@@ -58,7 +58,7 @@ def _mathvista(row: Row) -> dict[str, Any]:
 
 
 def _mathverse(row: Row) -> dict[str, Any]:
-    """Where the question is in the picture alone (Vision Only), the official prompt says so."""
+    """Where the question is only in the image (Vision Only), the official prompt says so."""
     problem = as_text(row["question"]).strip() or as_text(row.get("query_wo"))
     return _converted(problem, row["answer"], _lettered(problem), row["image"], row.get("problem_version"))
 
@@ -89,14 +89,16 @@ def _mmmu(row: Row) -> dict[str, Any]:
     def mark(found: re.Match) -> str:
         name = f"image_{found[1]}"
         if name in names:
-            return f"image {found[1]}"  # mentioned before: a picture is shown once
+            return f"image {found[1]}"  # mentioned before: an image is shown once
         names.append(name)
         return IMAGE_MARK
 
     problem = re.sub(r"<image (\d+)>", mark, question)
     images = [row.get(name) for name in names or ["image_1"]]
     if names and any(image is None for image in images):
-        raise BadRow("image missing", f"{names[images.index(None)]} is named in the question and is not there")
+        raise BadRow(
+            "image missing", f"the question refers to {names[images.index(None)]}, which the row does not have"
+        )
     choices = [re.sub(r"<image \d+>", IMAGE_MARK, option) for option in options]
     subject = re.sub(r"^[a-z]+_|_\d+$", "", as_text(row["id"]))
     return _converted(problem, answer, choices or None, images, subject)
@@ -119,7 +121,7 @@ def _lettered(text: str, before: str = r"^\s*") -> list[str] | None:
 def _literal_list(value: Any) -> list[str]:
     if isinstance(value, str):
         try:
-            value = ast.literal_eval(value)  # literals alone: nothing is executed
+            value = ast.literal_eval(value)  # only literals: nothing is executed
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise BadRow("options unreadable", value) from None
     if not isinstance(value, list | tuple):
@@ -164,8 +166,8 @@ def converted_rows(benchmark: Benchmark, rows: list[tuple[int, Any]], source: st
     first = next((row for _, row in rows if isinstance(row, Mapping)), {})
     if missing := [name for name in benchmark.columns if name not in first]:
         raise DataError(
-            f"{source}: not the schema of {benchmark.title}: no column {', '.join(missing)}; "
-            f"found: {', '.join(first) or 'none'}"
+            f"{source}: does not have the schema of {benchmark.title}: no column {', '.join(missing)} (found: "
+            f"{', '.join(first) or 'none'}); give the benchmark's original files"
         )
     return [(number, _converted_row(benchmark, row)) for number, row in rows]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Dropped = dict[str, list[tuple[int, str]]]
-"""Reason -> (row, what was found) of each row that it cost."""
+"""Reason -> (row, what was found) of each row dropped for it."""
 
 _COLUMN_SAMPLE = 100  # rows that decide which column is which
 _MAX_ROWS_NAMED = 10
@@ -79,7 +79,7 @@ def _text(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Usable examples of a data set, and why the other rows are not among them."""
+    """Usable examples of a data set, and why the other rows were dropped."""
 
     source: str
     examples: list[Example]
@@ -118,7 +118,7 @@ def load_examples(
 ) -> Loaded:
     """Reads the first `limit` rows of `spec` (see `DataSection.train` for its forms).
 
-    Rows that cannot be used are dropped and counted; if that is more than half of them, DataError. `split` matters to
+    Rows that cannot be used are dropped and counted; more than half of them is a DataError. `split` matters to
     `boards`, folders and Hub ids, `seed` to `boards`. `correct_gold` says whether an answer can be graded at all.
     """
     if correct_gold is None:
@@ -141,14 +141,15 @@ def load_examples(
     used = ", ".join(f"{field} from {column!r}" for field, column in vars(columns).items() if column)
     _refuse_mostly_bad(
         loaded,
-        f"(read {used}); mend them, or set data.image_column, data.problem_column, data.answer_column or "
+        f"(read {used}); fix them, or set data.image_column, data.problem_column, data.answer_column or "
         "data.choices_column",
     )
     return loaded
 
 
 def _no_rows(rows: Sequence[Any]) -> str:
-    return f"{'no row is a mapping of columns' if rows else 'holds no rows'}; give each problem a row with its answer"
+    found = "no row is a mapping of columns" if rows else "contains no rows"
+    return f"{found}; write a row for each problem, with its answer"
 
 
 def _image_folder(data: DataSection) -> Path | None:
@@ -156,7 +157,9 @@ def _image_folder(data: DataSection) -> Path | None:
         return None
     folder = Path(data.image_folder).expanduser().absolute()
     if not folder.is_dir():
-        raise DataError(f"data.image_folder: no folder {folder}; name the one where the image paths of the data start")
+        raise DataError(
+            f"data.image_folder: no folder {folder}; give the folder that the image paths in the data start from"
+        )
     return folder
 
 
@@ -170,7 +173,7 @@ def _example(
     images = image_refs(fields.images, folder=folder, row=number)
     marks = fields.problem.count(IMAGE_MARK)
     if marks > len(images):
-        raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem and {len(images)} images")
+        raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem, but {len(images)} images")
     return Example(number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system)
 
 
@@ -198,7 +201,7 @@ def drop_undecodable(loaded: Loaded) -> Loaded:
     bad_rows = {row for row, _ in bad}
     kept = [example for example in loaded.examples if example.row not in bad_rows]
     checked = _without(loaded, kept, "image unreadable", bad)
-    _refuse_mostly_bad(checked, "for their images; replace the files, or remove the rows")
+    _refuse_mostly_bad(checked, "because of their images; replace the files, or remove the rows")
     return checked
 
 
@@ -241,7 +244,7 @@ def image_tokens(processor: Any, size: tuple[int, int]) -> int:
 
 
 def drop_long_prompts(loaded: Loaded, processor: Any, data: DataSection) -> Loaded:
-    """Without examples whose prompt is over `data.max_prompt_tokens`: a prompt that is cut would lose its image."""
+    """Drops prompts longer than `data.max_prompt_tokens`: a truncated one would lose its image."""
     lengths = prompt_lengths(loaded.examples, processor, data)
     kept, bad = [], []
     for example, length in zip(loaded.examples, lengths, strict=True):
@@ -251,8 +254,8 @@ def drop_long_prompts(loaded: Loaded, processor: Any, data: DataSection) -> Load
             bad.append((example.row, f"{length:,} tokens, data.max_prompt_tokens is {data.max_prompt_tokens:,}"))
     if bad and not kept:
         raise DataError(
-            f"{loaded.source}: every prompt is over data.max_prompt_tokens = {data.max_prompt_tokens:,} (the shortest "
-            f"has {min(lengths):,}); raise it, or lower data.max_pixels"
+            f"{loaded.source}: every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens:,} (the "
+            f"shortest has {min(lengths):,}); raise it, or lower data.max_pixels"
         )
     return _without(loaded, kept, "prompt too long", bad)
 
@@ -293,7 +296,7 @@ def refuse_mixture(examples: Sequence[Example]) -> None:
     if bare and len(bare) < len(examples):
         raise DataError(
             f"{len(bare)} of {len(examples)} examples have no image ({_row_numbers([(row, '') for row in bare])}); "
-            "train on examples with images and on those without in separate runs"
+            "train on examples with images and on examples without in separate runs"
         )
 
 

@@ -1,4 +1,4 @@
-"""A row as others wrote it -> the fields of an example. Pure functions: no file is touched, no image is opened.
+"""A row of a data set -> the fields of an example. Pure functions: no file is touched, no image is opened.
 
 What is read, and where it comes from:
 
@@ -43,7 +43,7 @@ _IMAGE_SUFFIX = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE
 
 
 class BadRow(Exception):
-    """A row that cannot be used: `reason` is what is counted, `detail` says what was found, in one short line."""
+    """A row that cannot be used: `reason` is counted, `detail` says what was found, in one short line."""
 
     def __init__(self, reason: str, detail: str):
         self.reason, self.detail = reason, _one_line(detail)
@@ -75,7 +75,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Chat:
-    """One exchange: what is asked (images marked in the text), and the reply that the data holds, if any."""
+    """One exchange: what is asked (images marked in the text), and the reply in the data, if any."""
 
     problem: str
     images: tuple[Any, ...] = ()
@@ -98,10 +98,10 @@ def find_columns(rows: Sequence[Mapping[str, Any]], data: DataSection, source: s
         problems.append(f"{source}: no column for the problem; set data.problem_column to one of: {_list(names)}")
     if chosen["answer"] is None and not is_chat:
         problems.append(f"{source}: no column for the answer; set data.answer_column to one of: {_list(names)}")
-    # Without this, a picture column of an unusual name would make a text-only data set, and nobody would notice.
-    pictures = [name for name in names if any(looks_like_image(row.get(name)) for row in rows)]
-    if chosen["image"] is None and pictures and not is_chat:
-        problems.append(f"{source}: column {pictures[0]!r} seems to hold images; set data.image_column to its name")
+    # Without this, an image column with an unusual name would silently make a text-only data set.
+    images = [name for name in names if any(looks_like_image(row.get(name)) for row in rows)]
+    if chosen["image"] is None and images and not is_chat:
+        problems.append(f"{source}: column {images[0]!r} seems to contain images; set data.image_column to its name")
     if problems:
         raise DataError(*problems)
     return Columns(**chosen)
@@ -117,7 +117,7 @@ def read_row(row: Any, columns: Columns) -> Fields:
     choices = read_choices(pick(row, columns.choices))
     texts = f"{chat.problem} {chat.system} {choices}"
     if found := next((token for token in reserved_tokens() if token in texts), None):
-        raise BadRow("reserved token", f"the text holds {found}")
+        raise BadRow("reserved token", f"the text contains {found}")
     gold = pick(row, columns.answer)
     fields = Fields(
         problem=chat.problem,
@@ -127,10 +127,10 @@ def read_row(row: Any, columns: Columns) -> Fields:
         category=as_text(pick(row, columns.category)) or None,
         system=chat.system,
     )
-    try:  # JSON can spell half a character (\ud800), which neither a tokenizer nor a file takes
+    try:  # JSON can encode half a character (\ud800), which neither a tokenizer nor a file accepts
         "".join([fields.problem, fields.answer, fields.system or "", fields.category or "", *(choices or ())]).encode()
     except UnicodeEncodeError:
-        raise BadRow("broken text", "half of a surrogate pair") from None
+        raise BadRow("broken text", "an unpaired surrogate character") from None
     return fields
 
 
@@ -154,7 +154,7 @@ def read_problem(value: Any) -> Chat:
         except ValueError as error:
             raise BadRow("message is not JSON", str(error)) from None
     if isinstance(value, list | Mapping) and not _is_chat(value):
-        raise BadRow("no problem", f"neither text nor chat turns but {_short(value)}")
+        raise BadRow("no problem", f"must be text or chat turns, not {_short(value)}")
     chat = _read_turns(value) if _is_chat(value) else Chat(as_text(value))
     if not chat.problem.replace(IMAGE_MARK, "").strip():
         raise BadRow("no problem", "the problem is empty")
@@ -193,7 +193,7 @@ def _read_turns(turns: Sequence[Mapping[str, Any]]) -> Chat:
 def _read_content(content: Any) -> tuple[str, list[Any]]:
     """Text with a mark for each image part, and the images that the parts carry."""
     if isinstance(content, Mapping):
-        raise BadRow("unsupported content", f"a turn that says {_short(content)}")
+        raise BadRow("unsupported content", f"a turn with {_short(content)}")
     if not isinstance(content, list):
         return as_text(content), []
     texts, images, num_parts = [], [], 0
@@ -230,7 +230,7 @@ def read_answer(value: Any, choices: tuple[str, ...] | None) -> str:
             raise BadRow("several answers", f"the answer is a list of {len(values)}")
         value = values[0] if values else None
     if isinstance(value, Mapping):
-        raise BadRow("no answer", f"the answer is a mapping of {_list(value)}; name one of these, as in 'answer.text'")
+        raise BadRow("no answer", f"the answer is a mapping with {_list(value)}; name one of them, as in 'answer.text'")
     text = as_text(value).strip()
     if "<answer>" in text:
         text = text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0].strip()
@@ -238,7 +238,7 @@ def read_answer(value: Any, choices: tuple[str, ...] | None) -> str:
         raise BadRow("no answer", "the answer is empty")
     if choices and isinstance(value, int) and not isinstance(value, bool) and text not in choices:
         if not 0 <= value < len(choices):
-            raise BadRow("unparsable gold", f"{value} is no position among {len(choices)} choices, counted from 0")
+            raise BadRow("unparsable gold", f"{value} is not a position among {len(choices)} choices, counted from 0")
         return _letter(value)
     return text
 
@@ -252,10 +252,10 @@ def read_choices(value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, list | tuple):
         return None
     if odd := [item for item in value if isinstance(item, Mapping | list | bytes)]:
-        raise BadRow("unsupported choices", f"a choice is {_short(odd[0])}, which is no text")
+        raise BadRow("unsupported choices", f"a choice must be text, not {_short(odd[0])}")
     texts = [as_text(item).strip() for item in value if item is not None]
     if len(texts) > 26:
-        raise BadRow("too many choices", f"{len(texts)}; letters end at 26")
+        raise BadRow("too many choices", f"{len(texts)}; at most 26 are supported")
     labels = [re.match(rf"(?:\({_letter(i)}\)|{_letter(i)}\s*[.):])\s*(?=\S)", text) for i, text in enumerate(texts)]
     if len(texts) > 1 and all(labels):
         texts = [text[label.end() :] for text, label in zip(texts, labels, strict=True)]

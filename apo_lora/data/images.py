@@ -21,7 +21,7 @@ from apo_lora.family.lookup import max_aspect_ratio
 if TYPE_CHECKING:
     import datasets
 
-# Named, so that no rarely used decoder (EPS starts Ghostscript) meets a file from the net.
+# Listed, so that no rarely used decoder (EPS starts Ghostscript) opens a file from the internet.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
@@ -55,7 +55,7 @@ class ImageRef:
 
     @property
     def needs_decoding(self) -> bool:
-        """False for the pictures of the built-in task, which are pixels already."""
+        """False for images of the built-in task, which are pixels already."""
         return not isinstance(self.source, Image.Image)
 
     def open(self) -> Image.Image:
@@ -65,7 +65,7 @@ class ImageRef:
                 return to_rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
         except Exception as error:  # decoders raise anything on a damaged file
             raise DataError(
-                f"image {self.name}: cannot be decoded ({error}); replace the file or remove its row"
+                f"image {self.name}: cannot be decoded ({error}); replace the file, or remove its row"
             ) from error
 
 
@@ -103,7 +103,7 @@ def _image_ref(value: Any, folder: Path | None, place: str) -> ImageRef:
         source = value if isinstance(value, Cell) else content
         return ImageRef(place, _checked_size(content, place), source)
     if not isinstance(content, str) or not content.strip():
-        raise BadRow("image missing", f"{type(content).__name__} is neither a path nor bytes")
+        raise BadRow("image missing", f"must be a path or bytes, not {type(content).__name__}")
     if content.startswith("data:image/"):
         name, source = place, _data_uri_bytes(content)
     else:
@@ -115,19 +115,19 @@ def find_image(text: str, folder: Path | None) -> Path:
     """The file of an image path. Data from elsewhere must not name files outside its own folder."""
     text = text.strip().removeprefix("file://")
     if "://" in text:
-        raise BadRow("image is a URL", f"{text}; download it and give its path")
+        raise BadRow("image is a URL", f"{text}; download it and give the path of the file")
     if folder is None:
-        raise BadRow("image missing", f"{text} is a path, and this data set has no folder")
+        raise BadRow("image missing", f"{text} is a path, but this data set has no folder; set data.image_folder")
     folder = Path(os.path.abspath(folder))
     path = Path(os.path.normpath(folder / text))  # an absolute path stands for itself
     try:
         is_inside = _is_inside(path, folder)
-    except (OSError, ValueError, RuntimeError) as error:  # no path at all: a NUL inside, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # not a path: a NUL inside, a loop of links
         raise BadRow("image missing", f"{text!r} ({error})") from None
     if not is_inside:
         raise BadRow(
             "image outside the data folder",
-            f"{text} leads to {path.resolve()}, which is not under {folder}; copy it there, or set data.image_folder",
+            f"{text} resolves to {path.resolve()}, which is not in {folder}; copy it there, or set data.image_folder",
         )
     found = next((p for p in (path, folder / "images" / text) if os.path.isfile(p)), None)
     if found is None:
@@ -148,7 +148,7 @@ def _data_uri_bytes(text: str) -> bytes:
     try:
         return base64.b64decode(text.split(",", 1)[1], validate=True)
     except (IndexError, ValueError):
-        raise BadRow("image unreadable", "a data URI that is not base64") from None
+        raise BadRow("image unreadable", "a data URI with invalid base64") from None
 
 
 def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
@@ -159,14 +159,14 @@ def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
             if _orientation(image) >= 5:  # a quarter turn
                 width, height = height, width
     except Image.DecompressionBombError:
-        raise BadRow("image too large", f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+        raise BadRow("image too large", f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # decoders raise anything on a damaged file
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise BadRow("image unreadable", f"{name} ({reason})") from None
     if min(width, height) < 1:
         raise BadRow("image unreadable", f"{name} is {width} x {height} pixels")
     if max(width, height) > (limit := max_aspect_ratio()) * min(width, height):
-        raise BadRow("image too narrow", f"{name} is {width} x {height}; over {limit}:1 is refused")
+        raise BadRow("image too narrow", f"{name} is {width} x {height}; the longest aspect ratio allowed is {limit}:1")
     return width, height
 
 

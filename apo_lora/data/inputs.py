@@ -4,7 +4,7 @@ A row of the first `limit` rows of its source survives, in this order,
   1. if it can be used: it has a problem, a gold answer that can be graded, and its images are where it says;
   2. if all of its images decode;
   3. if its prompt is within data.max_prompt_tokens (`Inputs.fitting`, which needs the model's processor).
-The others are counted, with the reason. 1 and 2 need no heavy library, so what is wrong with the data shows at once.
+The others are counted, with the reason. 1 and 2 need no heavy library, so that problems in the data show at once.
 """
 
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ def require_trainable(inputs: Inputs, recipe: Recipe) -> None:
     examples = inputs.train.examples
     if len(examples) < recipe.prompts_per_rollout:
         raise DataError(
-            f"data.train: {len(examples)} usable rows, and one rollout takes {recipe.prompts_per_rollout}; "
-            "lower grpo.prompts_per_step or add data"
+            f"data.train: {len(examples)} usable rows, but a rollout needs {recipe.prompts_per_rollout}; "
+            "lower grpo.prompts_per_step, or add data"
         )
     refuse_mixture(examples)

@@ -34,13 +34,13 @@ class Source:
     rows: list[tuple[int, Any]]
     """(number, row) each: numbers count from 1, and are those of the lines in JSONL. A row may be a BadRow already."""
     own_columns: bool = False
-    """Its columns are ours, whatever a recipe calls those of its own data."""
+    """Its columns have our names; the recipe's column names do not apply."""
 
 
 def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir: Path | None) -> Source:
     """The first `limit` rows of a data set. Relative paths start at `base_dir`, or else at the working directory."""
     if not spec.strip():
-        raise DataError("data: an empty name; give `boards`, a file, a folder or a Hugging Face id")
+        raise DataError("data: the name is empty; give `boards`, a file, a folder or a Hugging Face id")
     if spec in BOARDS:
         return _boards(spec, split, limit or BOARDS_ROWS, seed)
     if (found := find_benchmark(spec)) is not None:
@@ -60,7 +60,9 @@ def _local_path(spec: str, base_dir: Path | None) -> Path | None:
         if candidate.exists():
             return Path(os.path.abspath(candidate))
     if path.suffix.lower() in READERS or not _HUB_ID.fullmatch(spec) or spec.startswith("."):
-        raise DataError(f"{spec}: no such file or folder (from {Path(base_dir or '.').resolve()}); check the path")
+        raise DataError(
+            f"{spec}: no such file or folder (relative to {Path(base_dir or '.').resolve()}); check the path"
+        )
     return None
 
 
@@ -111,9 +113,9 @@ def _from_files(paths: list[Path], limit: int | None) -> Source:
     name = str(path) if len(paths) == 1 else f"{path.parent} ({len(paths)} files)"
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: files ending in {path.suffix or 'nothing'} are not read; use {', '.join(READERS)}")
+        raise DataError(f"{path}: unsupported file type {path.suffix or '(no suffix)'}; use {', '.join(READERS)}")
     if any(p.stat().st_size == 0 for p in paths):
-        raise DataError(f"{name}: the file is empty; write it again, or name another")
+        raise DataError(f"{name}: the file is empty; write it again, or use another")
     return Source(name, path.parent, reader(paths, limit))
 
 
@@ -127,10 +129,10 @@ def _from_folder(folder: Path, split: str, limit: int | None) -> Source:
         found = [files for ending in endings if (files := sorted(folder.glob(pattern.format(ending))))]
         if len(found) > 1 or found and found[0][0].suffix != ".parquet" and len(found[0]) > 1:
             names = ", ".join(path.name for files in found for path in files[:_MAX_LISTED])
-            raise DataError(f"{folder}: several files could be the data of split {split!r} ({names}); name one of them")
+            raise DataError(f"{folder}: several files match split {split!r} ({names}); give the path of one of them")
         if found:
             return _from_files(found[0], limit)
-    raise DataError(f"{folder}: holds no {', '.join(READERS)} file for split {split!r}; name the file itself")
+    raise DataError(f"{folder}: contains no {', '.join(READERS)} file for split {split!r}; give the path of the file")
 
 
 def _saved_dataset(folder: Path, split: str) -> "datasets.Dataset":
@@ -140,11 +142,11 @@ def _saved_dataset(folder: Path, split: str) -> "datasets.Dataset":
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # damaged files surface as errors of many libraries
         reason = _first_line(error)
-        raise DataError(f"{folder}: looks saved by `datasets` but cannot be read ({reason}); save it again") from error
+        raise DataError(f"{folder}: saved by `datasets`, but cannot be read ({reason}); save it again") from error
     if not isinstance(saved, datasets.DatasetDict):
         return saved
     if split not in saved:
-        raise DataError(f"{folder}: no split {split!r}; it holds {', '.join(saved)}; set data.split or data.eval_split")
+        raise DataError(f"{folder}: no split {split!r}; it has {', '.join(saved)}; set data.split or data.eval_split")
     return saved[split]
 
 
@@ -162,7 +164,7 @@ def _parse_lines(path: Path, lines: Iterator[tuple[int, str]], limit: int | None
         try:
             rows.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
-            problems.append(f"{path} line {number}: not valid JSON ({_json_error(error)}); mend or remove the line")
+            problems.append(f"{path} line {number}: not valid JSON ({_json_error(error)}); fix or remove the line")
     if problems:
         more = len(problems) - _MAX_LISTED
         raise DataError(*problems[:_MAX_LISTED], *([f"{path}: and {more} more lines like these"] if more > 0 else []))
@@ -174,15 +176,15 @@ def _read_json(paths: list[Path], limit: int | None) -> list[tuple[int, Any]]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # Many write one object a line and call it .json.
+        # Files with one object per line are often named .json.
         if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
             return _parse_lines(path, enumerate(text.split("\n"), start=1), limit)
-        raise DataError(f"{path}: not valid JSON ({_json_error(error)}); mend it there") from None
+        raise DataError(f"{path}: not valid JSON ({_json_error(error)}); fix it there") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
-        raise DataError(f"{path}: holds no list of rows; write [{{...}}, {{...}}] or one object a line")
+        raise DataError(f"{path}: contains no list of rows; write [{{...}}, {{...}}], or one object per line")
     return list(enumerate(value[:limit], start=1))
 
 
@@ -232,7 +234,7 @@ def _from_hub(spec: str, split: str, limit: int | None) -> Source:
         table = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the network, the Hub and the files each have their own errors
         raise DataError(
-            f"{spec}: neither a local path nor a data set that loads from the Hub with split {split!r} "
+            f"{spec}: neither a local path nor a data set on the Hub with split {split!r} "
             f"({_first_line(error)}); check the id, data.split / data.eval_split, the network and `hf auth login`"
         ) from error
     # Image paths of a Hub data set point into the cache that it was downloaded to.
@@ -240,7 +242,7 @@ def _from_hub(spec: str, split: str, limit: int | None) -> Source:
 
 
 def _quiet_datasets() -> ModuleType:
-    """The library, without bars that nobody watches, and without its own account of what we report in a line."""
+    """The library without progress bars outside a terminal, and without its own messages: errors are reported by us."""
     import datasets
 
     if not sys.stderr.isatty():

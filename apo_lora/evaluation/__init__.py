@@ -1,1 +1,1 @@
-"""Held-out items answered by base and tuned model, verified, counted, compared: `apo-lora eval`, and training's own."""
+"""Evaluation of base and tuned model on held-out items: `apo-lora eval`, and before and after training."""

@@ -19,7 +19,7 @@ from apo_lora.run.directory import RunDir
 from apo_lora.run.pictures import saved_images
 
 COPY_PIXELS = 768
-"""Longest side of a copied picture."""
+"""Longest side of a copied image."""
 
 
 def policies(
@@ -67,7 +67,7 @@ def answer(
     folder: EvaluationFolder,
     run: RunDir,
 ) -> None:
-    """Answers every batch that is to do, and writes it down before the next one."""
+    """Answers every pending batch, and records it before the next one."""
     for model, policy in switched:
         own = [batch for batch in todo if batch.model == model]
         total, left = (
@@ -90,8 +90,8 @@ def _answered(
         judged = measure(policy, batch.examples, recipe, score, seed=seed, greedy=greedy, batch_size=size)
     except torch.OutOfMemoryError:
         raise ModelError(
-            f"--batch-size: {size} answers at once are too many for this GPU's memory; give fewer (and another --name, "
-            "where there are answers already)"
+            f"--batch-size: {size} answers at once do not fit in GPU memory; give fewer (and another --name, if there are "
+            "answers already)"
         ) from None
     images = [
         saved_images(example.images, folder.images / batch.title, run.path, longest=COPY_PIXELS)

@@ -1,6 +1,6 @@
 """`apo-lora eval`: a run's base and tuned model on the same held-out items, answer by answer into RUN/evaluations/NAME.
 
-Cheap checks come first, then heavy imports, then data, then the model. What was answered is never asked again.
+Cheap checks come first, then heavy imports, then data, then the model. Recorded answers are never generated again.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from apo_lora.run.recipes import trained_recipe
 if TYPE_CHECKING:
     from apo_lora.data.examples import Loaded
 
-# How a model is asked and loaded. What else a recipe says is how it was trained, and cannot be changed any more.
+# How a model is loaded and asked. The other sections say how it was trained, which cannot be changed afterwards.
 SECTIONS = ("model", "data", "rewards", "grpo")
 
 
@@ -49,14 +49,14 @@ def evaluate(
     `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` are measured in place of
     the recipe's held-out sets, `split` and `limit` in place of the recipe's. `base`: that model alone; `model`: the
     folder of a merged export in place of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
-    `batch_size`: answers at once, else as many as fitted in training. An evaluation that is there is continued.
-    Raises UserError for what a user can mend, before anything is written where that is possible.
+    `batch_size`: answers at once, else as many as fitted in training. An existing evaluation is continued.
+    Raises UserError for what a user can fix, before anything is written where possible.
     """
     if ranks.num_processes() > 1:
-        raise UserError("apo-lora eval: works in one process; start it without a launcher")
+        raise UserError("apo-lora eval: runs in one process; start it without a launcher")
     run = RunDir(run_path)
     if not run.recipe.is_file():
-        raise ModelError(f"{run.path}: no run (it has no {run.recipe.name}); give a run directory")
+        raise ModelError(f"{run.path}: not a run directory (it has no {run.recipe.name}); give a run directory")
     asked = evaluation_recipe(run, recipe, overrides)
     sets = sets_to_measure(asked, data, split, limit)
     source = None if base or model else find_adapter(run.path)
@@ -96,12 +96,12 @@ def evaluate(
     done = record.drop_parts(plan)
     todo = [batch for batch in wanted if batch.keys[0] not in done]
     if len(todo) < len(wanted):
-        print(f"{len(done)} answers are there already.", flush=True)
+        print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
     with Verifier(seconds_per_item=asked.rewards.seconds_per_item) as verifier:
         switched = policies(asked, source, exported, {batch.model for batch in todo})
         answer(todo, wanted, switched, asked, verifier.score, record, run)
         if given_up := verifier.timeouts + verifier.crashes:
-            print(f"{given_up} answers could not be verified (time or memory) and count as wrong.")
+            print(f"{given_up} answers exceeded the verifier's time or memory limit and count as wrong.")
     rows = record.rows()
     about = {title: _about(sets[title], of_set) for title, of_set in loaded.items()}
     figures = {"sets": about} | all_figures(rows, {title: about[title]["items"] for title in about})
@@ -118,7 +118,10 @@ def evaluation_recipe(run: RunDir, name: str | None, overrides: Sequence[str]) -
     """
     if bad := [text for text in overrides if text.partition(".")[0] not in SECTIONS]:
         raise RecipeError(
-            *(f"override {text!r}: of a trained model, only {', '.join(SECTIONS)} can be changed" for text in bad)
+            *(
+                f"override {text!r}: for a trained model, only keys in {', '.join(SECTIONS)} can be changed"
+                for text in bad
+            )
         )
     if name is None:
         return trained_recipe(run, overrides)
@@ -142,10 +145,10 @@ def sets_to_measure(
         limit = limit or recipe.data.eval_limit
         sets = [(title, SetSpec(rows.spec, split, limit)) for title, rows in held_out_sets(recipe).items()]
     if not sets:
-        raise DataError("data.eval: the run's recipe names no held-out data; give some with --data D")
+        raise DataError("data.eval: the run's recipe has no held-out data; name some with --data D")
     titles = [title for title, _ in sets]
     if twice := sorted({title for title in titles if titles.count(title) > 1}):
-        raise DataError(f"--data: two data sets would both be called {twice[0]}; measure them one at a time")
+        raise DataError(f"--data: two data sets have the same name, {twice[0]}; evaluate them one at a time")
     return dict(sets)
 
 
@@ -167,13 +170,13 @@ def _exported(path: str) -> Path:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"--model {folder}: no exported model (no config.json); make one with apo-lora export --to merged"
+            f"--model {folder}: not an exported model (no config.json); create one with apo-lora export --to merged"
         )
     return folder
 
 
 def _fingerprint_of_tuned(source: AdapterSource | None, exported: Path | None) -> dict[str, dict[str, str]]:
-    """Tells whether answers on disk are this model's; an export's weights by their names, sizes and times."""
+    """Identifies the model that answered; an export's weights by their names, sizes and times."""
     if source:
         return {"tuned": {"adapter": hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()}}
     if exported:

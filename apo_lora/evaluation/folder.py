@@ -31,7 +31,7 @@ class EvaluationBatch(NamedTuple):
         return [(self.title, self.model, example.row, self.sample) for example in self.examples]
 
     def seed(self, seed: int) -> int:
-        """The same for both models: they are told apart by what they do, not by their luck."""
+        """The same for both models, so that they differ by skill and not by chance."""
         words = f"{seed}/{self.title}/{self.sample}/{self.examples[0].row}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big")
 
@@ -75,13 +75,13 @@ class EvaluationFolder:
             settings, there = _tuned(there) | settings, _tuned(settings) | there
             if changed := _differences(there, settings):
                 raise RunDirError(
-                    f"{self.folder}: measured with other settings ({'; '.join(changed[:3])}); give this one another "
-                    "place with --name NAME, or remove that folder"
+                    f"{self.folder}: has answers with other settings ({'; '.join(changed[:3])}); choose another --name, or "
+                    "remove that folder"
                 )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunDirError(f"{self.folder}: cannot be made ({error.strerror}); choose another --name") from None
+            raise RunDirError(f"{self.folder}: cannot be created ({error.strerror}); choose another --name") from None
         write_json(self.settings, settings)
         return settings
 
@@ -90,7 +90,7 @@ class EvaluationFolder:
             return json.loads(self.settings.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise RunDirError(
-                f"{self.folder}: has answers and no readable {self.settings.name}; remove the folder"
+                f"{self.folder}: has answers but no readable {self.settings.name}; remove the folder"
             ) from None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -118,11 +118,11 @@ def _key(row: AnswerRow) -> Key:
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:
-    """`recipe.grpo.temperature: 1.0 there, 0.7 now`, for every value that is not the same."""
+    """`recipe.grpo.temperature: 1.0 before, 0.7 now`, for every value that is not the same."""
     if isinstance(there, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*there, *now]))
         return [d for key in keys for d in _differences(there.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if there == now else [f"{name}: {_short(there)} there, {_short(now)} now"]
+    return [] if there == now else [f"{name}: {_short(there)} before, {_short(now)} now"]
 
 
 def _short(value: Any) -> str:

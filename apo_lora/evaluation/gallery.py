@@ -1,4 +1,4 @@
-"""Answers with their pictures, as HTML: on the report's page, in gallery.html of `apo-lora eval`, in notebook cells.
+"""Answers with their images, as HTML: on the report's page, in gallery.html of `apo-lora eval`, in notebook cells.
 
 Whatever a model or a data set says is escaped text. A page's policy lets gallery.js alone run, which shows and hides
 what is there. No torch.
@@ -65,7 +65,7 @@ def gallery(sources: Sequence[AnswerSource], most_bytes: int) -> Markup:
     small_copy = functools.cache(_thumbnail)
     size = 0
     total = sum(len(source.pairs) for source in sources)
-    for number, place in tqdm(_in_turn(sources), "pictures", total, delay=2, leave=False):
+    for number, place in tqdm(_in_turn(sources), "images", total, delay=2, leave=False):
         source = sources[number]
         pair = source.pairs[place]
         wanted = [small_copy(file) for file in _picture_files(pair, source)]

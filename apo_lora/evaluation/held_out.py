@@ -1,4 +1,4 @@
-"""Held-out items before and after training, with the same seed: measured, recorded, summed up."""
+"""Held-out items before and after training, with the same seed: measured, recorded, summarised."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from apo_lora.run.files import append_jsonl, read_jsonl, write_jsonl
 from apo_lora.run.pictures import saved_images
 
 MODEL = {"before": "base", "after": "tuned"}
-"""What is measured when, in the words of answers.jsonl: a fresh adapter is the base."""
+"""The `model` in answers.jsonl: a fresh adapter is the base."""
 
 
 def measure_held_out(

@@ -1,6 +1,6 @@
-"""What held-out items can tell: intervals of proportions and of their differences, a test, pass@k. Numbers in and out.
+"""Statistics of held-out items: intervals of proportions and of their differences, a test, pass@k. Numbers in and out.
 
-All intervals are of 95 %, and all of them treat the items as drawn at random from those one could have asked.
+All intervals are 95 % intervals, and treat the items as a random sample.
 """
 
 import math
@@ -65,9 +65,9 @@ def paired_interval(pairs: Pairs) -> tuple[float, float]:
 
 
 def sign_test(only_one: int, only_other: int) -> float:
-    """Exact two-sided p of as uneven a split among the items that one model alone answers right.
+    """Exact two-sided p-value of the split among items that exactly one model answers right.
 
-    Each of them is heads or tails where the models are equally good; on these counts it is McNemar's exact test.
+    Under the null hypothesis each such item is a fair coin flip; this is McNemar's exact test.
     """
     n, fewer = only_one + only_other, min(only_one, only_other)
     tail = sum(math.comb(n, i) for i in range(fewer + 1))

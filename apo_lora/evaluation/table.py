@@ -63,7 +63,7 @@ def _completions(figures: Figures) -> list[str]:
         "when wrong": ("length_wrong", ".0f"),
         "truncated": ("truncated", ".3f"),
         "well formatted": ("well_formatted", ".3f"),
-        "nats per token": ("entropy", ".3f"),
+        "entropy, nats per token": ("entropy", ".3f"),
     }
     rows = [
         [title, model, *(_number(figures[model][title][name], form) for name, form in columns.values())]
@@ -99,7 +99,7 @@ def paper_lines(figures: Figures) -> list[str]:
         rows.append([f"here: {column}", *(_percent(figures[column].get(name), sign) for name in BENCHMARKS)])
     return [
         *aligned(rows),
-        "Another prompt and judge than the paper's: compare differences, not rows (docs/evaluation.md says how).",
+        "Prompt and judge are not the paper's: compare differences, not rows (see docs/evaluation.md).",
         *_what_was_left_out(figures, measured),
     ]
 
@@ -110,10 +110,10 @@ def _what_was_left_out(figures: Figures, measured: Sequence[str]) -> list[str]:
     for title in measured:
         about = figures["sets"][title]
         if about["limit"] is not None:
-            lines.append(f"{title}: the first {about['limit']} rows alone (--limit)")
+            lines.append(f"{title}: only the first {about['limit']} rows (--limit)")
         if dropped := sum(about["dropped"].values()):
             reasons = ", ".join(f"{count} {reason}" for reason, count in about["dropped"].items())
-            lines.append(f"{title}: {dropped} of {about['rows']} rows left out ({reasons})")
+            lines.append(f"{title}: {dropped} of {about['rows']} rows dropped ({reasons})")
     return lines
 
 

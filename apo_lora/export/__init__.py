@@ -1,13 +1,13 @@
-"""An adapter as what people deploy: merged, GGUF, on the Hub."""
+"""Exports of an adapter: merged, GGUF, on the Hub."""
 
 TARGETS = {
-    "merged": "a folder that transformers, vLLM and llama.cpp's converter read",
-    "gguf": "two files for llama.cpp",
-    "ollama": "the same, with a Modelfile",
-    "base-gguf": "the base alone, for chat --gguf to show beside",
+    "merged": "a model folder for transformers, vLLM and llama.cpp's converter",
+    "gguf": "two GGUF files for llama.cpp",
+    "ollama": "the GGUF files with a Modelfile",
+    "base-gguf": "GGUF files of the base model, for chat --gguf to compare with",
     "hub": "the Hugging Face Hub (see --what)",
 }
-"""What the command line can make of an adapter, and how its help says that."""
+"""Target of `apo-lora export --to`, and its description in the help."""
 
 QUANTIZATIONS = ("Q8_0", "Q4_K_M", "F16", "F32")
 """Of a GGUF's text model; the first is the default."""

@@ -22,7 +22,9 @@ def family_of(model_or_config: Any, name: str = "the model") -> Family:
     """Of a model, its inner model, its config or the mapping of a config.json. Raises ModelError for another type."""
     model_type = _config(model_or_config).get("model_type")
     if model_type not in FAMILIES:
-        raise ModelError(f"model.name: {name} is a {model_type}; the families known here are {', '.join(FAMILIES)}")
+        raise ModelError(
+            f"model.name: {name} has the unsupported model type {model_type}; supported: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[model_type]
 
 
@@ -39,7 +41,7 @@ def closest_family(model_or_config: Any) -> Family:
 def family_of_base(name: str) -> Family:
     """The closest family of `tiny`, a folder or a Hub id: by its config where that is on this machine, else by name.
 
-    Runs, adapters and exports name bases that lie on other machines: what says nothing counts as Qwen2.5-VL.
+    Runs, adapters and exports may name bases on other machines: an unrecognised name counts as Qwen2.5-VL.
     """
     if (path := _config_here(name)) is not None:
         return closest_family(_read_config(path, name))
@@ -64,11 +66,11 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     return family_of(config, name).shape(config, name)
 
 
-# --- what data must keep to, whichever family it is for ---------------------------------------------------------------
+# --- limits on data, for every family --------------------------------------------------------------------------------
 
 
 def reserved_tokens() -> list[str]:
-    """What no text of a prompt may hold: it would open a turn or an image of its own."""
+    """Tokens that no prompt text may contain: they would start a turn or an image."""
     return sorted({token for family in FAMILIES.values() for token in (*family.turn_tokens, *family.vision_tokens)})
 
 
@@ -106,21 +108,23 @@ def _read_config(path: Path, name: str) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.name: {name} has no config.json that can be read ({error})") from None
+        raise ModelError(
+            f"model.name: the config.json of {name} cannot be read ({error}); download the model again"
+        ) from None
     if not isinstance(config, dict):
-        raise ModelError(f"model.name: {name}: its config.json holds no mapping")
+        raise ModelError(f"model.name: the config.json of {name} must be a mapping; download the model again")
     return config
 
 
 def _config_from_hub(name: str, revision: str | None) -> Mapping[str, Any]:
     from transformers import AutoConfig
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without network it tells of every retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it logs every retry
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model.name: the sizes of {name} are not known here and its config cannot be loaded ({reason}); "
+            f"model.name: the sizes of {name} are not known and its config cannot be loaded ({reason}); "
             "give a folder with its config.json"
         ) from None

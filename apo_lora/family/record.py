@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """The fields are names and numbers; a family that computes something otherwise is a subclass that says how."""
+    """The fields are names and numbers; a family that computes something differently overrides it in a subclass."""
 
     model_type: str
     """Of its config.json."""
@@ -186,7 +186,7 @@ def _reader(sizes: Mapping[str, Any], where: str) -> Callable[..., int]:
     def read(key: str, default: int | None = None) -> int:
         value = sizes.get(key, default)
         if type(value) is not int or value < 1:
-            raise ModelError(f"model.name: {where} gives {key}: {value!r}; a positive whole number is needed")
+            raise ModelError(f"model.name: {where} has {key}: {value!r}; it must be a positive whole number")
         return value
 
     return read

@@ -1,6 +1,6 @@
-"""Every shim over upstream code, each with symptom, link and the condition under which it goes.
+"""Every shim over upstream code, each with symptom, link and the condition for its removal.
 
-tests/machine/test_compat.py shows of each that upstream still needs it, and that it works.
+tests/machine/test_compat.py shows that upstream still needs each of them, and that it works.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ def keep_4bit_layout_on_cpu(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking NF4 weights for AVX512-BF16 inference on a CPU.
 
     Symptom: on such CPUs the first generation rewrites the weights of every Linear4bit into another layout; for an
-    input size that is no multiple of 64 that raises "shape '[96, 1]' is invalid for input of size 144", and training
-    wants the ordinary layout anyway.
+    input size that is not a multiple of 64 that raises "shape '[96, 1]' is invalid for input of size 144", and training
+    needs the ordinary layout anyway.
     Link: https://github.com/bitsandbytes-foundation/bitsandbytes (nn/modules.py, Linear4bit.forward), seen in 0.50.2.
-    Goes when: Linear4bit with 96 input features can generate and then train on a CPU with AVX512-BF16.
+    Remove when: Linear4bit with 96 input features can generate and then train on a CPU with AVX512-BF16.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -35,12 +35,12 @@ def keep_4bit_layout_on_cpu(model: nn.Module) -> None:
 
 
 def dequantize_blocks_across_rows_on_cpu() -> None:
-    """Makes bitsandbytes' CPU kernel dequantise NF4 weights rightly where a row is no whole number of blocks.
+    """Makes bitsandbytes' CPU kernel dequantise NF4 weights correctly where a row is not a whole number of blocks.
 
     Symptom: quantisation runs blocks of 64 across row ends; the CPU kernel starts a new block with every row. With
-    96 input features a weight comes back 28 % off in place of 9 %, silently, and the model answers much worse.
+    96 input features a weight is silently off by 28 % instead of 9 %, and the model answers much worse.
     Link: https://github.com/bitsandbytes-foundation/bitsandbytes (backends/cpu/ops.py, dequantize_4bit), in 0.50.2.
-    Goes when: an NF4 round trip of a (96, 96) matrix on a CPU is as exact as that of a (144, 64) one.
+    Remove when: an NF4 round trip of a (96, 96) matrix on a CPU is as exact as that of a (144, 64) one.
     """
     from bitsandbytes.backends.cpu.ops import lib
 
@@ -63,11 +63,11 @@ def let_gloo_finish() -> None:
     """Call between the last collective operation and the end of a gloo process group.
 
     Symptom: a process sometimes hangs at its end. Taking the group down waits for gloo's worker thread with Python's
-    lock held, and that thread wants the lock to drop the last tensor that was sent.
+    lock held, and that thread needs the lock to drop the last tensor that was sent.
     Link: https://github.com/pytorch/pytorch/issues/190489, seen in 2.10.0.
-    Goes when: tests/machine/test_compat.py takes groups down at once and none of the processes hangs.
+    Remove when: tests/machine/test_compat.py takes groups down at once and none of the processes hangs.
     """
-    time.sleep(0.5)  # lends the lock
+    time.sleep(0.5)  # releases the lock
 
 
 def load_onto_numbered_cpus() -> None:
@@ -77,7 +77,7 @@ def load_onto_numbered_cpus() -> None:
     torch.storage.UntypedStorage (tagged with cpu:0)". accelerate numbers such devices, and Trainer loads the
     optimizer's state onto its own.
     Link: https://github.com/huggingface/accelerate (state.py, set_device), seen in 1.15.0 with torch 2.10.0.
-    Goes when: torch.load accepts map_location=torch.device("cpu", 0).
+    Remove when: torch.load accepts map_location=torch.device("cpu", 0).
     """
     torch.serialization.register_package(
         100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
@@ -86,13 +86,13 @@ def load_onto_numbered_cpus() -> None:
 
 @contextmanager
 def kept_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, afterwards every layer checkpoints its activations as it did before.
+    """On exit, every layer checkpoints its activations as it did before.
 
     Symptom: generate() of a model that Unsloth loaded switches gradient checkpointing off in every layer and leaves it
     off; train() does not bring it back. The next backward outside of Unsloth's trainer, such as preflight's on the
     largest example, keeps all activations, and its measured peak memory is that of no checkpointing.
     Link: https://github.com/unslothai/unsloth (models/vision.py, unsloth_base_fast_generate), seen in 2026.10.7.
-    Goes when: tests/policy/test_unsloth.py finds checkpointing on after generate() and train().
+    Remove when: tests/policy/test_unsloth.py finds checkpointing on after generate() and train().
     """
     checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     before = [module.gradient_checkpointing for module in checkpointing]
@@ -105,25 +105,25 @@ def kept_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_compiler_stance() -> Iterator[None]:
-    """Whatever happens inside, afterwards torch.compile compiles as it did before. Inside, it starts by default.
+    """On exit, torch.compile compiles as it did before. Inside, the stance starts as "default".
 
     Symptom: generate() of a model that Unsloth loaded leaves the process's stance at "eager_on_recompile", with which
     no new shape is compiled. Unsloth's for_training() puts it back, and so does a training pass through the whole
     model; ours calls the inner one. So preflight checks and measures layers that are not compiled, and training's are.
     Link: https://github.com/unslothai/unsloth-zoo (compiler.py, __DYNAMO__RECOMPILING__), seen in 2026.10.7.
-    Goes when: tests/test_emulated_gpu.py finds the stance "default" after Unsloth's generate().
+    Remove when: tests/test_emulated_gpu.py finds the stance "default" after Unsloth's generate().
     """
     with torch.compiler.set_stance("default"):
         yield
 
 
 def torch_checkpoint() -> Callable[..., Any]:
-    """torch's own torch.utils.checkpoint.checkpoint, also where Unsloth has put its own in the place of it.
+    """torch's own torch.utils.checkpoint.checkpoint, even where Unsloth has replaced it.
 
     Symptom: a module that imports `checkpoint` after a model was loaded with offloaded checkpointing gets Unsloth's:
-    use_reentrant=False is overridden without a word, and what is checkpointed there is offloaded to the host as well.
+    use_reentrant=False is silently overridden, and what is checkpointed there is offloaded to the host as well.
     Link: https://github.com/unslothai/unsloth-zoo (gradient_checkpointing.py, unsloth_checkpoint), seen in 2026.10.7.
-    Goes when: tests/test_emulated_gpu.py finds torch's function in torch.utils.checkpoint after a model was loaded.
+    Remove when: tests/test_emulated_gpu.py finds torch's function in torch.utils.checkpoint after a model was loaded.
     """
     module = torch.utils.checkpoint
     kept = (getattr(module, name, None) for name in ("checkpoint", "_unsloth_pristine_checkpoint", "_old_checkpoint"))

@@ -1,7 +1,6 @@
-"""`apo-lora doctor`: can this machine train, and what differs from what was tested? Plain text, fit for an issue.
+"""`apo-lora doctor`: can this machine train, and what differs from the tested versions? Plain text for an issue.
 
-Each function turns what `host.look` found into lines. Nothing printed holds a token, a user name or the path of a home
-folder.
+Each function turns what `host.look` found into lines. The report contains no token, user name or path of a home folder.
 """
 
 import getpass
@@ -36,7 +35,7 @@ TORCH_FAMILY = ("torch", "torchvision", "triton", "xformers")  # built for each 
 class DoctorLine:
     name: str
     status: Literal["ok", "note", "bad"]
-    """bad: training could not work here at all."""
+    """bad: training cannot work here."""
     found: str
     remedy: str = ""
 
@@ -56,14 +55,14 @@ def software_lines(host: Host) -> Iterator[DoctorLine]:
         remedy = f"create a virtual environment with Python {host.python_allowed}"
         yield DoctorLine("python", "bad", f"{host.python}; apo-lora needs {host.python_allowed}", remedy)
     if fault := host.broken.get("apo-lora"):
-        remedy = "see the lines below; pip install --constraint constraints.txt --editable . in the checkout"
+        remedy = "see the lines below; in the checkout: pip install --constraint constraints.txt --editable ."
         yield DoctorLine("apo-lora", "bad", f"{__version__}: its trainer cannot be imported: {fault}", remedy)
     else:
         yield DoctorLine("apo-lora", "ok", __version__)
     for name, when in PACKAGES.items():
         line = package_line(host, name, needed=when == "always" or (when == "gpu" and host.gpu is not None))
         if name == "unsloth" and host.gpu is None:
-            line = replace(line, found=f"{line.found}; can be imported only where there is a GPU")
+            line = replace(line, found=f"{line.found}; can only be imported with a GPU")
         yield line
     # Each torchvision is built for one torch; the image processor of Qwen2.5-VL runs through it.
     torch, wanted = host.installed.get("torch"), host.torch_of_torchvision
@@ -89,7 +88,7 @@ def package_line(host: Host, name: str, *, needed: bool) -> DoctorLine:
 
 
 def other_packages_line(host: Host) -> DoctorLine:
-    """On the tested packages that have no line of their own."""
+    """The tested packages without a line of their own."""
     if not host.tested:
         return DoctorLine("tested set", "note", "constraints.txt cannot be read", "reinstall apo-lora")
     rest = {name: host.installed[name] for name in host.tested if name in host.installed and name not in OWN_LINES}
@@ -97,26 +96,26 @@ def other_packages_line(host: Host) -> DoctorLine:
     if not other:
         return DoctorLine("other packages", "ok", f"all {len(rest)} as tested")
     shown = ", ".join(f"{name} {rest[name]}" for name in other[:6]) + (" ..." if len(other) > 6 else "")
-    found = f"{len(other)} of {len(rest)} not as tested: {shown}"
+    found = f"{len(other)} of {len(rest)} differ from the tested versions: {shown}"
     return DoctorLine("other packages", "note", found, _pip(host.tested, *other))
 
 
 def gpu_lines(host: Host) -> Iterator[DoctorLine]:
     gpu = host.gpu
     if gpu is None:
-        works = "the embedded default, tiny_cpu.yaml, trains on the CPU"
+        works = "the embedded model, tiny_cpu.yaml, trains on the CPU"
         found, remedy = f"none; {works}", "the recipes for Qwen2.5-VL-3B need a CUDA GPU, for example Colab's"
         if host.gpu_problem:
-            found = f"the driver lists one that torch cannot use: {host.gpu_problem}; {works}"
+            found = f"the driver lists a GPU that torch cannot use: {host.gpu_problem}; {works}"
             remedy = (
-                "check that CUDA_VISIBLE_DEVICES is unset, torch is built for CUDA, and the driver supports that CUDA"
+                "check that CUDA_VISIBLE_DEVICES is unset and that torch is built for a CUDA version of this driver"
             )
         yield DoctorLine("GPU", "note", found, remedy)
         return
     which = "" if gpu.count == 1 else f", the first of {gpu.count}"
     yield DoctorLine("GPU", "ok", f"{gpu.name}{which}, CUDA {gpu.cuda}")
     yield capability_line(gpu, host.tested)
-    holders = "nvidia-smi lists the processes that use the rest"
+    holders = "nvidia-smi lists the processes that use it"
     yield room_line(
         "GPU memory",
         gpu.free_bytes,
@@ -129,8 +128,8 @@ def gpu_lines(host: Host) -> Iterator[DoctorLine]:
 def capability_line(gpu: Gpu, tested: Mapping[str, str]) -> DoctorLine:
     found = ".".join(map(str, gpu.capability))
     if gpu.architectures and not any(_runs_on(gpu.capability, code) for code in gpu.architectures):
-        found = f"{found}; this torch has kernels only for {' '.join(gpu.architectures)}"
-        remedy = f"{_pip(tested, *TORCH_FAMILY)}; an older GPU is not supported: use another machine, or the CPU"
+        found = f"{found}; this torch build has kernels only for {' '.join(gpu.architectures)}"
+        remedy = f"{_pip(tested, *TORCH_FAMILY)}; if the GPU is older than these, use another machine or the CPU"
         return DoctorLine("capability", "bad", found, f"{remedy} (CUDA_VISIBLE_DEVICES=)")
     return DoctorLine("capability", "ok", f"{found}, trains in {gpu.dtype}")
 
@@ -139,17 +138,17 @@ def room_lines(host: Host) -> Iterator[DoctorLine]:
     yield room_line(
         "RAM",
         host.free_ram,
-        bad=(2, "the embedded run takes 1.7 GiB; close other programs"),
+        bad=(2, "training the embedded model takes 1.7 GiB; close other programs"),
         note=(8, "merging a 3B model in 16 bits takes 8 GiB; close other programs"),
     )
     yield room_line(
         "disk here",
         host.free_disk,
-        bad=(0.2, "make room, or start from a folder on another disk"),
+        bad=(0.2, "free some space, or start from a folder on another disk"),
         note=(
             20,
-            "a 3B model takes 3 GiB in 4-bit, its merged copy 8 GiB and its GGUF files 8 GiB more; output.dir chooses "
-            "the disk",
+            "a 3B model takes 3 GiB in 4-bit, its merged copy 8 GiB and its GGUF files 8 GiB more; set output.dir "
+            "to use another disk",
         ),
     )
     if host.free_hub_disk is not None:
@@ -172,30 +171,34 @@ def optional_lines(host: Host) -> Iterator[DoctorLine]:
     if "xformers" in host.broken or "xformers" not in host.installed:
         xformers = replace(xformers, found=f"{xformers.found}; PyTorch's attention is used instead")
     yield xformers
-    remedy = "not needed: xformers or PyTorch's attention is used instead; it must be built for this torch"
+    remedy = "optional: xformers or PyTorch's attention is used instead; it must be built for this torch version"
     if "flash-attn" in host.broken:
         remedy = f"pip uninstall flash-attn ({remedy})"
     flash = package_line(host, "flash-attn", needed=False)
     yield replace(flash, name="flash attention", remedy="" if flash.status == "ok" else remedy)
     if "vllm" in host.installed:
-        found = f"{host.installed['vllm']}; off by default, and limited to LoRA on language layers"
+        found = f"{host.installed['vllm']}; off by default, and supports LoRA only on language layers"
         yield DoctorLine("vLLM", "ok", found)
     else:
-        remedy = f"not needed, and off by default: pip install {VLLM} (it brings an older numpy: run doctor again)"
+        remedy = f"optional, off by default: pip install {VLLM} (it installs an older numpy: run doctor again)"
         yield DoctorLine("vLLM", "note", "not installed", remedy)
     if absent := [name for name in LLAMA_CPP if name not in host.commands]:
-        remedy = "only for GGUF: build https://github.com/ggml-org/llama.cpp and put it and its scripts on PATH"
-        yield DoctorLine("llama.cpp", "note", f"not on PATH: {', '.join(absent)}", remedy)
+        remedy = (
+            "needed only for GGUF: build https://github.com/ggml-org/llama.cpp and put it and its scripts on the PATH"
+        )
+        yield DoctorLine("llama.cpp", "note", f"not on the PATH: {', '.join(absent)}", remedy)
     else:
         yield DoctorLine("llama.cpp", "ok", ", ".join(LLAMA_CPP))
     if host.has_token:
         yield DoctorLine("Hub token", "ok", "present (not shown)")
     else:
-        yield DoctorLine("Hub token", "note", "none", "only for gated or private models, and to push: hf auth login")
+        yield DoctorLine(
+            "Hub token", "note", "none", "needed only for gated or private models and to push: hf auth login"
+        )
 
 
 def cache_line(host: Host) -> DoctorLine:
-    """Unsloth writes rewritten trainers into a folder, and on top of each file the versions that it was made by."""
+    """Unsloth writes rewritten trainers to a folder, with the versions that produced each file in its first lines."""
     files = sorted(host.cache.glob("*.py")) if host.cache.is_dir() else []
     if not files:
         return DoctorLine("Unsloth cache", "ok", "none")
@@ -205,20 +208,24 @@ def cache_line(host: Host) -> DoctorLine:
         {f"{name} {was}" for versions in made_by for name, was in versions.items() if not _same(was, now[name])}
     )
     if not made_by and max(file.stat().st_mtime for file in files) < host.installed_at:
-        stale = ["something older than what is installed"]
+        stale = ["an older installation"]
     if stale:
         folder = '"$UNSLOTH_COMPILE_LOCATION"' if os.environ.get("UNSLOTH_COMPILE_LOCATION") else host.cache.name
-        return DoctorLine("Unsloth cache", "note", f"made by {', '.join(stale)}", f"rm -r {folder}")
-    return DoctorLine("Unsloth cache", "ok", f"{len(files)} files, made by the installed versions")
+        return DoctorLine("Unsloth cache", "note", f"written by {', '.join(stale)}", f"rm -r {folder}")
+    return DoctorLine("Unsloth cache", "ok", f"{len(files)} files, written by the installed versions")
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
 def report(lines: Sequence[DoctorLine], where: str) -> str:
-    """Text to paste: the lines and a verdict."""
+    """The lines and a verdict, as text to paste."""
     bad, notes = (sum(line.status == status for line in lines) for status in ("bad", "note"))
-    verdict = f"Training cannot work here: {bad} to fix." if bad else f"Training works here, on the {where}."
+    verdict = (
+        f"Training cannot work here: {bad} problem{'s' * (bad > 1)} to fix."
+        if bad
+        else f"Training works here, on the {where}."
+    )
     head = f"apo-lora {__version__} on {platform.system()} {platform.machine()}"
     return without_private_names("\n".join([head, "", *map(str, lines), "", f"{verdict} Notes: {notes}."]))
 
@@ -238,8 +245,8 @@ def _user_name() -> str | None:
 
 
 def doctor() -> int:
-    """Prints the report. Returns 1 if training could not work here."""
-    print("Importing the libraries, in a process of their own ...", file=sys.stderr)
+    """Prints the report. Returns 1 if training cannot work here."""
+    print("Importing the libraries in a separate process ...", file=sys.stderr)
     host = look()
     lines = examine(host)
     print(report(lines, "GPU" if host.gpu else "CPU"))
@@ -259,9 +266,9 @@ def _pip(tested: Mapping[str, str], *names: str) -> str:
 
 
 def _runs_on(capability: Sequence[int], architecture: str) -> bool:
-    """Machine code (sm_86) runs on its own generation from there on, PTX (compute_90) on everything later.
+    """Machine code (sm_86) runs on later GPUs of its generation, PTX (compute_90) on every later GPU.
 
-    A letter behind it (sm_90a) ties it to exactly that one.
+    A letter suffix (sm_90a) restricts it to exactly that GPU.
     """
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", architecture)
     if match is None:

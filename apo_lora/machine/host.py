@@ -1,7 +1,7 @@
 """What `apo-lora doctor` looks at: installed versions, whether libraries import, the GPU, memory, disk, tools.
 
-Libraries are imported in processes of their own: one that crashes, prints or hangs harms nothing here, and the free
-GPU memory is what others left. Torch is never imported in this one.
+Libraries are imported in separate processes: one that crashes, prints or hangs does no harm here, and uses none of the
+free GPU memory that is reported. This process never imports torch.
 """
 
 import json
@@ -50,7 +50,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Host:
-    """All that doctor's lines are made of. Package names are canonical: lower case, with hyphens."""
+    """The input of doctor's lines. Package names are canonical: lower case, with hyphens."""
 
     python: str
     python_allowed: str
@@ -167,7 +167,7 @@ def try_imports(names: Sequence[str], seconds: float = _SECONDS) -> dict[str, Im
                     command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL, timeout=seconds,
                 )  # fmt: skip
-                output, ending = finished.stdout, f"it ended the interpreter (exit code {finished.returncode})"
+                output, ending = finished.stdout, f"the interpreter crashed (exit code {finished.returncode})"
             except subprocess.TimeoutExpired as error:
                 output, ending = error.stdout or b"", f"no answer within {seconds:.0f} seconds"
         for line in output.decode(errors="replace").splitlines():
@@ -199,7 +199,7 @@ def _gpu() -> dict[str, Any] | None:
     from apo_lora.machine.device import choose_dtype
 
     if torch.version.cuda is None:
-        raise RuntimeError("this torch is built without CUDA")
+        raise RuntimeError("this torch build has no CUDA support")
     torch.cuda.init()  # says why, where is_available() only says no
     free_bytes, total_bytes = torch.cuda.mem_get_info(0)
     properties = torch.cuda.get_device_properties(0)

@@ -4,12 +4,12 @@ import logging
 import os
 import warnings
 
-# Said at import: torchao of a torch that is newer than ours, bitsandbytes of an optional kernel.
+# Logged at import: by torchao about a torch newer than ours, by bitsandbytes about an optional kernel.
 _CHATTY_LOGGERS = ("torchao", "bitsandbytes.backends.cpu.ops")
 
 
 def prepare_process() -> None:
-    """Call before torch is imported. Upstream notices that nobody can act on go; errors still show."""
+    """Call before torch is imported. Hides upstream notices that a user cannot act on; errors still show."""
     # Threads that wait by spinning make a small model seven times slower on a machine that does something else as
     # well (measured on 2 busy cores: 95 s against 13 s for three steps).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

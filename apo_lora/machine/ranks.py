@@ -42,7 +42,7 @@ def joined() -> Iterator[None]:
     if state.backend == "gloo":
         load_onto_numbered_cpus()
     yield
-    # Not after an error: the others may be waiting inside a collective call, and whoever started us ends them.
+    # Not after an error: the others may be waiting inside a collective call, and the launcher ends them.
     if state.backend == "gloo":
         let_gloo_finish()
     state.destroy_process_group()
@@ -57,12 +57,12 @@ def lost_process_as_one_line(kept: str) -> Iterator[None]:
         if num_processes() == 1 or not any(words in str(error) for words in _LOST):
             raise
         raise TrainingStopped(
-            f"another process of this run has ended, and this one cannot go on alone; its own message says why, where "
-            f"it could leave one. {kept}; continue on as many processes with --resume auto"
+            f"another process of this run has ended, so this one stops; the other's own message, if any, says why. "
+            f"{kept}; continue with the same number of processes and --resume auto"
         ) from error
 
 
-# As gloo says it; NCCL ends the process from a thread of its own.
+# gloo's messages; NCCL ends the process from a thread of its own.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 
@@ -102,7 +102,7 @@ def gathered(items: Sequence[Item]) -> list[Item]:
 def sum_gradients(parameters: Sequence) -> None:
     """Adds every parameter's gradient up over the processes, in place; one message for all of them.
 
-    A sum and no mean: the loss is divided by the counts of the whole optimizer step already.
+    A sum, not a mean: the loss is divided by the counts of the whole optimizer step already.
     """
     if num_processes() == 1:
         return

@@ -13,7 +13,7 @@ PACKAGES = (
 
 
 VLLM = "vllm==0.19.1"
-"""The one for the tested torch and transformers. It brings an older numpy, so constraints.txt cannot hold it."""
+"""The version for the tested torch and transformers. It needs an older numpy, so it is not in constraints.txt."""
 
 
 def installed(package: str) -> str | None:

@@ -25,7 +25,7 @@ from apo_lora.tiny import BASE_DIR
 
 @dataclass(frozen=True)
 class Policy:
-    """A model ready to train, with what has to travel beside it."""
+    """A model ready to train, with its processor and how it was loaded."""
 
     model: nn.Module
     """A peft.PeftModel; only its LoRA weights require gradients."""
@@ -71,8 +71,8 @@ def needs_gpu(model: ModelSection) -> str | None:
     if torch.cuda.is_available() or model.name == "tiny" or Path(model.name).is_dir():
         return None
     return (
-        f"model.name: {model.name} wants a CUDA GPU and none is visible here; "
-        "`apo-lora train --recipe tiny_cpu.yaml` is the same run on a small model without one"
+        f"model.name: {model.name} needs a CUDA GPU, and none is visible; use a machine with one, or train the "
+        "embedded model on the CPU with `apo-lora train --recipe tiny_cpu.yaml`"
     )
 
 
@@ -112,7 +112,7 @@ def load_policy(
 ) -> Policy:
     """The base, frozen, with a fresh LoRA adapter seeded by `seed`. Raises ModelError.
 
-    `unsloth_options` go to Unsloth's from_pretrained as they are; vllm_rollout.py has some.
+    `unsloth_options` are passed to Unsloth's from_pretrained; rollout/vllm.py uses them.
     """
     has_gpu = torch.cuda.is_available()
     engine = choose_engine(model.engine, has_gpu)
@@ -177,8 +177,7 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
 def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int, **options: Any) -> tuple:
     if dtype == torch.float32 and torch.cuda.is_available():
         raise ModelError(
-            "model.dtype: on a GPU, Unsloth trains float32 weights in 16-bit all the same; "
-            "use auto, or model.engine=transformers"
+            "model.dtype: on a GPU, Unsloth trains float32 weights in 16 bits; use auto, or model.engine=transformers"
         )
     from unsloth import FastVisionModel
 
@@ -193,7 +192,9 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         trust_remote_code=False,
         **options,
     )
-    if (loaded_as := base.get_output_embeddings().weight.dtype) != dtype:  # its choice, with only a printed line
+    if (
+        loaded_as := base.get_output_embeddings().weight.dtype
+    ) != dtype:  # Unsloth may choose another dtype, with only a printed line
         raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
     _require_layers(base, lora, model.name)
     processor.tokenizer.padding_side = "left"
@@ -211,7 +212,7 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
 
 
 def _require_layers(base: nn.Module, lora: LoraSection, name: str) -> None:
-    """PEFT passes over names that are in no layer, as long as one is."""
+    """PEFT ignores names that match no layer, as long as one name matches."""
     family = closest_family(base)
     layers = {path.rpartition(".")[2] for path, _ in base.named_modules() if family.is_language_layer(path)}
     if missing := [layer for layer in lora.target_modules if layer not in layers]:

@@ -66,11 +66,11 @@ class PassSize:
                 self.rows = max(1, self.rows // 2)
             # Outside the except clause: the exception keeps the failed pass's tensors alive.
             torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: from here on {self.rows} completions per pass; the result is the same")
+            tqdm.write(f"out of memory: continuing with {self.rows} completions per pass; the result is the same")
 
 
 def out_of_memory(what: str) -> TrainingStopped:
     return TrainingStopped(
         f"out of memory with {what}: lower data.max_pixels, grpo.max_completion_length, grpo.prompts_per_step or "
-        "grpo.num_generations, and start again; checkpoints of this run are kept"
+        "grpo.num_generations and start a new run; this run's checkpoints are kept"
     )

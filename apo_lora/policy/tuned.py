@@ -1,4 +1,4 @@
-"""The tuned policy: a base with the adapter that a run, or somebody else, made of it."""
+"""The tuned policy: a base with an adapter from a run or from elsewhere."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,9 @@ def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
 
 
 def load_adapter(model: "PeftModel", source: AdapterSource, **options: Any) -> None:
-    """The adapter's matrices in place of those of the active adapter. `options` are PEFT's.
+    """Loads the adapter's matrices into the active adapter. `options` are PEFT's.
 
-    Raises ModelError unless they are exactly the ones that the model has room for.
+    Raises ModelError unless they match the model's adapter exactly.
     """
     from safetensors import SafetensorError
 
@@ -30,9 +30,11 @@ def load_adapter(model: "PeftModel", source: AdapterSource, **options: Any) -> N
         loaded = model.load_adapter(str(source.folder), model.active_adapter, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ModelError(f"{source.folder}: the adapter cannot be loaded ({reason})") from error
+        raise ModelError(
+            f"{source.folder}: the adapter cannot be loaded ({reason}); copy it again from where it was trained"
+        ) from error
     if loaded.missing_keys or loaded.unexpected_keys:
         raise ModelError(
-            f"{source.folder}: not an adapter of this model: {len(loaded.missing_keys)} of its weights are missing "
-            f"and {len(loaded.unexpected_keys)} belong elsewhere; is this the base it was trained on?"
+            f"{source.folder}: the adapter does not match this model ({len(loaded.missing_keys)} weights are missing, "
+            f"{len(loaded.unexpected_keys)} are unexpected); use the base that it was trained on"
         )

@@ -1,8 +1,8 @@
 """Before step 1: does the policy see its images, is the reference the base, does scoring agree with sampling and with
 itself where prompts are shared, and does the largest example fit in memory?
 
-Each of these has cost somebody a night: a scoring pass that silently lost the image, a reference that was not the base,
-generation without its cache, an out-of-memory at step 120.
+Each of these has wasted a night of training: a scoring pass that silently lost the image, a reference that was not the
+base, generation without its cache, an out-of-memory error at step 120.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
 
 MIN_IMAGE_TOKENS = 64
-"""Images are never shrunk below this on our own account: much smaller, and nothing can be read in them."""
+"""Preflight never shrinks images below this: much smaller, and they become unreadable."""
 
 SAMPLE_EXAMPLES = 4
 
@@ -47,7 +47,7 @@ class Check:
 
 def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Check], Recipe]:
     """The checks, and the recipe as this machine can train it: with smaller passes or images where the largest example
-    does not fit, without grpo.shared_prompt where that gives another result. Else it is the one that was given.
+    does not fit, and without grpo.shared_prompt where that gives a different result; otherwise unchanged.
 
     Leaves weights, gradients and random state as they were.
     """
@@ -58,7 +58,7 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
         if recipe.grpo.shared_prompt:
             check, shares = check_shared_prompt(policy, batch, examples, recipe)
             sharing.append(check)
-            if shares:  # the checks below look at the way that training goes
+            if shares:  # the checks below then score as training does
                 batch["group"] = torch.arange(len(batch["prompt_ids"]), device=policy.model.device)
             else:
                 recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"shared_prompt": False})})
@@ -88,7 +88,7 @@ def check_generation(forwards: Sequence[Forward]) -> Check:
         "generation uses its cache",
         fault is None,
         fault or f"{len(forwards)} forward passes, one token each after the prompt",
-        "generation would take minutes in place of seconds; set use_cache in the model's generation_config.json",
+        "generation would take minutes instead of seconds; set use_cache in the model's generation_config.json",
     )
 
 
@@ -100,7 +100,7 @@ def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: 
         "scoring agrees with sampling",
         difference <= limit,
         f"{difference:.1e} nats per token on average, at most {limit:.0e}",
-        "the policy that is trained is not the one that samples; report this with `pip freeze`",
+        "the policy that is trained is not the policy that samples; report this with the output of `pip freeze`",
     )
 
 
@@ -117,7 +117,7 @@ def check_reference(policy: Policy, batch: dict) -> Check:
         difference <= limit,
         f"KL to the reference starts at {token_kl(fresh, reference).mean().item():.1g}"
         + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
-        "switching the adapters off does not give the base; is lora.dropout 0, and the peft version the tested one?",
+        "switching the adapter off does not give the base; set lora.dropout to 0 and install the tested peft version",
     )
 
 
@@ -131,18 +131,18 @@ def check_image(policy: Policy, batch: dict) -> Check:
         "scoring sees the image",
         found > 1e-4,
         f"a blank image changes log-probs by up to {found:.2g} nats",
-        "the image does not reach the model; look at the data with `apo-lora check-data`",
+        "the image does not reach the model; check the data with `apo-lora check-data`",
     )
 
 
 def check_shared_prompt(policy: Policy, batch: dict, examples: Sequence[Example], recipe: Recipe) -> tuple[Check, bool]:
-    """Whether the recipe's grpo.shared_prompt holds. Never fails: without it training is slower, and the same."""
+    """Whether grpo.shared_prompt gives the same result. Never fails: without it training is slower, and the same."""
     same, found = compare_shared_prompt(policy, batch)
     if same and recipe.rollout.engine == "transformers":
         same, found_sampling = compare_shared_reading(policy, examples, recipe)
         found = f"{found}; {found_sampling}"
     same = not ranks.any_rank(not same)
-    return Check("a shared prompt gives the same", True, found if same else f"WARNING, it is not used: {found}"), same
+    return Check("a shared prompt gives the same result", True, found if same else f"WARNING: not used: {found}"), same
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -154,9 +154,8 @@ def fit_largest(
     recipe: Recipe,
     run_pass: Callable[[Policy, Example, Recipe], None] | None = None,
 ) -> tuple[Check, Recipe]:
-    """Walks down the ladder until a forward and backward pass of the longest prompt fits, on every process.
-
-    Never raises for memory.
+    """Lowers the memory settings step by step until a forward and backward pass of the longest prompt fits, on every
+    process. Never raises for lack of memory.
     """
     run_pass = run_pass or forward_and_backward
     given, steps = recipe, []
@@ -214,7 +213,7 @@ def next_rung(recipe: Recipe, family: Family, num_processes: int = 1) -> Recipe 
         smaller = max(d for d in range(1, grpo.completions_per_pass // 2 + 1) if share % d == 0)
         return recipe.model_copy(update={"grpo": grpo.model_copy(update={"completions_per_pass": smaller})})
     least = MIN_IMAGE_TOKENS * family.pixels_per_token
-    # Without a limit in the recipe the processor allows more than anybody has memory for: start at an eighth.
+    # Without a limit in the recipe the processor allows more than any GPU has memory for: start at an eighth.
     pixels = max(least, (data.max_pixels or family.max_image_tokens * family.pixels_per_token // 4) // 2)
     if data.max_pixels is None or pixels < data.max_pixels:
         return recipe.model_copy(update={"data": data.model_copy(update={"max_pixels": pixels})})
@@ -242,7 +241,7 @@ def _does_not_fit(example: Example) -> Check:
     return Check(
         "the largest example fits",
         False,
-        f"row {example.row} does not, even with one completion per pass and the smallest images",
-        "lower grpo.max_completion_length or data.max_prompt_tokens, use model.load_in_4bit and "
-        "model.gradient_checkpointing, or a larger GPU (`apo-lora plan` estimates without one)",
+        f"row {example.row} does not fit, even with one completion per pass and the smallest images",
+        "lower grpo.max_completion_length or data.max_prompt_tokens, set model.load_in_4bit and "
+        "model.gradient_checkpointing, or use a larger GPU (`apo-lora plan` estimates the memory needed)",
     )

@@ -1,4 +1,4 @@
-"""`apo-lora check-data` and `apo-lora check-rewards`: the rows that training would see, looked through before it."""
+"""`apo-lora check-data` and `apo-lora check-rewards`: checks of the rows that training would see."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from apo_lora.rewards.verifier import Verifier
 
 
 def check_data(recipe: Recipe) -> None:
-    """Prints what the rows hold: answers, images, prompt lengths, and each row that is dropped. Raises UserError."""
+    """Prints what the rows contain: answers, images, prompt lengths, and each dropped row. Raises UserError."""
     loaded, processor = _training_rows(recipe)
     print("\n".join(map(printable, report(loaded, recipe.data, processor).lines())))
 
 
 def check_rewards(recipe: Recipe) -> bool:
-    """Prints how each row's gold answer and a wrong one are scored. True if all are as they must. Raises UserError."""
+    """Prints how each row's gold answer and a wrong one are scored. True if all are as expected. Raises UserError."""
     loaded, _ = _training_rows(recipe)
     rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
@@ -30,7 +30,7 @@ def check_rewards(recipe: Recipe) -> bool:
 def _training_rows(recipe: Recipe) -> tuple[Loaded, Any]:
     """The rows, and the model's processor, which says how long their prompts are."""
     inputs = open_inputs(recipe, held_out={})
-    # Only now the heavy libraries: what is wrong with the data shows at once.
+    # The heavy libraries come only now, so that problems in the data show at once.
     from apo_lora.policy.loading import load_processor
 
     processor = load_processor(recipe.model, recipe.data)

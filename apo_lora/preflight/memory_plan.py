@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """What the card must have."""
+        """Bytes of GPU memory needed."""
         return max(self.peaks.values()) + OVERHEAD
 
 
@@ -140,12 +140,12 @@ def weight_rows(shape: ModelShape, recipe: Recipe) -> Iterator[Row]:
         stored = sum(map(nf4_bytes, group)) if quantised else count[part] * value_bytes(recipe)
         bits = "NF4" if quantised else f"{8 * value_bytes(recipe)}-bit"
         yield Row(f"language {part}, {bits}", MOMENTS, stored, f"{count[part]:,} weights")
-    for part, words in (
+    for part, name in (
         ("embedding", "embedding = lm_head" if shape.tied else "embedding"),
         ("lm_head", "lm_head"),
         ("biases_and_norms", "biases, norms"),
     ):
-        yield Row(f"{words}, {8 * wide}-bit", MOMENTS, count[part] * wide, f"{count[part]:,} weights")
+        yield Row(f"{name}, {8 * wide}-bit", MOMENTS, count[part] * wide, f"{count[part]:,} weights")
     tower = count["vision_blocks"] + count["vision_ends"]
     yield Row(f"vision tower, {8 * wide}-bit", MOMENTS, tower * wide, f"{tower:,} weights")
 
@@ -207,7 +207,7 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
     logits = rollout * shape.vocabulary * (size + 4 * 4)
     grown = 0 if uses_unsloth(recipe) else rollout * load.length * shape.kv_width * size
     yield Row("next-token logits", ("decode",), logits, "one in 16 bits, four in float32")
-    yield Row("growth of the cache", ("decode",), grown, "one layer's keys are copied to grow")
+    yield Row("growth of the cache", ("decode",), grown, "one layer's keys are copied as it grows")
 
 
 # --- scoring and training --------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]
         how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
         yield Row("image features", MOMENTS, features, how)
     else:
-        how = f"{load.prompts} x {load.image:,} tokens' patches in float32"
+        how = f"patches of {load.prompts} x {load.image:,} tokens in float32"
         yield Row("images of a pass", ("score", "train"), patches * shape.values_per_patch * 4, how)
     work = {
         "vision tower": 0 if tower_runs_once(recipe) else tower_forward(shape, patches, size),
@@ -361,12 +361,12 @@ def with_rollout(recipe: Recipe, *, prompts: int, generations: int, completion: 
     return recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update=changes)})
 
 
-def largest_group(shape: ModelShape, recipe: Recipe, card: int, *, prompts: int, completion: int) -> int:
-    """The largest G, up to 64, that fits a card of so many bytes; 0 where not even 2 do."""
+def largest_group(shape: ModelShape, recipe: Recipe, gpu_bytes: int, *, prompts: int, completion: int) -> int:
+    """The largest G, up to 64, that fits a GPU with this much memory; 0 if not even 2 fit."""
     fitting = 0
     for generations in range(2, 65):
         smaller = with_rollout(recipe, prompts=prompts, generations=generations, completion=completion)
-        if plan(shape, smaller).total > card:
+        if plan(shape, smaller).total > gpu_bytes:
             break
         fitting = generations
     return fitting

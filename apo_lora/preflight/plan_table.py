@@ -9,7 +9,7 @@ from apo_lora.recipe.schema import Recipe
 from apo_lora.run.tables import aligned
 
 USUAL_SIZES = (8, 16, 24)
-"""GiB, where no GPU is named."""
+"""GiB; shown when no GPU memory is given."""
 
 COMPLETION_LENGTHS = (256, 512, 1024, 2048, 4096)
 
@@ -24,7 +24,7 @@ REMEDIES = {
 def print_plan(name: str, recipe: Recipe, *, gpu_memory: float | None = None) -> bool:
     """`apo-lora plan`: prints the memory that the recipe needs. False where it is more than `gpu_memory` (GiB).
 
-    Without one, that of a visible GPU counts, if there is one. Raises ModelError for a base whose shape is not known.
+    `gpu_memory` defaults to that of the visible GPU, if any. Raises ModelError for a base whose sizes are not known.
     """
     shape = find_shape(recipe.model.name, recipe.model.revision)
     planned, gpu_memory = plan(shape, recipe), gpu_memory or _visible_gpu()
@@ -42,15 +42,16 @@ def _visible_gpu() -> float | None:
 def plan_lines(name: str, recipe: Recipe, shape: ModelShape, planned: Plan, gpu_memory: float | None) -> Iterator[str]:
     """The whole report; `gpu_memory` in GiB, where one is given or visible."""
     load = planned.load
-    yield f"{name}: {recipe.model.name}. An estimate; not yet compared with a measured GPU run. GiB."
+    yield f"{name}: {recipe.model.name}. An estimate in GiB, not yet compared with a measured GPU run."
     yield (
-        f"A rollout samples {load.rollout} completions at once, a pass trains {load.rows}; prompts of at most "
-        f"{load.prompt:,} tokens ({load.image:,} image), completions of at most {load.completion:,}."
+        f"A rollout samples {load.rollout} completions at once and a pass trains on {load.rows}; prompts have at most "
+        f"{load.prompt:,} tokens ({load.image:,} of an image), completions at most {load.completion:,}."
     )
     if recipe.rollout.engine == "vllm":
+        share = recipe.rollout.vllm_gpu_memory_utilization
         yield (
-            f"vLLM samples: its cache is within {recipe.rollout.vllm_gpu_memory_utilization:.0%} of the GPU's memory, "
-            "which it takes at once (rollout.vllm_gpu_memory_utilization); the columns prefill and decode do not apply."
+            f"vLLM reserves {share:.0%} of the GPU memory at its start (rollout.vllm_gpu_memory_utilization); the "
+            "columns prefill and decode do not apply."
         )
     yield ""
     yield from _part_table(planned)
@@ -80,9 +81,10 @@ def _verdict(planned: Plan, gpu_memory: float | None) -> Iterator[str]:
         "CUDA's context and fragmentation (assumed)"
     )
     if gpu_memory and needed <= gpu_memory:
-        yield f"Fits a GPU of {gpu_memory:g}, with {gpu_memory - needed:.2f} to spare."
+        yield f"Fits a GPU with {gpu_memory:g} GiB; {gpu_memory - needed:.2f} to spare."
     elif gpu_memory:
-        yield f"Does not fit a GPU of {gpu_memory:g}: {needed - gpu_memory:.2f} too much; lower {REMEDIES[largest]}."
+        too_much = needed - gpu_memory
+        yield f"Does not fit a GPU with {gpu_memory:g} GiB: {too_much:.2f} too much; lower {REMEDIES[largest]}."
 
 
 def _group_table(recipe: Recipe, shape: ModelShape, sizes: Sequence[float]) -> list[str]:
@@ -96,7 +98,7 @@ def _group_table(recipe: Recipe, shape: ModelShape, sizes: Sequence[float]) -> l
         for prompts in sorted({1, recipe.prompts_per_rollout})
     ]
     title = "Largest num_generations that fits with completions_per_pass 1, by max_completion_length (up to 64):"
-    return [title, *aligned([["GPU", "prompts per rollout", *map(str, COMPLETION_LENGTHS)], *rows])]
+    return [title, *aligned([["GPU memory", "prompts per rollout", *map(str, COMPLETION_LENGTHS)], *rows])]
 
 
 def _largest(recipe: Recipe, shape: ModelShape, gpu_memory: float, prompts: int, completion: int) -> str:

@@ -1,7 +1,7 @@
-"""One group scored and differentiated both ways, before step 1: behind a shared prompt, and behind prompts alone.
+"""One group scored and differentiated both ways before step 1: with a shared prompt, and with a prompt per completion.
 
-What runs on this machine (kernels, versions, Unsloth's patches) may never have been tried: so it is compared with the
-model's stock forward, and training goes on without sharing where the two do not agree.
+The kernels, versions and Unsloth patches of this machine may be an untested combination, so sharing is compared with
+the model's stock forward pass, and training continues without it where the two do not agree.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ GRADIENT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25
 
 
 def compare_shared_prompt(policy: Policy, batch: Batch) -> tuple[bool, str]:
-    """(whether both ways agree, the figures or what stands in the way), on the first prompt of a batch.
+    """(whether both ways agree, the figures or the reason), on the first prompt of a batch.
 
     Leaves weights and gradients as they were. Only running out of memory is raised.
     """
@@ -39,7 +39,7 @@ def compare_shared_prompt(policy: Policy, batch: Batch) -> tuple[bool, str]:
         expected_logps, expected_gradient = _logps_and_gradient(policy, alone)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever an untried kernel or version of a library raises is a reason not to use it
+    except Exception as error:  # any error of an untested kernel or library version is a reason not to use it
         return False, _in_one_line(error)
     nats = (logps - expected_logps)[group["completion_mask"].bool()].abs().mean().item()
     relative = ((gradient - expected_gradient).norm() / expected_gradient.norm()).item()
@@ -60,7 +60,7 @@ def compare_shared_reading(policy: Policy, examples: Sequence[Example], recipe: 
     except Exception as error:
         return False, _in_one_line(error)
     nats = (scored - sampled).abs().mean().item()
-    return nats <= LOGPS_LIMIT[policy.dtype], f"sampling behind it differs by {nats:.1e} nats"
+    return nats <= LOGPS_LIMIT[policy.dtype], f"sampling with it differs by {nats:.1e} nats"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from apo_lora.recipe.schema import Recipe, combination_problems
 
 
 def describe_keys() -> Iterator[str]:
-    """Every key with its default and meaning, section by section, for reading."""
+    """Every key with its default and meaning, section by section, as lines of text."""
     for section, field in Recipe.model_fields.items():
         yield f"{section}:"
         for key, info in field.annotation.model_fields.items():
@@ -46,13 +46,13 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     if Path(name).is_dir():
-        raise RecipeError(f"recipe {name}: a folder; name the .yaml file in it")
+        raise RecipeError(f"recipe {name}: is a folder; give the .yaml file in it")
     shipped = shipped_recipes()
     stem = name.removesuffix(".yaml")
     if stem in shipped:
         return shipped[stem]
     raise RecipeError(
-        f"recipe {name}: no such file, and no shipped recipe of that name{_did_you_mean(stem, shipped)}; "
+        f"recipe {name}: no such file, and no shipped recipe with that name{_did_you_mean(stem, shipped)}; "
         "`apo-lora recipes` lists them"
     )
 
@@ -66,19 +66,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML, which makes no objects; without aliases, which can blow up or run in a circle, nor double keys."""
+    """Safe YAML, which creates no objects; aliases, which can expand without end, and duplicate keys are errors."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases are not read here; write the value out", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="aliases are not supported; write out the value", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Mapping:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                problem = f"{key.value} is there a second time; leave one of them out"
+                problem = f"duplicate key {key.value}; remove one of them"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -89,12 +89,12 @@ def read_yaml(path: Path, shape: str) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply; a recipe has sections with keys in them") from None
+        raise RecipeError(f"{path}: nested too deeply; a recipe has sections, and keys in them") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path}:{where} is not valid YAML ({reason}); mend it there") from None
+        raise RecipeError(f"{path}:{where} is not valid YAML ({reason}); fix it there") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
     if not isinstance(tree, dict):
@@ -144,7 +144,7 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def _without(tree: dict[str, Any], error: ValidationError) -> dict[str, Any]:
-    """The tree less the keys that the error complains of; a missing data.train gets a placeholder."""
+    """The tree without the keys that the error names; a missing data.train gets a placeholder."""
     bad = {tuple(str(part) for part in detail["loc"][:2]) for detail in error.errors()}
     kept = {
         section: {key: value for key, value in body.items() if (section, str(key)) not in bad}
@@ -162,15 +162,15 @@ def _one_line(detail: Any) -> str:
         siblings = Recipe.model_fields if len(loc) == 1 else Recipe.model_fields[loc[0]].annotation.model_fields
         return f"{key}: unknown key{_did_you_mean(loc[-1], siblings, prefix='.'.join([*loc[:-1], '']))}"
     if kind == "missing":
-        return f"{key}: missing; it has no default"
+        return f"{key}: missing; it is required"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{key}: a section is a mapping of keys, not {detail['input']!r}"
+        return f"{key}: must be a mapping of keys, not {detail['input']!r}"
     return f"{key}: {detail['input']!r} is not valid ({detail['msg'][0].lower()}{detail['msg'][1:]})"
 
 
 def _did_you_mean(word: str, known: Any, prefix: str = "") -> str:
     if near := difflib.get_close_matches(word, list(known), n=1, cutoff=0.5):
         return f"; did you mean {prefix}{near[0]}?"
-    # A key put into the wrong section is the other common slip.
+    # The other common mistake is a key in the wrong section.
     homes = [section for section, field in Recipe.model_fields.items() if word in field.annotation.model_fields]
     return f"; did you mean {homes[0]}.{word}?" if homes else f"; valid here: {', '.join(known)}"

@@ -1,6 +1,6 @@
 """A recipe: everything that decides a run, in one frozen, strict tree. Defaults live here; shipped recipes are sparse.
 
-Here is the schema and what may not be combined; recipe_file.py reads it from YAML.
+This is the schema, with the combinations that are not allowed; files.py reads recipes from YAML.
 """
 
 import re
@@ -38,80 +38,85 @@ class ModelSection(Section):
     name: str = "tiny"
     """`tiny` (the embedded CPU model), a Hugging Face id, or a local folder."""
     revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id; none is the default branch."""
+    """Branch, tag or commit of a Hugging Face id; null is the default branch."""
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
-    """`auto` is Unsloth on a GPU and transformers + PEFT without one."""
+    """`auto` is Unsloth on a GPU, and transformers + PEFT without one."""
     load_in_4bit: bool = False
-    """NF4 weights through bitsandbytes: a quarter of the memory of 16-bit ones. Works on a CPU too."""
+    """Load the base in NF4 through bitsandbytes: a quarter of the memory of 16-bit weights. Also works on a CPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """`auto` is bfloat16 where the GPU computes it natively, float16 on older GPUs, float32 on a CPU."""
+    """`auto` is bfloat16 if the GPU supports it natively, float16 on older GPUs, and float32 on a CPU."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: much less memory for about a third more time."""
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
 
 
 class LoraSection(Section):
     r: Count = 16
-    """Rank of the update."""
+    """Rank of the LoRA update."""
     alpha: Positive = 32.0
-    """Scale of the update is alpha / r."""
+    """The update is scaled by alpha / r."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Layers of the language model that get an adapter, by the last part of their name."""
+    """Linear layers of the language model that get an adapter, by the last part of their name."""
     vision: bool = False
-    """Also adapt the vision tower's linear layers."""
+    """Also adapt the linear layers of the vision tower."""
 
 
 class DataSection(Section):
     train: str
-    """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder holding one, a Hugging Face id, or a
+    """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder with one, a Hugging Face id, or a
     benchmark's name (`apo-lora eval --help` lists them)."""
     eval: str | None = None
-    """Held-out items, measured before and after training. Same forms as `train`."""
+    """Held-out items, evaluated before and after training. Accepts what `train` accepts."""
     general: str | None = None
-    """Items of another skill, never trained on: measured before and after, to see what training made it forget."""
+    """Items of another skill, evaluated before and after training to see what the model forgets. Never trained on."""
     benchmarks: tuple[str, ...] = ()
-    """What `apo-lora eval` measures in place of `eval` and `general`, whole: mathvista, mathverse, mmk12, mmstar, mmmu,
-    or anything that `train` takes."""
+    """What `apo-lora eval` evaluates, in full, instead of `eval` and `general`: mathvista, mathverse, mmk12, mmstar,
+    mmmu, or anything that `train` accepts."""
     split: str = "train"
-    """Split of a Hugging Face id that `train` reads."""
+    """Split of the Hugging Face data set in `train`."""
     eval_split: str = "test"
-    """Split of a Hugging Face id that `eval` and `general` read."""
+    """Split of the Hugging Face data sets in `eval` and `general`."""
     image_column: str | None = None
-    """Column names, where they are not one of the usual ones (`apo-lora check-data` shows what was found)."""
+    """Name of the image column, if it is not recognised (`apo-lora check-data` shows what was found)."""
     problem_column: str | None = None
+    """Name of the column with the problem, if it is not recognised."""
     answer_column: str | None = None
+    """Name of the column with the gold answer, if it is not recognised."""
     choices_column: str | None = None
+    """Name of the column with the answer choices, if it is not recognised."""
     image_folder: str | None = None
-    """Where image paths start, if not in the folder of the data file. None may lead out of it."""
+    """Folder that image paths start from; null is the folder of the data file. Paths that lead out are rejected."""
     system_prompt: str | None = None
-    """System message; none leaves it to the model's own chat template."""
+    """System message; null leaves it to the data row, or to the model's chat template."""
     instruction: str | None = None
-    """Text put after every problem, for instance in which format to answer."""
+    """Text added after every problem, for instance the answer format to use."""
     max_pixels: Count | None = None
-    """Larger images are shrunk to this many pixels, aspect ratio kept. One token is 28 x 28 of them in Qwen2.5-VL."""
+    """Shrink larger images to this many pixels, keeping the aspect ratio. In Qwen2.5-VL a token is 28 x 28 pixels."""
     min_pixels: Count | None = None
+    """Enlarge smaller images to this many pixels, keeping the aspect ratio."""
     max_prompt_tokens: Count = 2048
-    """Longer prompts (image tokens included) are dropped at load and counted, never truncated."""
+    """Longer prompts (image tokens included) are dropped and counted at load time, never truncated."""
     limit: Count | None = None
-    """Use only the first so many rows of `train`."""
+    """Use only this many rows of `train`, from the start; null uses all (of `boards`, 2048)."""
     eval_limit: Count = 192
-    """Use only the first so many rows of `eval` and of `general`."""
+    """Use only this many rows of `eval` and of `general`, from the start."""
 
     def without_columns(self) -> "DataSection":
-        """The same for data whose columns are not the recipe's."""
+        """The same without the recipe's column names, for data that has other columns."""
         names = ("image_column", "problem_column", "answer_column", "choices_column")
         return self.model_copy(update=dict.fromkeys(names))
 
 
 class RewardsSection(Section):
     functions: tuple[str, ...] = ("accuracy", "format")
-    """`accuracy` (0 or 1), `format` (0 or 0.5), or your own as `module:function` or `file.py:function`."""
+    """Reward functions: `accuracy` (0 or 1), `format` (0 or 0.5), or your own as `module:function` or
+    `file.py:function`."""
     weights: tuple[Number, ...] | None = None
-    """One factor per function; none is 1 for each."""
+    """One weight per function; null weights each by 1."""
     correct_by: str = "accuracy"
-    """The function whose value 1 means 'correct', which is what DADS and STCR look at."""
+    """The function whose value 1 marks a completion as correct, for DADS and STCR."""
     seconds_per_item: Positive = 5.0
-    """Time limit for verifying one completion; over it, the completion earns 0 and the time-out is counted."""
+    """Time limit for verifying one completion; a completion that exceeds it earns 0, and the timeout is counted."""
 
 
 class GrpoSection(Section):
@@ -120,86 +125,94 @@ class GrpoSection(Section):
     prompts_per_step: Count = 8
     """Prompts per optimizer step."""
     prompts_per_rollout: Count | None = None
-    """Prompts sampled at once, a multiple of prompts_per_step; none is equal to it (fully on-policy)."""
+    """Prompts per rollout, a multiple of prompts_per_step; null is equal to it (fully on-policy)."""
     num_iterations: Count = 1
-    """Times that each rollout is trained on."""
+    """Number of times to train on each rollout."""
     completions_per_pass: Count = 8
-    """Completions per forward and backward pass: memory against speed, the result is the same."""
+    """Completions per forward and backward pass: trades memory for speed, with the same result."""
     shared_prompt: bool = True
-    """Score completions of one prompt behind a single copy of it: faster, same result. Falls back where it cannot."""
+    """Compute each prompt once for all of its completions: faster, with the same result. Turned off, with a message,
+    for models that do not support it."""
     zero_variance_groups: Literal["keep", "skip", "resample"] = "keep"
-    """Groups whose completions all earned the same: `keep` (as released), `skip` (no pass computes them, not their KL
-    either), or `resample` (other prompts in their place, twice at most; what still has no variance is skipped)."""
+    """What to do with groups whose completions all earned the same reward: `keep` them (as the released code does),
+    `skip` them (their KL too), or `resample` other prompts instead (at most twice, then skip)."""
     max_completion_length: Count = 1024
-    """Longest completion, in tokens; longer ones are cut and count as truncated."""
+    """Maximum length of a completion, in tokens; longer ones are cut and count as truncated."""
     mask_truncated_completions: bool = False
     """Leave truncated completions out of the loss."""
     temperature: Positive = 1.0
+    """Sampling temperature; log-probabilities are computed at the same temperature."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 samples from the whole vocabulary."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 samples from the whole vocabulary."""
+    """Sample from the k most likely tokens; 0 samples from the whole vocabulary."""
     beta: NonNegative = 1e-3
-    """Weight of the KL to the frozen base."""
+    """Weight of the KL divergence to the frozen base."""
     epsilon: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     """Clip range of the probability ratio."""
 
 
 class RolloutSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Who samples: the model's own generate(), or vLLM on the same GPU, through Unsloth and where it is installed."""
+    """What samples completions: the model's own generate(), or vLLM on the same GPU through Unsloth, if installed."""
     vllm_gpu_memory_utilization: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    """Fraction of the GPU's memory that vLLM may hold, the weights it shares with the trainer included."""
+    """Fraction of GPU memory that vLLM may use, including the weights it shares with the trainer."""
 
 
 class ApoSection(Section):
     dads: Literal["complement_exp", "exp_decay", "constant"] | None = None
-    """Shape of the difficulty-adaptive KL weight of positives; `complement_exp` is the paper's, none is off."""
+    """Shape of the difficulty-adaptive KL weight of positive completions; `complement_exp` is the paper's, null
+    is off."""
     stcr: Annotated[Number, Field(gt=1)] | None = None
-    """Base of the factor on wrong completions that are longer than the right ones; 1.00001 as released, none is off."""
+    """Base of the factor on wrong completions that are longer than the correct ones; the released code uses 1.00001,
+    null is off."""
     stcr_amplify_positive: bool = True
-    """As released, STCR multiplies positive advantages of long wrong answers too; false leaves those alone."""
+    """Also amplify positive advantages of long wrong completions, as released; false leaves them unchanged."""
     entropy_coef: NonNegative = 0.0
     """Weight of an entropy bonus in the loss."""
 
 
 class TrainSection(Section):
     max_steps: Count | None = None
-    """Optimizer steps; none means `epochs` decides."""
+    """Optimizer steps of the run; null trains for `epochs`."""
     epochs: Positive = 1.0
-    """Passes over the training prompts."""
+    """Passes over the training prompts, if max_steps is null."""
     learning_rate: Positive = 1e-6
     lr_scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the learning rate rises from 0."""
     optimizer: Literal["auto", "adamw_torch", "adamw_8bit"] = "auto"
-    """`auto` is 8-bit Adam on a GPU and plain AdamW on a CPU."""
+    """`auto` is 8-bit AdamW on a GPU and AdamW in PyTorch on a CPU."""
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds the adapter, the order of prompts and sampling."""
     save_steps: Count = 50
-    """Optimizer steps between checkpoints (a whole number of rollouts)."""
+    """Optimizer steps between checkpoints; must cover whole rollouts."""
     save_minutes: Positive | None = None
-    """Also save at the first rollout border after so many minutes without a checkpoint: for sessions that end."""
+    """Also save after this many minutes without a checkpoint, at the end of a rollout; for sessions that may be cut."""
     keep_checkpoints: Count = 2
-    """Older valid checkpoints are removed."""
+    """Number of complete checkpoints to keep; older ones are removed."""
     max_nonfinite_steps: Count = 3
-    """Stop after so many optimizer steps in a row with a NaN or infinite gradient; each is skipped and counted."""
+    """Stop after this many optimizer steps in a row with a NaN or infinite gradient; each is skipped and counted."""
     preflight: bool = True
-    """Before step 1, check image, reference and sampling, and find out whether the largest example fits."""
+    """Before step 1, check images, reference and sampling, and that the largest example fits in memory."""
     evaluate: bool = True
-    """Measure `data.eval` and `data.general` before and after."""
+    """Evaluate on `data.eval` and `data.general` before and after training."""
 
 
 class OutputSection(Section):
     dir: str = "runs/{recipe}"
     """Run directory; `{recipe}` is the recipe's name."""
     logging_steps: Count = 1
-    """Optimizer steps between lines on the screen; metrics.jsonl gets every step."""
+    """Optimizer steps between printed lines; metrics.jsonl records every step."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers, where installed."""
+    """Experiment trackers to report to; each must be installed."""
     log_completions: bool = True
-    """Write every completion with its rewards to completions.jsonl."""
+    """Record every completion with its rewards in completions.jsonl."""
     mirror: tuple[str, ...] = ()
-    """Second places of the run's record and last checkpoint: a folder (as of Google Drive), or `hub:ORG/NAME`."""
+    """Where to copy the run's record and last checkpoint: folders (for instance on Google Drive) or `hub:ORG/NAME`."""
 
 
 class Recipe(Section):
@@ -233,7 +246,7 @@ class Recipe(Section):
 
     @property
     def method(self) -> str:
-        """In words: GRPO, GRPO + DADS, GRPO + STCR, or GRPO + DADS + STCR (which is APO)."""
+        """GRPO, GRPO + DADS, GRPO + STCR, or GRPO + DADS + STCR (which is APO)."""
         return " + ".join(["GRPO", *(["DADS"] if self.apo.dads else []), *(["STCR"] if self.apo.stcr else [])])
 
     def in_run_dir(self, path: Path) -> "Recipe":
@@ -257,13 +270,13 @@ def differences(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str]:
-    """Keys that are valid each but not together, or not over so many processes. Touches neither disk nor device."""
+    """Keys that are valid alone but not together, or not with this many processes. Touches neither disk nor device."""
     grpo, apo, rewards = recipe.grpo, recipe.apo, recipe.rewards
     share, rest = divmod(recipe.completions_per_step, num_processes)
     if rest:
         yield (
             f"grpo.prompts_per_step: prompts_per_step x num_generations = {recipe.completions_per_step} completions "
-            f"cannot be shared out evenly among {num_processes} processes; use a multiple of {num_processes}"
+            f"cannot be divided evenly among {num_processes} processes; use a multiple of {num_processes}"
         )
     elif share % grpo.completions_per_pass:
         among = f" / {num_processes} processes" if num_processes > 1 else ""
@@ -273,45 +286,45 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         )
     if recipe.prompts_per_rollout % grpo.prompts_per_step:
         yield (
-            f"grpo.prompts_per_rollout: {grpo.prompts_per_rollout} is no multiple of grpo.prompts_per_step = "
+            f"grpo.prompts_per_rollout: {grpo.prompts_per_rollout} must be a multiple of grpo.prompts_per_step = "
             f"{grpo.prompts_per_step}"
         )
     elif recipe.train.save_steps % recipe.steps_per_rollout:
         yield (
-            f"train.save_steps: {recipe.train.save_steps} is no multiple of the {recipe.steps_per_rollout} steps that "
-            "one rollout feeds; a checkpoint inside a rollout could not be resumed exactly"
+            f"train.save_steps: {recipe.train.save_steps} must be a multiple of {recipe.steps_per_rollout}, the steps "
+            "per rollout; a checkpoint inside a rollout could not be resumed exactly"
         )
     if grpo.zero_variance_groups == "resample" and num_processes > 1:
-        yield "grpo.zero_variance_groups: resample works in one process, where it sees whole groups; use skip or keep"
+        yield "grpo.zero_variance_groups: resample needs whole groups in one process; use skip or keep"
     if apo.dads not in (None, "constant") and grpo.beta == 0:
-        yield "apo.dads: shapes the KL, but grpo.beta is 0; set grpo.beta above 0 or apo.dads to null"
+        yield "apo.dads: has no effect with grpo.beta = 0; set grpo.beta above 0, or apo.dads to null"
     if rewards.correct_by not in rewards.functions:
-        yield f"rewards.correct_by: {rewards.correct_by!r} is not in rewards.functions {list(rewards.functions)}"
+        yield f"rewards.correct_by: {rewards.correct_by!r} must be one of rewards.functions {list(rewards.functions)}"
     if rewards.weights is not None and len(rewards.weights) != len(rewards.functions):
         yield (
-            f"rewards.weights: {len(rewards.weights)} given for {len(rewards.functions)} functions; "
+            f"rewards.weights: {len(rewards.weights)} weights for {len(rewards.functions)} functions; "
             "give one per function"
         )
     for place in recipe.output.mirror:
         if place.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", place):
-            yield f"output.mirror: {place!r} names no repository; write hub:ORG/NAME"
+            yield f"output.mirror: {place!r} is not a Hub repository; write hub:ORG/NAME"
     if recipe.rollout.engine == "vllm":
         yield from _vllm_problems(recipe)
     if not recipe.lora.target_modules:
-        yield "lora.target_modules: empty, so nothing would train; name layers, or leave the key out for all of them"
+        yield "lora.target_modules: must not be empty; name layers, or leave the key out to adapt all of them"
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):
-        yield f"lora.target_modules: {name} is tied to the model's other end, a merge would lose it; leave it out"
+        yield f"lora.target_modules: {name} shares its weight with another layer and could not be merged; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):
-        yield f"data.min_pixels: {recipe.data.min_pixels} is above data.max_pixels = {recipe.data.max_pixels}"
+        yield f"data.min_pixels: {recipe.data.min_pixels} must not exceed data.max_pixels = {recipe.data.max_pixels}"
 
 
 def _vllm_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.lora.vision:
-        yield "lora.vision: vLLM applies adapters to language layers alone; use false, or rollout.engine=transformers"
+        yield "lora.vision: vLLM applies adapters only to language layers; use false, or rollout.engine=transformers"
     if recipe.model.engine == "transformers":
-        yield "model.engine: rollout.engine=vllm works through Unsloth; use auto, or rollout.engine=transformers"
+        yield "model.engine: rollout.engine=vllm needs Unsloth; use auto, or rollout.engine=transformers"
     if recipe.model.revision is not None:
-        yield "model.revision: vLLM through Unsloth loads the default branch; leave it out, or give a local folder"
+        yield "model.revision: vLLM through Unsloth loads only the default branch; leave it out, or use a local folder"
 
 
 def _divisors(number: int) -> list[int]:

@@ -10,7 +10,7 @@ from apo_lora.run.figures import PHASES
 
 
 class Phase(NamedTuple):
-    words: str
+    label: str
     seconds: float
     """Mean of a step."""
     share: float
@@ -21,7 +21,7 @@ class Cost(NamedTuple):
     seconds: float
     """Mean of a step."""
     whole: str
-    """All recorded steps of a run, in words; of several runs, the mean."""
+    """Duration of all recorded steps of a run, as text; of several runs, the mean."""
     tokens_per_second: float
     """Sampled, mean over steps; NaN where it was not recorded."""
     peak_memory: str | None
@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return ", ".join(f"{phase.words} {100 * phase.share:.0f} %" for phase in self.phases)
+        return ", ".join(f"{phase.label} {100 * phase.share:.0f} %" for phase in self.phases)
 
 
 def cost(runs: Sequence[Run]) -> Cost | None:

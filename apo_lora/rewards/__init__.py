@@ -1,4 +1,4 @@
-"""What completions earn: final answers found, read and compared; the form they keep; rewards of one's own. No torch."""
+"""What completions earn: finding, reading and comparing final answers; format; custom rewards. No torch."""
 
 from apo_lora.rewards.scores import accuracy_reward, format_reward
 

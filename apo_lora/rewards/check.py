@@ -1,4 +1,4 @@
-"""Proof before training that the rewards work on the user's own rows: gold scores 1 in every format, wrong answers 0.
+"""Checks before training that the rewards work on the user's rows: gold scores 1 in every format, wrong answers 0.
 
 Pure functions; `apo-lora check-rewards` shows their table.
 """
@@ -11,7 +11,7 @@ from apo_lora.rewards.answers.text import FinalAnswer, last_box
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
 
-_THINK = "<think>I look at the picture and reason.</think>"
+_THINK = "<think>I look at the image and reason.</think>"
 _WORDS = ("banana", "none of these", "seventeen purple elephants")
 
 
@@ -27,20 +27,20 @@ class CheckRow:
 
 
 def in_answer(text: str) -> str:
-    """A completion in the asked form whose final answer is `text`."""
+    """A completion in the required format whose final answer is `text`."""
     return f"{_THINK}<answer>{text}</answer>"
 
 
 def gold_in_other_formats(answer: str, choices: Sequence[str] | None = None) -> list[str]:
-    """Completions that all say the gold answer, each as some model would; all must earn 1."""
+    """Completions that all give the gold answer, in the ways models write it; all must earn 1."""
     return [completion for _, completion in _formats(answer, choices)]
 
 
 def _formats(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]]:
     value = last_box(answer) or answer
     formats = [
-        ("as it stands", in_answer(value)),
-        ("spaces and a full stop", in_answer(f" {value}. ")),
+        ("unchanged", in_answer(value)),
+        ("spaces and full stop", in_answer(f" {value}. ")),
         ("\\boxed{}, no tags", f"The answer is \\boxed{{{value}}}."),
         ("\\boxed{} in tags", in_answer(f"\\boxed{{{value}}}")),
         ('"The answer is"', in_answer(f"The answer is {value}.")),
@@ -64,12 +64,12 @@ def _formats(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]
 
 
 def _is_unique(gold: Gold) -> bool:
-    """Whether the text alone names the choice: not where the choices are themselves letters (pictures, say)."""
+    """Whether the text alone names the choice: not where the choices are themselves letters (images, for instance)."""
     return judge(FinalAnswer(gold.choices[gold.index], sentence=False), gold) is True
 
 
 def wrong_answer(answer: str, choices: Sequence[str] | None = None) -> str:
-    """A completion in the asked form whose answer is wrong, and as near to right as can be made; must earn 0."""
+    """A completion in the required format whose answer is wrong, but close to the gold answer; must earn 0."""
     gold = read_gold(answer, tuple(choices or ()))
     return in_answer(next((text for text in _wrong_texts(answer, choices, gold) if _is_wrong(text, gold)), "..."))
 

@@ -1,7 +1,6 @@
-"""Rewards that are not finite: they earn nothing, are counted, and the first one is shown.
+"""Rewards that are not finite: they count as 0, their number is recorded, and the first one is shown.
 
-TRL takes a NaN for a reward that does not apply, which would pass unseen; an infinite one would swallow all others of
-its group.
+TRL silently treats NaN as a reward that does not apply; an infinite reward would drown out all others of its group.
 """
 
 import functools
@@ -18,7 +17,7 @@ class FiniteRewards:
         self.replaced = 0
 
     def watching(self, function: RewardFunction) -> RewardFunction:
-        """The same function; what it gives as NaN or infinite is 0. None stays: it means "does not apply"."""
+        """The same function, with NaN and infinite rewards replaced by 0. None stays: it means "does not apply"."""
 
         @functools.wraps(function)
         def finite(**arguments) -> list[float | None]:
@@ -32,6 +31,6 @@ class FiniteRewards:
 
     def _nothing(self, name: str, reward: float) -> float:
         if not self.replaced:
-            tqdm.write(f"warning: {name} gave the reward {reward}; such rewards count as 0, and are counted")
+            tqdm.write(f"warning: {name} returned the reward {reward}; non-finite rewards count as 0, and are counted")
         self.replaced += 1
         return 0.0

@@ -21,9 +21,9 @@ BUILT_IN = ("accuracy", "format")
 
 
 def find_rewards(names: Sequence[str]) -> None:
-    """Looks whether own reward functions are where `names` say, and runs none of them. Raises RewardError, all at once.
+    """Checks that the files and modules of custom rewards exist, without running them. Raises RewardError, all at once.
 
-    Of a module that is not imported yet only its place is looked for, which runs the packages above it.
+    A module that is not imported yet is only located, which imports its parent packages.
     """
     problems = []
     for spec in (name for name in names if name not in BUILT_IN):
@@ -47,7 +47,9 @@ def load_reward(spec: str) -> Callable:
     if function is None:
         raise RewardError(f"reward {spec!r}: {source} has no {name!r}; {_nearest(name, module)}")
     if not callable(function):
-        raise RewardError(f"reward {spec!r}: {name!r} is a {type(function).__name__}, not a function")
+        raise RewardError(
+            f"reward {spec!r}: {name!r} must be a function, not {type(function).__name__}; name a function"
+        )
     _check_signature(spec, function)
     return function
 
@@ -56,8 +58,8 @@ def _parts(spec: str) -> tuple[str, str]:
     source, separator, name = str(spec).rpartition(":")
     if not separator or not source.strip() or not name.isidentifier():
         near = difflib.get_close_matches(str(spec), BUILT_IN, n=1)
-        hint = f"did you mean {near[0]}? Else " if near else ""
-        raise RewardError(f"reward {spec!r} does not name a function: {hint}{_FORM}")
+        hint = f"did you mean {near[0]}? Otherwise " if near else ""
+        raise RewardError(f"reward {spec!r} does not name a function; {hint}{_FORM}")
     return source, name
 
 
@@ -69,7 +71,7 @@ def _file(spec: str, source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "paths count from the current directory"
+        hint = f"did you mean {near[0]!r}?" if near else "paths are relative to the current directory"
         raise RewardError(f"reward {spec!r}: no file {str(path)!r} (looked in {path.parent.resolve()}); {hint}")
     return path
 
@@ -95,7 +97,7 @@ def _require_module(spec: str, name: str) -> None:
         found = None
     if found is None:
         raise RewardError(
-            f"reward {spec!r}: no module named {name!r}; install it, or name its file (path/to/file.py:function)"
+            f"reward {spec!r}: no module named {name!r}; install it, or give its file (path/to/file.py:function)"
         )
 
 
@@ -104,10 +106,10 @@ def _run(spec: str, load: Callable[[], ModuleType]) -> ModuleType:
         return load()
     except (Exception, SystemExit) as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        words = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         raise RewardError(
-            f"reward {spec!r} failed while it was imported: {type(error).__name__}: {words}{where}; "
-            "mend it until `python` can import it alone"
+            f"reward {spec!r} could not be imported: {type(error).__name__}: {message}{where}; "
+            "fix it so that `python` can import it"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The two built-in rewards: is the final answer right (0 or 1), and is the form kept (0 or 0.5).
+"""The two built-in rewards: is the final answer correct (0 or 1), and is the format followed (0 or 0.5).
 
 Cheap comparisons decide most completions in microseconds; only what they cannot decide is given to Math-Verify.
 `accuracy_reward` does that in this process, behind guards; training uses `verifier.Verifier`, which does it in a
@@ -24,7 +24,7 @@ def accuracy_reward(completion: str, answer: str, choices: Sequence[str] | None 
     """1.0 if the completion's final answer is the gold `answer`, else 0.0.
 
     `answer` may be a choice's letter or its text, and so may the completion's answer. Gold that `gold_is_parsable`
-    refuses earns nothing, whatever the completion says.
+    rejects earns nothing, whatever the completion says.
     """
     verdict = quick_verdict(completion, answer, choices)
     if isinstance(verdict, MathQuestion):
@@ -35,10 +35,10 @@ def accuracy_reward(completion: str, answer: str, choices: Sequence[str] | None 
 def quick_verdict(completion: str, answer: str, choices: Sequence[str] | None = None) -> bool | MathQuestion:
     """The verdict as far as cheap comparison goes; a `MathQuestion` where it does not."""
     gold = read_gold(answer, tuple(choices or ()))
-    said = final_answer(completion)
-    if gold is None or said is None:
+    found = final_answer(completion)
+    if gold is None or found is None:
         return False
-    return judge(said, gold)
+    return judge(found, gold)
 
 
 def format_reward(completion: str) -> float:

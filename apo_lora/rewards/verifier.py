@@ -1,13 +1,13 @@
-"""Scoring with a worker process that can be killed: no completion can hang, crash or fatten the training process.
+"""Scoring with a worker process that can be killed: no completion can hang, crash or bloat the training process.
 
 Cheap comparison happens in the parent (`scores.quick_verdict`). What only mathematics can decide goes, one question
 at a time, as a JSON line to `python -m apo_lora.rewards.verifier`, which answers with a JSON line. A question that
-takes too long costs its completion the reward and the worker its life; the next question starts a new one. So a call
+takes too long costs the completion its reward, and the worker is killed; the next question starts a new one. So a call
 of `score` with N completions takes at most (10 + N / 10) x seconds_per_item, the starts of new workers not counted.
 
 A plain subprocess and not `multiprocessing`: that would import the user's __main__ again (a notebook and a script
 from stdin have none to import), and would fork or share nothing good with a parent that has CUDA initialised.
-The worker imports neither torch nor the rest of the kit. It is no sandbox for hostile code, since none is ever run;
+The worker imports neither torch nor the rest of the kit. It is not a sandbox for hostile code, since none is ever run;
 but should a library evaluate text after all, the worker can start no program, open no connection, write no file, and
 has no token of the user's in its environment.
 """
@@ -104,7 +104,7 @@ class Verifier:
 
     def _ask(self, question: MathQuestion) -> float:
         line = json.dumps([question.answer, question.gold])
-        for _ in range(2):  # a worker that died while idle is no fault of this question: ask once more
+        for _ in range(2):  # a worker that died while idle is not this question's fault: ask once more
             if self._worker is None:
                 self._worker = _Worker(self._command, self.memory_mb)
             if self._worker.send(line):
@@ -159,8 +159,8 @@ class _Worker:
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
             raise RewardError(
-                f"the verifier's worker process did not start (memory_mb={memory_mb}): {last[0][:200]}. "
-                "Remedy: raise memory_mb, or run `python -m apo_lora.rewards.verifier` to see why"
+                f"the verifier's worker process did not start (memory_mb={memory_mb}): {last[0][:200]}; "
+                "raise memory_mb, or run `python -m apo_lora.rewards.verifier` to see why"
             )
 
     def send(self, line: str) -> bool:
@@ -217,7 +217,7 @@ def _refuse_side_effects() -> None:
 
     def refuse(event: str, arguments: tuple) -> None:
         if event.startswith(_REFUSED) or event == "open" and (arguments[2] or 0) & _WRITING:
-            raise PermissionError(f"{event}: not in the verifier's worker")
+            raise PermissionError(f"{event}: not allowed in the verifier's worker")
 
     sys.addaudithook(refuse)
 
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library prints may pass for a reply
     # Pays for the imports before the clock of the first question runs, and proves that they fit into the memory.
     if not math_equal("1+x", "x+1"):
-        sys.exit("it cannot compare 1+x with x+1")
+        sys.exit("cannot compare 1+x with x+1")
     _refuse_side_effects()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""Completions: sampled, and given their credit."""
+"""Completions: sampling them and assigning their credit."""

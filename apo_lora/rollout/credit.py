@@ -73,9 +73,9 @@ class CreditRule:
     weights_F: Tensor
     """A factor for each reward function."""
     correct_column: int
-    """Which reward function says that a completion is correct."""
+    """The reward function that decides whether a completion is correct."""
     correct_from: float
-    """The value of that reward from which on it is."""
+    """Smallest value of that reward that counts as correct."""
     dads: str | None
     stcr: float | None
     stcr_amplify_positive: bool
@@ -101,7 +101,7 @@ def credit_rule(config: APOConfig, reward_names: Sequence[str], weights_F: Tenso
     """Raises ValueError where `config.correct_by` names none of the reward functions."""
     if config.correct_by not in (None, *reward_names):
         raise ValueError(
-            f"APOConfig: correct_by={config.correct_by!r} is not a reward function; there are {', '.join(reward_names)}"
+            f"APOConfig: correct_by={config.correct_by!r} must be a reward function: {', '.join(reward_names)}"
         )
     return CreditRule(
         num_generations=config.num_generations,

@@ -9,7 +9,7 @@ from apo_lora.run.pictures import saved_images
 
 
 class CompletionsWriter(APOCallback):
-    """One row of completions.jsonl per completion, and the picture of each prompt."""
+    """One row of completions.jsonl per completion, and the images of each prompt."""
 
     def __init__(self, run_dir: RunDir, examples: list[Example]):
         """`examples`: what the data set's column `index` counts through."""

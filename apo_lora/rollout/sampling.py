@@ -13,7 +13,7 @@ from apo_lora.machine.compat import kept_checkpointing, kept_compiler_stance
 from apo_lora.policy.loading import Policy
 from apo_lora.recipe.schema import Recipe
 
-# No choice among tokens; None takes out what generate() would otherwise say is of no use then.
+# Greedy; None removes options that generate() would warn about.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -37,7 +37,7 @@ def prompt_inputs(policy: Policy, examples: Sequence[Example], recipe: Recipe) -
 
 
 def generation_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
-    """The recipe's way of sampling; vision tokens, which no forward pass could take back in, are never sampled."""
+    """The recipe's way of sampling; vision tokens, which would break the next forward pass, are never sampled."""
     return {
         "do_sample": True,
         "temperature": recipe.grpo.temperature,

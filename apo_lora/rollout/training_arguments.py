@@ -22,16 +22,16 @@ def training_arguments(recipe: Recipe, policy: Policy, checkpoints: Path, max_st
 
 
 def refuse_changes(config: Any, asked: Mapping[str, Any], *, by: type) -> None:
-    """Raises ModelError where the class `by` has put something that a run depends on in the place of what was asked."""
+    """Raises ModelError where the class `by` has replaced an argument that a run depends on."""
     if changed := changed_values(config, asked):
         raise ModelError(
-            f"model.engine: {by.__name__} trains otherwise than it was asked to ({'; '.join(changed)}); "
+            f"model.engine: {by.__name__} changed the arguments it was given ({'; '.join(changed)}); "
             "install the versions in constraints.txt"
         )
 
 
 def changed_values(config: Any, asked: Mapping[str, Any]) -> list[str]:
-    """What a run depends on and `config` holds in place of `asked`, one line each."""
+    """Arguments that a run depends on and that differ between `config` and `asked`, one line each."""
     return [
         f"{key} is {getattr(config, key)!r}, not {value!r}"
         for key, value in asked.items()
@@ -51,8 +51,8 @@ DEPENDED_ON = {
     "dads", "stcr", "stcr_amplify_positive", "correct_by", "entropy_coef", "shared_prompt", "zero_variance_groups",
     "max_nonfinite_steps",
 }  # fmt: skip
-"""What a run's sampling, loss, optimisation or record depends on. Of the rest, Unsloth sets the precision of an
-evaluation that no run does (bf16_full_eval, fp16_full_eval), for example."""
+"""What a run's sampling, loss, optimisation or record depends on. The others may differ: Unsloth,
+for example, sets the precision of an evaluation that no run performs (bf16_full_eval, fp16_full_eval)."""
 
 
 def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Unsloth calls it fast_inference: vLLM and the trainer share one copy of the weights, and the adapter of the moment goes
 along with every request. What is sampled is scored by the trainer's own model, as always; vLLM's kernels round
-otherwise, and no importance weights correct for it. None of this has run on a GPU yet.
+differently, and no importance weights correct for it. None of this has run on a GPU yet.
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ def vllm_problem(recipe: Recipe, *, has_gpu: bool) -> str | None:
         return None
     otherwise = "or rollout.engine=transformers, the default"
     if installed("vllm") is None:
-        return f"rollout.engine: vllm is not installed; `pip install {VLLM}` goes with the tested torch, {otherwise}"
+        return f"rollout.engine: vllm is not installed; `pip install {VLLM}` (for the tested torch), {otherwise}"
     if not has_gpu:
-        return f"rollout.engine: vllm needs a CUDA GPU and none is visible; use a machine with one, {otherwise}"
+        return f"rollout.engine: vllm needs a CUDA GPU, and none is visible; use a machine with one, {otherwise}"
     return None
 
 

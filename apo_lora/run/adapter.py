@@ -50,21 +50,21 @@ def find_adapter(path: str | Path) -> AdapterSource:
     """Of a run directory (its adapter/), or of an adapter's own folder. Raises ModelError in one line."""
     path = Path(path)
     if not path.exists():
-        raise ModelError(f"{path}: there is no such folder; give a run directory or an adapter's folder")
+        raise ModelError(f"{path}: no such folder; give a run directory or a folder with an adapter")
     run = RunDir(path) if (path / "recipe.yaml").is_file() else None
     folder = run.adapter if run else path
     if run and not folder.is_dir():
         raise ModelError(f"{path}: this run has no adapter yet; finish it with `apo-lora train ... --resume auto`")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{folder}: no {' and no '.join(missing)}; give a run directory or an adapter's folder")
+        raise ModelError(f"{folder}: no {' and no '.join(missing)}; give a run directory or a folder with an adapter")
     try:
         base_name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base_name, str) or not base_name:
             raise TypeError(f"base_model_name_or_path is {base_name!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder / CONFIG} does not name its base model ({type(error).__name__}); copy it anew from where it was "
+            f"{folder / CONFIG} does not name its base model ({type(error).__name__}); copy it again from where it was "
             "trained"
         ) from None
     return AdapterSource(folder, base_name, run)
@@ -80,8 +80,8 @@ def recipe_for(source: AdapterSource, given: Recipe | None) -> Recipe:
     recipe = given or source.recipe
     if recipe is None:
         raise ModelError(
-            f"{source.folder}: an adapter alone does not say how it was asked (no {RECIPE_ON_HUB} in it); give a run "
-            "directory, or a recipe as --recipe R"
+            f"{source.folder}: the adapter has no recipe that says how to ask it (no {RECIPE_ON_HUB}); give a run "
+            "directory, or a recipe with --recipe R"
         )
     model = recipe.model
     if Path(source.base_name).is_dir() or not Path(source.base_name).is_absolute():  # not a path of another machine
@@ -102,10 +102,14 @@ def _lora_section(source: AdapterSource, family: Family) -> LoraSection:
             raise ModelError(f"{source.folder}: trained with {', '.join(others)}; load it with PEFT itself")
         language = sorted({layer.rpartition(".")[2] for layer in layers if not family.is_tower_layer(layer)})
         if not language:
-            raise ModelError(f"{source.folder}: no low-rank layer of a language model in {WEIGHTS}")
+            raise ModelError(
+                f"{source.folder}: {WEIGHTS} contains no LoRA layer of a language model; give another adapter"
+            )
         vision = any(map(family.is_tower_layer, layers))
         return LoraSection(
             r=config["r"], alpha=float(config["lora_alpha"]), target_modules=tuple(language), vision=vision
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(
+            f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]}); copy it again"
+        ) from error

@@ -1,4 +1,4 @@
-"""What happens around the optimizer steps: the record, the screen, the guard against NaN, and an orderly stop."""
+"""What happens around the optimizer steps: record, screen, guard against NaN, and stop on a signal."""
 
 import os
 import signal
@@ -77,9 +77,9 @@ class NonFiniteGuard(TrainerCallback):
         scale = scaler.get_scale() if (scaler := self.scaler()) else 0
         if bad_loss or scale <= 1:
             self.in_a_row += 1
-            reason = f"its {'loss' if bad_loss else 'gradient'} is not finite (NaN or infinite)"
+            reason = f"its {'loss' if bad_loss else 'gradient'} is NaN or infinite"
         else:
-            reason = f"its float16 gradient overflowed at loss scale {scale:.0f}, which is halved; usual in first steps"
+            reason = f"float16 gradient overflow at loss scale {scale:.0f}, which is halved; normal in the first steps"
         if ranks.is_main():
             tqdm.write(f"step {state.global_step + 1:>4}  skipped: {reason}; {self.skipped} so far")
 
@@ -94,12 +94,12 @@ class NonFiniteGuard(TrainerCallback):
     def stopped(self, step: int) -> TrainingStopped:
         return TrainingStopped(
             f"step {step}: the gradient was not finite in {self.in_a_row} steps in a row; each was skipped, and the "
-            "adapter saved is the last good one. Lower train.learning_rate or raise grpo.beta, and start again"
+            "last good adapter is saved. Lower train.learning_rate or raise grpo.beta, and start a new run"
         )
 
 
 class TimedSave(TrainerCallback):
-    """A checkpoint at the first rollout border after so many minutes without one. The main process's clock decides."""
+    """A checkpoint at the end of a rollout after this many minutes without one, by the main process's clock."""
 
     def __init__(self, minutes: float, steps_per_rollout: int, clock: Callable[[], float] = time.monotonic):
         self.seconds = 60 * minutes
@@ -119,7 +119,7 @@ class TimedSave(TrainerCallback):
 
 
 ECHO_SECONDS = 1.0
-"""A launcher may pass on a signal that its processes have had already: so soon after the first it is the same one."""
+"""A launcher may forward a signal that its processes already received: so soon after the first, it is the same."""
 
 
 class OrderlyStop(TrainerCallback):
@@ -147,7 +147,9 @@ class OrderlyStop(TrainerCallback):
         if self.asked is None:
             self.requested, self.number, self.asked = True, signal.Signals(number), self.clock()
             if ranks.is_main():  # past Python's streams: one of them may be in the middle of a write
-                os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
+                os.write(
+                    2, b"\nStopping after this step and saving a checkpoint; interrupt again to stop immediately.\n"
+                )
         elif self.clock() - self.asked >= ECHO_SECONDS:
             raise KeyboardInterrupt
 
@@ -159,13 +161,13 @@ class OrderlyStop(TrainerCallback):
     def stopped(self, step: int, steps: int) -> Interrupted:
         return Interrupted(
             self.number,
-            f"Stopped by {self.number.name} after step {step} of {steps}, with a checkpoint; continue with "
+            f"Stopped by {self.number.name} after step {step} of {steps}; a checkpoint is saved, continue with "
             "--resume auto",
         )
 
 
 class Screen(TrainerCallback):
-    """A progress bar with an ETA, one line per logged step, and a word when there is nothing to learn from."""
+    """A progress bar with an ETA, one line per logged step, and warnings when there is little to learn from."""
 
     def __init__(self, logging_steps: int):
         self.logging_steps = logging_steps
@@ -189,8 +191,8 @@ class Screen(TrainerCallback):
             self.bar.write(no_signal_warning(logs))
         if self.steps_truncated == SIGNAL_ALARM_STEPS:
             self.bar.write(
-                f"warning: more than half of the completions were cut at grpo.max_completion_length for "
-                f"{SIGNAL_ALARM_STEPS} steps; cut answers cannot be right. Raise it, or shorten the answers asked for."
+                f"warning: for {SIGNAL_ALARM_STEPS} steps more than half of the completions were cut at "
+                "grpo.max_completion_length, and cut answers cannot be right. Raise it, or ask for shorter answers."
             )
 
     def on_train_end(self, args, state, control, **kwargs: Any):
@@ -205,5 +207,5 @@ STEP_LINE = (
 
 
 def step_line(step: int, logs: dict[str, float | None]) -> str:
-    """One step in one line of plain words."""
+    """One step in one line."""
     return STEP_LINE.format(step=step, **{name: format_figure(name, logs.get(name)) for name in FIGURES})

@@ -1,5 +1,5 @@
-"""Which checkpoints are whole. One counts only with its complete.json, which is written last and lists every file's
-size and hash; so a kill at any moment leaves either a whole checkpoint or one that is recognised as unfinished.
+"""Which checkpoints are complete. One counts only with its complete.json, which is written last and lists every file's
+size and hash; so a kill at any moment leaves either a complete checkpoint or one that is recognised as incomplete.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def why_not_whole(path: Path) -> str | None:
     try:
         files = json.loads((path / COMPLETE).read_text())
     except FileNotFoundError:
-        return f"it has no {COMPLETE}: its writing was cut"
+        return f"no {COMPLETE}: it was not completely written"
     except (OSError, ValueError):
         files = None
     if not isinstance(files, dict):
@@ -57,7 +57,7 @@ def why_not_whole(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
         if _fingerprint(path / name) != fingerprint:
-            return f"{name} was changed or cut short"
+            return f"{name} was changed or truncated"
     return None
 
 

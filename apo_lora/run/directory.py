@@ -3,7 +3,7 @@
 recipe.yaml        the recipe as asked for           metrics.jsonl      one line per optimizer step
 recipe_trained.yaml  as this machine trained it (run/recipes.py)
 environment.json   versions and device               completions.jsonl  one line per sampled completion
-preflight.json     what was checked before step 1    images/            pictures of the completions' prompts
+preflight.json     what was checked before step 1    images/            images of the completions' prompts
 eval.json          before and after                  answers.jsonl      one line per completion behind eval.json
 evaluations/NAME/  what `apo-lora eval` measured
 adapter/           the result, in PEFT's format      plots/             PNG
@@ -51,17 +51,17 @@ class RunDir:
     def refuse_existing(self) -> None:
         """Raises RunDirError if something is already there: nothing is ever overwritten."""
         if self.path.is_file():
-            raise RunDirError(f"output.dir: {self.path} is a file; choose another with output.dir=DIR")
+            raise RunDirError(f"output.dir: {self.path} is a file; choose another folder with output.dir=DIR")
         above = next(parent for parent in self.path.absolute().parents if parent.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             what = "not writable" if above.is_dir() else "a file"
             raise RunDirError(
-                f"output.dir: {self.path} cannot be made ({above} is {what}); choose another with output.dir=DIR"
+                f"output.dir: {self.path} cannot be created ({above} is {what}); choose another with output.dir=DIR"
             )
         if not self.is_absent():
             raise RunDirError(
-                f"output.dir: {self.path} already holds a run; continue it with --resume auto, "
-                "or start beside it with output.dir=DIR"
+                f"output.dir: {self.path} is not empty; continue its run with --resume auto, or choose another "
+                "folder with output.dir=DIR"
             )
 
     def create(self) -> None:
@@ -73,7 +73,9 @@ class RunDir:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunDirError(f"output.dir: {self.path} cannot be made ({error.strerror}); choose another") from None
+            raise RunDirError(
+                f"output.dir: {self.path} cannot be created ({error.strerror}); choose another folder"
+            ) from None
         self.rewind(0)
         for measured in (self.evaluation, self.answers):
             measured.unlink(missing_ok=True)
@@ -81,7 +83,7 @@ class RunDir:
     # --- the record --------------------------------------------------------------------------------------------------
 
     def require_readable_record(self) -> None:
-        """Raises RunDirError where a line is spoiled, before hours are spent on a run that could not be recorded."""
+        """Raises RunDirError for an unreadable line, before hours are spent on a run that could not be recorded."""
         for path in (self.metrics, self.completions, self.answers):
             if path.exists():
                 deque(read_jsonl(path), maxlen=0)

@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before a checkpoint is written, and a full disk in one line."""
+"""Disk space: checked before a checkpoint is written; a full disk is a one-line error."""
 
 import errno
 import shutil
@@ -30,8 +30,8 @@ def require_room(path: Path, needed: int, what: str, kept: str) -> None:
     """Raises RunDirError where `needed` bytes do not fit. `kept` says what is not lost."""
     if (free := free_bytes(path)) < needed:
         raise RunDirError(
-            f"{path}: the disk is full: {what} takes about {size(needed)} and {size(free)} are free. {kept}. Make room "
-            "and continue with --resume auto, or choose another disk with output.dir=DIR"
+            f"{path}: the disk is full: {what} needs about {size(needed)}, and {size(free)} are free. {kept}. Free "
+            "some space and continue with --resume auto, or use another disk with output.dir=DIR"
         )
 
 
@@ -50,9 +50,9 @@ def disk_errors_as_one_line(path: Path, kept: str, needed: int = 0) -> Iterator[
         free = free_bytes(path)
         if not (_says_full(error) or (isinstance(error, (OSError, RuntimeError)) and free < needed)):
             raise
-        wanted = f"a checkpoint takes about {size(needed)} and " if needed else ""
+        wanted = f"a checkpoint needs about {size(needed)}, and " if needed else ""
         raise RunDirError(
-            f"{path}: the disk is full: {wanted}{size(free)} are free. {kept}. Make room and continue with "
+            f"{path}: the disk is full: {wanted}{size(free)} are free. {kept}. Free some space and continue with "
             "--resume auto"
         ) from error
 
@@ -81,7 +81,7 @@ def room_for_checkpoint(run_dir: RunDir, folder: Path, parameters: Sequence[Any]
     Raises RunDirError of one line; the checkpoints before are untouched.
     """
     needed, last = checkpoint_bytes(run_dir, parameters), run_dir.last_checkpoint()
-    kept = f"{last.name} is whole and kept" if last else "No checkpoint was saved before"
+    kept = f"{last.name} is complete and kept" if last else "No earlier checkpoint was saved"
     if ranks.is_main():
         require_room(run_dir.path, needed, "a checkpoint", kept)
     try:

@@ -1,6 +1,6 @@
-"""Every figure of a run, declared once: what metrics.jsonl and eval.json call it, its words, its unit, its range.
+"""Every figure of a run, declared once: its name in metrics.jsonl and eval.json, its label, unit and range.
 
-The screen, the plots, the report and the sweep read this table. `python` names none of them a second time.
+The screen, the plots, the report and the sweep all read this table.
 """
 
 import math
@@ -20,12 +20,12 @@ class Figure(NamedTuple):
 
 SHARE = (0.0, 1.0)
 
-# What is true of a rollout before any gradient: run/metrics.py; the last five by rollout/ and the trainer.
+# Figures of a rollout, before any gradient: run/metrics.py; the last five by rollout/ and the trainer.
 ROLLOUT = (
     Figure("reward", "reward", "mean of completions"),
-    Figure("reward_std", "deviation of rewards", "reward"),
+    Figure("reward_std", "standard deviation of rewards", "reward"),
     Figure("accuracy", "accuracy", "share of completions", range=SHARE),
-    Figure("advantage_std", "deviation of advantages", "advantage"),
+    Figure("advantage_std", "standard deviation of advantages", "advantage"),
     Figure("zero_variance_groups", "no reward variance", "share of groups", range=SHARE),
     Figure("all_right_groups", "all right", "share of groups", range=SHARE),
     Figure("all_wrong_groups", "all wrong", "share of groups", range=SHARE),
@@ -38,7 +38,7 @@ ROLLOUT = (
     Figure("stcr_amplified", "amplified by STCR", "completions", ".0f"),
     Figure("stcr_multiplier", "multiplier of STCR", "of those amplified", ".4f"),
     Figure("generated_tokens", "generated tokens", "tokens", ".0f"),
-    Figure("resampled_groups", "groups sampled anew", "groups", ".0f"),
+    Figure("resampled_groups", "groups resampled", "groups", ".0f"),
     Figure("skipped_groups", "groups skipped", "groups", ".0f"),
     Figure("tokens_per_second", "tokens sampled per second", "tokens per second", ".0f"),
 )
@@ -57,20 +57,20 @@ PASSES = (
     Figure("entropy_wrong", "entropy when wrong", "nats per token"),
 )
 
-# What the optimizer step itself was like: the trainer.
+# Of the optimizer step itself: the trainer.
 STEP = (
     Figure("grad_norm", "gradient norm", "before clipping", ".4f"),
     Figure("learning_rate", "learning rate", "", ".2e"),
-    Figure("skipped_nonfinite_steps", "steps skipped as not finite", "steps so far", ".0f"),
+    Figure("skipped_nonfinite_steps", "non-finite steps skipped", "steps so far", ".0f"),
     Figure("verifier_timeouts", "verifier timeouts", "answers so far", ".0f"),
     Figure("verifier_crashes", "verifier crashes", "answers so far", ".0f"),
-    Figure("nonfinite_rewards", "rewards that were not finite", "rewards so far", ".0f"),
+    Figure("nonfinite_rewards", "non-finite rewards", "rewards so far", ".0f"),
 )
 
 PHASES = (
     Figure("seconds_generate", "sampling", "seconds", ".1f"),
     Figure("seconds_reward", "rewards", "seconds", ".1f"),
-    Figure("seconds_score", "scoring with the reference", "seconds", ".1f"),
+    Figure("seconds_score", "scoring old policy and reference", "seconds", ".1f"),
     Figure("seconds_train", "forward, backward, optimizer", "seconds", ".1f"),
 )
 COST = (
@@ -96,7 +96,7 @@ def is_recorded(name: str) -> bool:
 
 
 def format_figure(name: str, value: float | None, sign: str = "") -> str:
-    """The value as its figure is written; a dash for none."""
+    """The value in its figure's format; a dash for none."""
     return "-" if value is None or not math.isfinite(value) else format(value, sign + FIGURES[name].form)
 
 

@@ -49,7 +49,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file. A last line that a kill cut, wherever, is left out.
 
-    Raises RunDirError at any other line that is not a JSON object: what comes after it must not get lost silently.
+    Raises RunDirError at any other line that is not a JSON object: what follows it must not be lost silently.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -58,8 +58,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
             elif line.endswith(b"\n"):
                 raise RunDirError(
-                    f"{path}, line {number}: not a JSON object; nothing was changed. Restore the file from a copy, or "
-                    "delete that line"
+                    f"{path} line {number}: not a JSON object; restore the file from a copy, or delete that line "
+                    "(nothing was changed)"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What APOTrainer asks its callbacks beside transformers' own events."""
+"""Callback events of APOTrainer, in addition to transformers' own."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,17 +9,17 @@ from transformers import TrainerCallback
 
 
 class APOCallback(TrainerCallback):
-    """A TrainerCallback that also hears of rollouts, adds figures to the log, and stands around checkpoints."""
+    """A TrainerCallback that also receives rollouts, adds figures to the log, and wraps checkpoint saving."""
 
     def on_rollout(self, step: int, scored: Any) -> None:
-        """Once per rollout, on the main process: `scored` (see rollout/credit.py) feeds optimizer step `step` first."""
+        """Once per rollout, on the main process. `step` is the first to train on `scored`, a rollout.credit.ScoredRollout."""
 
     def figures(self) -> Mapping[str, float]:
-        """Once per log line, on every process: figures of its own, by name."""
+        """Once per log line, on every process: additional figures, by name."""
         return {}
 
     def around_save(self, folder: Path) -> AbstractContextManager:
-        """In which the checkpoint `folder` is written, on every process."""
+        """A context in which the checkpoint `folder` is written, on every process."""
         return nullcontext()
 
 

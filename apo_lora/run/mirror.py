@@ -1,8 +1,8 @@
-"""A second place for a run's record and its last checkpoint: a folder, as of Google Drive, or a repository on the Hub.
+"""Copies of a run's record and last checkpoint: in a folder, for instance on Google Drive, or a repository on the Hub.
 
-A place that is not there is one warning, and training goes on; the next checkpoint is tried there again. Copying runs
-in the background, and on one place it never overtakes itself. Where the run directory is gone, `--resume auto` brings
-it back from here.
+A mirror that cannot be reached causes one warning, and training continues; the next checkpoint is tried again. Copying
+runs in the background, one copy at a time per mirror. If the run directory is missing, `--resume auto` restores it
+from a mirror.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from apo_lora.run.files import replacing
 
 HUB = "hub:"
 LAST_COPY_SECONDS = 600
-"""How long the end of a run waits for what is still being copied."""
+"""How long a finished run waits for copies in progress."""
 
 
 def files_to_mirror(run_dir: RunDir) -> list[Path]:
@@ -42,7 +42,7 @@ class FolderPlace:
         self.run_dir = RunDir(path)
 
     def holds_run(self) -> bool:
-        """Raises UserError where that cannot be found out."""
+        """Raises UserError if that cannot be determined."""
         self._require_mounted()
         return bool(self.run_dir.valid_checkpoints())
 
@@ -50,7 +50,7 @@ class FolderPlace:
         # No parents are made: under a mount point without its drive they would fill this machine's own disk.
         parent = self.run_dir.path.absolute().parent
         if not parent.is_dir():
-            raise RunDirError(f"{parent} is not there; mount it, or create it once")
+            raise RunDirError(f"{parent} does not exist; mount it, or create it once")
 
     def send(self, run_dir: RunDir) -> None:
         self._require_mounted()
@@ -64,7 +64,7 @@ class FolderPlace:
                     shutil.copy2(source, temporary)
         sent = {file.parent.name for file in files if file.name == COMPLETE}
         if any(not is_whole(self.run_dir.checkpoints / name) for name in sent):
-            raise RunDirError("the checkpoint did not arrive whole")
+            raise RunDirError("the copied checkpoint is not complete")
         for path in checkpoints_in(self.run_dir.checkpoints):
             if path.name not in sent:
                 remove_checkpoint(path)
@@ -91,7 +91,7 @@ class HubPlace:
         with hub_api(self.repo) as hub:
             hub.create_repo(self.repo, private=True, exist_ok=True)
             if not hub.repo_info(self.repo).private:
-                raise RunDirError(f"{self.repo}: is public, and a mirror holds completions; make it private")
+                raise RunDirError(f"{self.repo}: is public, and a mirror contains completions; make it private")
             old = _checkpoint_folders(hub.list_repo_files(self.repo)) - _checkpoint_folders(files)
             hub.create_commit(
                 self.repo,
@@ -117,7 +117,7 @@ def place_of(destination: str) -> FolderPlace | HubPlace:
 
 
 class Mirrors:
-    """All second places of one run."""
+    """All mirrors of one run."""
 
     def __init__(self, destinations: Iterable[str], run_dir: RunDir, warn: Callable[[str], None] = tqdm.write):
         self.run_dir = run_dir
@@ -130,15 +130,15 @@ class Mirrors:
         """The checkpoint that is being copied: it must stay where it is."""
 
     def refuse_existing(self) -> None:
-        """For a run that starts. Raises RunDirError where a place already holds a run; one that is away is a warning.
+        """For a new run. Raises RunDirError if a mirror already contains a run; warns if one cannot be reached.
 
-        A place that was away is asked again before the first copy: it may hold a run that this one did not find.
+        Such a mirror is checked again before the first copy: it may contain a run that could not be seen.
         """
         for destination in self.places:
             if self._holds_run(destination):
                 raise RunDirError(
-                    f"output.mirror: {destination} already holds a run; continue it with --resume auto, or choose "
-                    "another place"
+                    f"output.mirror: {destination} already contains a run; continue it with --resume auto, or choose "
+                    "another mirror"
                 )
         self.unasked = set(self.failing)
 
@@ -155,7 +155,7 @@ class Mirrors:
     def _send(self, destination: str) -> None:
         try:
             if destination in self.unasked and self.places[destination].holds_run():
-                raise RunDirError("it holds another run, which was out of reach when this one started")
+                raise RunDirError("it contains another run, which could not be reached when this one started")
             self.unasked.discard(destination)
             self.places[destination].send(self.run_dir)
         except (UserError, OSError) as error:
@@ -163,15 +163,15 @@ class Mirrors:
         else:
             if destination in self.failing:
                 self.failing.remove(destination)
-                self.warn(f"output.mirror: {destination} is back and holds the run as it is now.")
+                self.warn(f"output.mirror: {destination} is available again and up to date.")
 
     def _failed(self, destination: str, error: Exception) -> None:
         if destination not in self.failing:  # once, until it is back
             self.failing.add(destination)
             reason = error.problems[0] if isinstance(error, UserError) else error
             self.warn(
-                f"warning: output.mirror: nothing is copied to {destination} ({reason}); training goes on, and the "
-                "next checkpoint is tried there again."
+                f"warning: output.mirror: cannot copy to {destination} ({reason}); training continues, and the next "
+                "checkpoint is tried again."
             )
 
     def finish(self, seconds: float = LAST_COPY_SECONDS) -> None:
@@ -181,14 +181,16 @@ class Mirrors:
         self._wait(seconds)
         for destination, thread in self.copying.items():
             if thread.is_alive():
-                self.warn(f"warning: output.mirror: {destination} is not done after {seconds:.0f} s and is given up.")
+                self.warn(
+                    f"warning: output.mirror: copying to {destination} took longer than {seconds:.0f} s and was stopped."
+                )
 
     def _wait(self, seconds: float) -> None:
         for thread in self.copying.values():
             thread.join(seconds)
 
     def restore(self) -> str | None:
-        """Brings the run directory back from the first place that has it. Returns which; None if none has."""
+        """Restores the run directory from the first mirror that has it. Returns which; None if none has."""
         for destination, place in self.places.items():
             try:
                 if self._holds_run(destination):
@@ -219,7 +221,7 @@ class Mirrors:
             fetched.mkdir()
             place.fetch(fetched)
             if not RunDir(fetched).valid_checkpoints():
-                raise RunDirError("what came back holds no whole checkpoint")
+                raise RunDirError("the restored copy contains no complete checkpoint")
             if self.run_dir.path.is_dir():
                 self.run_dir.path.rmdir()  # empty: only an absent run is restored
             fetched.rename(self.run_dir.path)

@@ -1,5 +1,5 @@
-"""The README.md of a run, there and on the Hub: a model card made of what the run recorded. Also the card of an adapter
-without a run: what its folder says, and plainly what it does not.
+"""The model card of a run, its README.md there and on the Hub, written from what the run recorded; and that of an
+adapter without a run: what its folder says, and what is not known.
 """
 
 import json
@@ -40,7 +40,7 @@ def model_card(
     """The card of a run, in Markdown with a Hub front matter.
 
     `base`: the Hugging Face id or folder that was trained on; `environment`: the run's environment.json;
-    `place`: what is typed to load it, a folder or ORG/NAME.
+    `place`: what to load it from, a folder or ORG/NAME.
     """
     data, gpu, packages = recipe.data.train, environment["gpu"], environment["packages"]
     versions = ", ".join(f"{package} {version}" for package, version in packages.items() if version)
@@ -61,7 +61,7 @@ def model_card(
 
 
 def card_without_run(source: AdapterSource, what: What, place: str) -> str:
-    """In Markdown with a Hub front matter. `place`: what is typed to load it, a folder or ORG/NAME."""
+    """In Markdown with a Hub front matter. `place`: what to load it from, a folder or ORG/NAME."""
     config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     return _render(
         source.base_name,
@@ -69,7 +69,7 @@ def card_without_run(source: AdapterSource, what: What, place: str) -> str:
         place,
         tiny=source.base_name == str(BASE_DIR),
         recipe=None,
-        sizes=[f"{word} {config[key]}" for key, word in (("r", "rank"), ("lora_alpha", "alpha")) if key in config],
+        sizes=[f"{name} {config[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in config],
         recipe_beside=RECIPE_ON_HUB if (source.folder / RECIPE_ON_HUB).is_file() else None,
     )
 
@@ -116,12 +116,12 @@ _DATA_FILES = (".json", ".jsonl", ".parquet")
 
 
 def _name_elsewhere(text: str) -> str:
-    """Of a file or folder its name alone: its path says nothing on another machine."""
+    """Only the name of a file or folder: its path means nothing on another machine."""
     return text if _is_hub_id(text) else Path(text).name
 
 
 def _is_hub_id(text: str) -> bool:
-    """Whether it has the form of one and is nothing here: data/puzzles.jsonl and a folder models/mine have it too."""
+    """Whether it looks like one and is not a local path: data/puzzles.jsonl and models/mine look alike."""
     path = Path(text)
     return bool(_HUB_ID.fullmatch(text)) and path.suffix not in _DATA_FILES and not path.exists()
 
@@ -141,21 +141,23 @@ _APACHE = {"license": "apache-2.0"}
 _KNOWN = {
     "qwen2.5-vl-3b": Licence(
         {"license": "other", "license_name": "qwen-research", "license_link": _QWEN_3B},
-        f"The base is under the [Qwen Research Licence]({_QWEN_3B}): not for commercial use. It holds for this too.",
+        f"The base is under the [Qwen Research Licence]({_QWEN_3B}): not for commercial use. It also applies to this model.",
     ),
-    "qwen2.5-vl-7b": Licence(_APACHE, "The base is under the Apache-2.0 licence, and so is this."),
+    "qwen2.5-vl-7b": Licence(_APACHE, "The base is under the Apache-2.0 licence, and so is this model."),
 }
-_TINY = Licence(_APACHE, "The base comes with apo-lora under the Apache-2.0 licence, and this is under the same.")
+_TINY = Licence(
+    _APACHE, "The base comes with apo-lora under the Apache-2.0 licence; this model is under the same licence."
+)
 _UNKNOWN = Licence(
     {"license": "unknown"},
-    "**apo-lora does not know the licence of this base.** It holds for this too: look it up before you share it.",
+    "**apo-lora does not know the licence of this base.** It also applies to this model: look it up before sharing it.",
 )
-# Who publishes these weights unchanged; another owner's model of that name may stand under further terms.
+# Publishers of these weights, unchanged; another owner's model of that name may have further terms.
 _PUBLISHERS = ("qwen", "unsloth")
 
 
 def licence_of(base: str) -> Licence:
-    """`base`: `tiny`, a Hugging Face id or a folder. What is not in the table is unknown, and its text says so."""
+    """`base`: `tiny`, a Hugging Face id or a folder. A base that is not in the table has an unknown licence."""
     if base == "tiny":
         return _TINY
     owner, _, name = base.lower().rpartition("/")

@@ -24,7 +24,7 @@ def write_plots(run_dir: RunDir) -> list[Path]:
 
 
 def overview(run_dir: RunDir) -> bytes | None:
-    """The report's curves in one picture, as PNG; None if no step was recorded."""
+    """The report's curves in one image, as PNG; None if no step was recorded."""
     steps = read_steps(run_dir)
     return None if steps.empty else _picture(CURVES, steps, columns=3)
 

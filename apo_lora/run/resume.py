@@ -1,7 +1,7 @@
 """Where a run continues: from which checkpoint, whether it is still the same run, and where its record is cut off.
 
-`--resume auto` is safe to write on every start: it continues a run, starts one that was cut before its first checkpoint
-over, and begins one that is not there.
+`--resume auto` is safe on every start: it continues a run, restarts one that was cut before its first checkpoint, and
+starts one that does not exist yet.
 """
 
 import json
@@ -36,11 +36,11 @@ def checkpoint_to_continue(run_dir: RunDir, recipe: Recipe, resume: str | None) 
         last_step = run_dir.last_metrics().get("step", 0)
         if checkpoint is None and last_step > before.train.save_steps:
             raise RunDirError(
-                f"--resume auto: {run_dir.path} has recorded {last_step} steps but no longer holds a checkpoint; "
+                f"--resume auto: {run_dir.path} has recorded {last_step} steps but no longer contains a checkpoint; "
                 "restore one, or start a new run with output.dir=DIR and without --resume"
             )
     elif checkpoint is not None:
-        raise RunDirError(f"--resume: {run_dir.recipe} is missing, which says how {checkpoint} was made; restore it")
+        raise RunDirError(f"--resume: {run_dir.recipe} is missing, the recipe of {checkpoint}; restore it")
     return checkpoint
 
 
@@ -52,7 +52,7 @@ def find_checkpoint(run_dir: RunDir, wanted: str) -> Path | None:
     if wanted != "auto":
         path = Path(wanted)
         if fault := why_not_whole(path):
-            raise RunDirError(f"--resume {wanted}: not a whole checkpoint ({fault}); try --resume auto")
+            raise RunDirError(f"--resume {wanted}: not a complete checkpoint ({fault}); try --resume auto")
         return path
     if run_dir.path.is_file():
         raise RunDirError(f"output.dir: {run_dir.path} is a file; choose another with output.dir=DIR")
@@ -62,38 +62,38 @@ def find_checkpoint(run_dir: RunDir, wanted: str) -> Path | None:
     damaged = [fault for path, fault in faults.items() if is_sealed(path)]
     if damaged or run_dir.adapter.exists():
         raise RunDirError(
-            f"--resume auto: {run_dir.path} no longer holds a whole checkpoint; restore one, or start a new run "
+            f"--resume auto: {run_dir.path} no longer contains a complete checkpoint; restore one, or start a new run "
             "with output.dir=DIR and without --resume",
             *damaged,
         )
     if not run_dir.is_absent() and not run_dir.checkpoints.is_dir():
         raise RunDirError(
-            f"--resume auto: {run_dir.path} holds other files and no run; choose another with output.dir=DIR"
+            f"--resume auto: {run_dir.path} contains other files but no run; choose another folder with output.dir=DIR"
         )
     return None
 
 
 def _refuse_another_recipe(run_dir: RunDir, before: Recipe, now: Recipe) -> None:
     changed = [
-        f"{key}: {there!r} there, {here!r} now"
+        f"{key}: {there!r} in the run, {here!r} now"
         for key, (there, here) in differences(before, now).items()
         if not key.startswith(FREE_ON_RESUME)
     ]
     if changed:
         raise RunDirError(
-            f"--resume: {run_dir.path} was made by another recipe; give the same values, or start a new run with "
+            f"--resume: {run_dir.path} was trained with another recipe; give the same values, or start a new run with "
             "output.dir=DIR",
             *changed,
         )
 
 
 def rewind_record(run_dir: RunDir, checkpoint: Path | None) -> Iterator[str]:
-    """Cuts the run's record off after the checkpoint, or starts it again; yields what to say of it."""
+    """Rewinds the run's record to the checkpoint, or restarts it; yields messages for the user."""
     run_dir.remove_temporaries()
     for path in checkpoints_in(run_dir.checkpoints):
         if fault := why_not_whole(path):
             shutil.rmtree(path)
-            yield f"{path.name} is left out: {fault}."
+            yield f"{path.name} is removed: {fault}."
     if checkpoint is None:
         yield f"No checkpoint in {run_dir.path} yet: starting at step 1."
         run_dir.start_again()
@@ -115,14 +115,12 @@ def environment_changes(run_dir: RunDir, now: Mapping[str, Any]) -> Iterator[str
         return
     there, here = _facts(before), _facts(now)
     changed = [
-        f"{name} {value} until now, {here.get(name, 'none')} from here"
-        for name, value in there.items()
-        if value != here.get(name)
+        f"{name} from {value} to {here.get(name, 'none')}" for name, value in there.items() if value != here.get(name)
     ]
     if changed:
         yield (
-            f"changed: {'; '.join(changed)}. The recipe's step and its gradient stay the same; rounding or random "
-            "numbers may not, so the run continues, but not bit for bit as before."
+            f"Changed since the run started: {'; '.join(changed)}. Rounding and random numbers may differ, so the run "
+            "continues, but not bit for bit as it would have."
         )
 
 

@@ -1,4 +1,4 @@
-"""What is said at the end of a run: what changed, where it lies, and what to type next."""
+"""The summary at the end of a run: what changed, where the results are, and what to run next."""
 
 from itertools import groupby
 from pathlib import Path
@@ -42,7 +42,7 @@ def closing_summary(
         lines += ["", *aligned([(f"{task} (held out)", "before", "after"), *(row[1:] for row in rows)])]
     if any(troubles.values()):
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in troubles.items() if count)
-        lines += ["", f"On the way: {counts}."]
+        lines += ["", f"During training: {counts}."]
     lines += [
         "",
         f"Adapter      {run_dir.adapter}",
@@ -51,9 +51,9 @@ def closing_summary(
         *([f"Plots        {run_dir.plots}/{', '.join(plot.name for plot in plots)}"] if plots else []),
         "",
         "Next:",
-        f"  apo-lora report {run_dir.path}    # all of it on one page",
-        f"  apo-lora eval {run_dir.path}    # base and tuned on held-out items, greedy, with the difference",
-        f"  apo-lora train --recipe {run_dir.recipe} --resume auto train.max_steps={2 * steps}    # go on from here",
+        f"  apo-lora report {run_dir.path}    # all results on one page",
+        f"  apo-lora eval {run_dir.path}    # base and tuned model on held-out items, decoded greedily",
+        f"  apo-lora train --recipe {run_dir.recipe} --resume auto train.max_steps={2 * steps}    # continue from here",
         f"  apo-lora train --recipe {run_dir.recipe} apo.dads=null apo.stcr=null output.dir={run_dir.path}-grpo"
         "    # the same as plain GRPO",
     ]

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases, Trackio: are they installed, and where do their files go? No torch."""
+"""TensorBoard, Weights & Biases, Trackio: whether they are installed, and where their files go. No torch."""
 
 import os
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ def prompts_read_once(
 ) -> Iterator[RowFeatures]:
     """Inside, generate() on rows whose prompts are equal where their `groups` are reads each of those once.
 
-    It may be given the pixels of every row's images, or those of each group's first row alone.
+    It may be given the pixels of every row's images, or only those of each group's first row.
     Afterwards the list holds, for every row, the features (image tokens, F) of its images, computed on the way.
     """
     first_rows = [groups.index(group) for group in dict.fromkeys(groups)]
@@ -39,7 +39,7 @@ def prompts_read_once(
             inner_model.forward = own_forward
 
     def read(**inputs: Any) -> Any:
-        restore()  # the passes after the prompt are nobody's business
+        restore()  # only the first pass, which reads the prompts, is changed
         with _noted_features(inner_model, features, [images_per_row[row] for row in first_rows]):
             output = forward(**_of_rows(inputs, first_rows, images_per_row))
         copies = torch.tensor(source_of_row, device=output.last_hidden_state.device)
@@ -59,14 +59,14 @@ def prompts_read_once(
 
 
 def _of_rows(inputs: Mapping[str, Any], rows: Sequence[int], images_per_row: Sequence[int]) -> dict[str, Any]:
-    """The inner model's inputs for these rows alone, with the pixels of their own images."""
+    """The inner model's inputs for only these rows, with the pixels of their own images."""
     chosen = {name: _rows_of(name, value, rows) for name, value in inputs.items()}
     if inputs.get("pixel_values") is None:
         return chosen
     ends = torch.tensor(images_per_row).cumsum(0).tolist()
     images = [image for row in rows for image in range(ends[row] - images_per_row[row], ends[row])]
     chosen["image_grid_thw"] = inputs["image_grid_thw"][images]
-    if len(inputs["pixel_values"]) > chosen["image_grid_thw"].prod(dim=-1).sum():  # else they are these rows' alone
+    if len(inputs["pixel_values"]) > chosen["image_grid_thw"].prod(dim=-1).sum():  # else they are only these rows'
         patches = inputs["image_grid_thw"].prod(dim=-1).tolist()
         pixels = inputs["pixel_values"].split(patches)
         chosen["pixel_values"] = torch.cat([pixels[image] for image in images])

@@ -51,5 +51,5 @@ def embed(inner_model: nn.Module, input_ids_L: Tensor, features: list[Tensor]) -
     is_image_L = family.is_image_token(inner_model, input_ids_L)
     num_tokens, num_features = int(is_image_L.sum()), sum(map(len, features))
     if num_tokens != num_features:
-        raise ValueError(f"{num_tokens} image tokens and {num_features} image features do not go together")
+        raise ValueError(f"{num_tokens} image tokens but {num_features} image features; they must be equally many")
     return family.embedding_inputs(embeds_1LH, is_image_L, torch.cat(features) if features else None)
