@@ -1,4 +1,4 @@
-"""One question, answered by the base and by what a run made of it: the same model, with its adapters off and on."""
+"""One question, answered by the base and the tuned model: the same model with its adapter off and on."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def chat(
 ) -> tuple[Completion, Completion]:
     """Writes the answers of base and tuned model to `out` as they come, and returns them.
 
-    The question is put as the recipe puts one (system prompt, instruction, image size): `recipe`, else the run's.
+    The question is asked as in the recipe (system prompt, instruction, image size): `recipe`, else the run's.
     Greedy, or `sampled` as in training; at most `max_tokens`, or the recipe's max_completion_length. Raises DataError,
     ModelError in one line.
     """
@@ -54,14 +54,14 @@ def chat(
 
 def example_of(question: str, image: str | None) -> Example:
     """Under the rules for a row of data: no reserved token, an image that can be read."""
-    # The gold answer is for nobody; a row has to have one.
+    # A row must have a gold answer; this one is never used.
     row = {"problem": question, "answer": "0", "image": image and os.path.realpath(Path(image).expanduser())}
     columns = Columns(problem="problem", answer="answer", image="image", choices=None, category=None)
     try:
         fields = read_row(row, columns)
         images = image_refs(fields.images, folder=Path(row["image"] or ".").parent, row=1)
         if fields.problem.count(IMAGE_MARK) > len(images):
-            raise BadRow("image missing", f"{IMAGE_MARK} in the question and no --image for it")
+            raise BadRow("image missing", f"the question contains {IMAGE_MARK}; add --image FILE")
     except BadRow as error:
         raise DataError(f"chat: {error}") from None
     return Example(1, fields.problem, fields.answer, None, images)
@@ -82,7 +82,7 @@ def _answer(policy: Policy, example: Example, recipe: Recipe, changes: dict[str,
 
 
 def close(column: Column, completion: Completion) -> None:
-    """Writes what a verifier would read in it, and its length."""
+    """Writes the answer that a verifier finds in it, and its length."""
     answer = final_answer(completion.text)
-    cut = ", cut there (--max-tokens)" if completion.truncated else ""
+    cut = ", cut off there (--max-tokens)" if completion.truncated else ""
     column.put(f"\n\nanswer  {answer.text if answer else 'none found'}\nlength  {completion.length} tokens{cut}")

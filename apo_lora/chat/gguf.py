@@ -66,7 +66,7 @@ def chat_gguf(
     screen.end(column)
     if base is None:
         out.write(
-            "\nNo base beside it: `apo-lora export ... --to base-gguf` makes one, --base-gguf FOLDER names one.\n"
+            "\nNot compared with the base: export it with `apo-lora export ... --to base-gguf`, or give --base-gguf DIR.\n"
         )
     return of_base, of_tuned
 
@@ -107,6 +107,6 @@ def files_to_ask(path: Path, base_folder: str | None, recipe: Recipe | None) -> 
         folder, known = source.folder.absolute().parent / "gguf", source.recipe
     tuned = find_gguf(folder)
     if (recipe := recipe or known) is None:
-        raise ModelError(f"{path}: no {RECIPE_ON_HUB} says how it was asked; give a recipe as --recipe R")
+        raise ModelError(f"{path}: no recipe says how to ask it (no {RECIPE_ON_HUB}); give one with --recipe R")
     beside = Path(base_folder) if base_folder else folder.absolute().parent / BASE_GGUF
     return tuned, find_gguf(beside) if base_folder or beside.is_dir() else None, recipe

@@ -1,6 +1,6 @@
 """A GGUF asked through llama.cpp's server on this machine: its own program, or the one inside the package xllamacpp.
 
-Both speak the same HTTP, of which this is the little that a chat needs. No torch.
+Both have the same HTTP API, of which this is the part that a chat needs. No torch.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ class Gguf:
 def find_gguf(folder: Path) -> Gguf:
     """The two files of an export, by its report, or of any folder that holds just two. Raises ModelError."""
     if not folder.is_dir():
-        raise ModelError(f"{folder}: there is no such folder; `apo-lora export ... --to gguf` makes one")
+        raise ModelError(f"{folder}: no such folder; create it with `apo-lora export ... --to gguf`")
     if (folder / REPORT).is_file():
         files = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("files", [])
         named = [folder / file["file"] for file in files]
@@ -44,7 +44,7 @@ def find_gguf(folder: Path) -> Gguf:
     text = [path for path in found if path not in mmproj]
     if len(text) != 1 or len(mmproj) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ModelError(f"{folder}: needs one model and one mmproj as .gguf; found {names}")
+        raise ModelError(f"{folder}: must contain one model and one mmproj .gguf file; found {names}")
     return Gguf(text[0], mmproj[0])
 
 
@@ -56,7 +56,7 @@ def find_server(llama_cpp: str | None) -> Path | None:
         return None
     raise ModelError(
         f"--gguf: no {SERVER} {f'in {llama_cpp}' if llama_cpp else 'on the PATH, and no package xllamacpp'}; install "
-        "llama.cpp and name its folder as --llama-cpp DIR, or pip install xllamacpp"
+        "llama.cpp and give its folder with --llama-cpp DIR, or pip install xllamacpp"
     )
 
 
@@ -117,7 +117,7 @@ def _wait_for(url: str, process: subprocess.Popen, log: Any, gguf: Gguf) -> None
     log.seek(0)
     lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()] or lines
-    raise ModelError(f"{gguf.text}: {SERVER} did not start ({errors[0] if errors else 'it said nothing'})")
+    raise ModelError(f"{gguf.text}: {SERVER} did not start ({errors[0] if errors else 'no output'})")
 
 
 class StreamedAnswer:
@@ -150,7 +150,9 @@ class StreamedAnswer:
         except urllib.error.HTTPError as error:
             raise ModelError(f"llama.cpp did not answer: {_reason(error)}") from error
         except (OSError, ValueError) as error:
-            raise ModelError(f"llama.cpp broke off ({type(error).__name__}: {error})") from error
+            raise ModelError(
+                f"llama.cpp: the connection was lost ({type(error).__name__}: {error}); ask again"
+            ) from error
 
     def _read(self, event: dict[str, Any]) -> Iterator[str]:
         if "error" in event:

@@ -90,8 +90,8 @@ def _answered(
         judged = measure(policy, batch.examples, recipe, score, seed=seed, greedy=greedy, batch_size=size)
     except torch.OutOfMemoryError:
         raise ModelError(
-            f"--batch-size: {size} answers at once do not fit in GPU memory; give fewer (and another --name, if there are "
-            "answers already)"
+            f"--batch-size: {size} answers at once do not fit in GPU memory; give fewer (and another --name, if there "
+            "are answers already)"
         ) from None
     images = [
         saved_images(example.images, folder.images / batch.title, run.path, longest=COPY_PIXELS)

@@ -75,8 +75,8 @@ class EvaluationFolder:
             settings, there = _tuned(there) | settings, _tuned(settings) | there
             if changed := _differences(there, settings):
                 raise RunDirError(
-                    f"{self.folder}: has answers with other settings ({'; '.join(changed[:3])}); choose another --name, or "
-                    "remove that folder"
+                    f"{self.folder}: has answers with other settings ({'; '.join(changed[:3])}); choose another "
+                    "--name, or remove that folder"
                 )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

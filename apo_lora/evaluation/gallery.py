@@ -28,7 +28,7 @@ from apo_lora.run.pictures import Thumbnail, thumbnail
 MOST_BYTES = 5_000_000
 """Of a page."""
 LONGEST_SIDE = 320
-"""Pixels of a picture."""
+"""Pixels, longest side of an image."""
 LONGEST_TEXT = 12_000
 """Characters of one text."""
 
@@ -40,7 +40,7 @@ class AnswerSource:
     title: str
     pairs: Sequence[AnswerPair]
     root: Path
-    """Paths of pictures start here."""
+    """Paths of images start here."""
     reward_names: Sequence[str] = ()
     """Of the rewards in rows of completions.jsonl."""
     note: str = ""
@@ -58,7 +58,7 @@ class AnswerSource:
 def gallery(sources: Sequence[AnswerSource], most_bytes: int) -> Markup:
     """What fits into `most_bytes`, source by source and outcome by outcome in turn, with the controls of gallery.js.
 
-    A page holds every picture once.
+    A page contains every image once.
     """
     items: list[dict[int, Markup]] = [{} for _ in sources]
     pictures: dict[Thumbnail, int] = {}
@@ -113,7 +113,7 @@ def page_file(name: str) -> Markup:
 
 
 def content_policy(style: str, script: str) -> str:
-    """Content-Security-Policy of a page in which these two elements count, pictures inside it, and nothing else."""
+    """Content-Security-Policy that allows these two elements and embedded images, and nothing else."""
 
     def digest(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -125,7 +125,7 @@ def content_policy(style: str, script: str) -> str:
 
 
 def readable(page: str) -> str:
-    """Without half characters, which a model can write and no file can hold."""
+    """Without unpaired surrogates, which a model can write but a file cannot hold."""
     return page.encode("utf-8", "replace").decode()
 
 
@@ -156,7 +156,7 @@ def _in_turn(sources: Sequence[AnswerSource]) -> Iterator[tuple[int, int]]:
 
 
 def _item(pair: AnswerPair, source: AnswerSource, pictures: Sequence[tuple[Thumbnail | None, int | None]]) -> Markup:
-    """`pictures` come with their number on the page, or None where each stands in its item."""
+    """`pictures` come with their number on the page, or None where each is embedded in its item."""
     answers = [
         {
             "model": "in training" if "step" in row else model,

@@ -26,7 +26,7 @@ def sixteen_bit_name(name: str) -> str:
 def base_folder(
     source: AdapterSource, require_room: Callable[[int, int], None] = lambda fetched, weights: None
 ) -> Path:
-    """The unquantised base of an adapter, downloaded where it is not here yet. Raises ModelError.
+    """The unquantised base of an adapter, downloaded if it is not here yet. Raises ModelError.
 
     Before a download `require_room` gets the bytes to fetch and those of the base's weights, and may raise.
     """
@@ -34,15 +34,15 @@ def base_folder(
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith("."):
-            raise ModelError(f"{source.folder}: its base {name} is not here; put it there, or correct {CONFIG}")
+            raise ModelError(f"{source.folder}: its base {name} does not exist here; put it there, or correct {CONFIG}")
         config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
         folder = _download(name, config.get("revision") if name == source.base_name else None, require_room)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; an export needs the base's whole Hugging Face folder")
+        raise ModelError(f"{folder}: no config.json; an export needs the complete Hugging Face folder of the base")
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise ModelError(
-            f"{name}: its weights are quantised, and merging into them would round the adapter away; name the 16-bit "
-            f"base as base_model_name_or_path in {source.folder / CONFIG}"
+            f"{name}: its weights are quantised, and a merge would lose the adapter to rounding; set "
+            f"base_model_name_or_path in {source.folder / CONFIG} to the 16-bit base"
         )
     return folder
 
@@ -63,13 +63,13 @@ def _download(name: str, revision: str | None, require_room: Callable[[int, int]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{name}: the 16-bit base cannot be fetched ({reason}); download it once with a connection, "
-            f"for instance `hf download {name}`"
+            f"{name}: the 16-bit base cannot be downloaded ({reason}); download it with a network connection, "
+            f"for instance by `hf download {name}`"
         ) from error
 
 
 class _NoBar(tqdm):
-    """For what takes no time; "[dry-run] Fetching" would puzzle."""
+    """Hides the bar of a dry run, whose title "[dry-run] Fetching" would confuse."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options | {"disable": True})
@@ -83,7 +83,7 @@ def weight_files(base: Path) -> list[Path]:
     else:
         files = [base / "model.safetensors"]
     if missing := [path.name for path in files if not path.is_file()]:
-        raise ModelError(f"{base}: {', '.join(missing)} is missing; an export needs the base's safetensors files")
+        raise ModelError(f"{base}: {', '.join(missing)} is missing; an export needs the safetensors files of the base")
     return files
 
 

@@ -42,11 +42,12 @@ def convert(merged: Path, folder: Path, name: str, quantization: str) -> list[Pa
     command = [sys.executable, *_PROGRAM, str(merged.absolute()), quantization]
     finished = subprocess.run(command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace")
     if finished.returncode:
-        said = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)] or said
+        lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)] or lines
+        reason = errors[-1] if errors else f"exit code {finished.returncode}"
         raise ModelError(
-            f"Unsloth made no GGUF: {errors[-1] if errors else f'exit code {finished.returncode}'}; nothing was kept. "
-            "With a llama.cpp of your own (--llama-cpp DIR) Unsloth is not needed"
+            f"--to gguf: Unsloth failed ({reason}); nothing was kept. Convert with your own llama.cpp instead: "
+            "--llama-cpp DIR"
         )
     made = [Path(file) for file in json.loads((work / _RESULT).read_text(encoding="utf-8"))]
     files = _under_our_names(made, folder, name, quantization)
@@ -61,7 +62,9 @@ def _under_our_names(made: list[Path], folder: Path, name: str, quantization: st
     if len(mmproj) != 1 or len(text) != 1:
         names = ", ".join(file.name for file in made) or "nothing"
         missing = "no vision file (mmproj)" if not mmproj else f"not one {quantization} model"
-        raise ModelError(f"Unsloth made {names}: {missing}; nothing was kept. Give a llama.cpp as --llama-cpp DIR")
+        raise ModelError(
+            f"--to gguf: Unsloth wrote {names}: {missing}; nothing was kept. Convert with --llama-cpp DIR instead"
+        )
     vision_type = mmproj[0].stem.removesuffix("-mmproj").rpartition(".")[2]
     return [
         text[0].rename(folder / f"{name}-{quantization}.gguf"),

@@ -1,4 +1,4 @@
-"""Is an exported folder the adapter model? It is loaded as its users will, and asked what the adapter model is asked.
+"""Checks an exported folder against the adapter model: it is loaded as users will, and given the same prompts.
 
 One model is in memory at a time. Shape suffixes: L positions, V vocabulary.
 """
@@ -16,7 +16,7 @@ POSITIONS = 32
 """Last positions of each prompt that are compared: bounds memory where the vocabulary is large."""
 
 LARGEST_GAP = 0.5
-"""Of the adapter's own effect. A merge that is the base has 1, garbage more, a right one what rounding leaves."""
+"""Of the adapter's own effect. A merge that equals the base has 1, a broken one more, a correct one only rounding."""
 
 ROUNDING_ALLOWANCE = 1.5
 """Times the gap of PEFT's own merge, where that is large: an effect near what 16-bit weights and sums can show."""
@@ -56,12 +56,12 @@ class Comparison:
         if self.effect == 0:
             return f"{self.kind} prompts: the adapter model equals the base; the adapter changes nothing"
         if self.change < LEAST_CHANGE:
-            return f"{self.kind} prompts: the merged model equals the base; it is not the adapter model"
+            return f"{self.kind} prompts: the merged model equals the base; the adapter was lost"
         if self.gap < self.largest_gap:  # not so for NaN
             return None
         return (
-            f"{self.kind} prompts: the merged model is not the adapter model (it is {self.gap:.2f} times the adapter's "
-            f"effect away from it; the base itself is 1.00 away; up to {self.largest_gap:.2f} may be rounding)"
+            f"{self.kind} prompts: the merged model differs from the adapter model by {self.gap:.2f} times the "
+            f"adapter's effect (the base differs by 1.00; up to {self.largest_gap:.2f} may be rounding)"
         )
 
     def line(self) -> str:
@@ -116,7 +116,7 @@ def _rms(differences: Tensor) -> float:
 
 
 def load_plain(folder: Path) -> nn.Module:
-    """As anybody would load it: transformers alone, stored dtype. A CPU computes float16 in float32 instead."""
+    """As users load it: only transformers, stored dtype. A CPU computes float16 in float32 instead."""
     from transformers import AutoModelForImageTextToText
 
     has_gpu = torch.cuda.is_available()
@@ -128,8 +128,8 @@ def load_plain(folder: Path) -> nn.Module:
 
 def check_prompts(processor: Any) -> dict[str, list[dict[str, Tensor]]]:
     """Inputs of a few questions without and with an image."""
-    picture = Image.new("RGB", (168, 112), "white")
-    draw = ImageDraw.Draw(picture)
+    shapes = Image.new("RGB", (168, 112), "white")
+    draw = ImageDraw.Draw(shapes)
     draw.ellipse((14, 14, 70, 70), fill="red")
     draw.rectangle((90, 40, 150, 100), fill="blue")
 
@@ -142,7 +142,7 @@ def check_prompts(processor: Any) -> dict[str, list[dict[str, Tensor]]]:
 
     return {
         "text": [inputs(question, []) for question in _QUESTIONS],
-        "image": [inputs(question, [picture]) for question in _QUESTIONS],
+        "image": [inputs(question, [shapes]) for question in _QUESTIONS],
     }
 
 

@@ -43,12 +43,12 @@ def find_converter(llama_cpp: str | None, quantization: str) -> Converter:
     if script is None:
         raise ModelError(
             f"--to gguf: no {CONVERTER} {f'in {llama_cpp}' if llama_cpp else 'on the PATH'}; "
-            "git clone --depth 1 https://github.com/ggml-org/llama.cpp, and give that folder as --llama-cpp"
+            "git clone --depth 1 https://github.com/ggml-org/llama.cpp and give that folder with --llama-cpp"
         )
     if quantization == "Q4_K_M" and quantizer is None:
         raise ModelError(
             f"--quantization Q4_K_M: needs llama.cpp's {QUANTIZER}, built in --llama-cpp DIR or on the PATH; "
-            "Q8_0, F16 and F32 do not"
+            "build it, or use Q8_0, F16 or F32"
         )
     return partial(_convert, script, quantizer)
 
@@ -73,20 +73,21 @@ def find_program(name: str, llama_cpp: str | None) -> Path | None:
     """In `llama_cpp` (a folder of llama.cpp), or on the PATH. Raises ModelError if there is no such folder."""
     top = Path(llama_cpp) if llama_cpp else None
     if top and not top.is_dir():
-        raise ModelError(f"--llama-cpp {llama_cpp}: there is no such folder")
+        raise ModelError(f"--llama-cpp {llama_cpp}: no such folder; give the folder of a llama.cpp checkout")
     places = [top, top / "bin", top / "build" / "bin"] if top else []
     beside = next((place / name for place in places if (place / name).is_file()), None)
     return beside or (Path(found) if (found := shutil.which(name)) else None)
 
 
 def run(command: list[str], makes: Path) -> None:
-    """Raises ModelError with the last line that a program said, unless it makes that file."""
+    """Raises ModelError with the last line of the program's output, unless it makes that file."""
     finished = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if finished.returncode or not makes.is_file():
-        said = [line for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
+        lines = [line for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
+        program = Path(command[0] if "python" not in Path(command[0]).name else command[1]).name
         raise ModelError(
-            f"{Path(command[0] if 'python' not in Path(command[0]).name else command[1]).name} made no {makes.name}: "
-            f"{said[-1].strip() if said else f'exit code {finished.returncode}'}; nothing was kept"
+            f"{program} did not write {makes.name}: "
+            f"{lines[-1].strip() if lines else f'exit code {finished.returncode}'}; nothing was kept"
         )
 
 
@@ -101,7 +102,9 @@ def describe(file: Path, llama_cpp: Path) -> dict[str, Any]:
     try:
         reader = importlib.import_module("gguf").GGUFReader(file)
     except ImportError as error:
-        raise ModelError(f"--to gguf: {error}; give a llama.cpp folder as --llama-cpp, or pip install gguf") from error
+        raise ModelError(
+            f"--to gguf: {error}; give a llama.cpp folder with --llama-cpp, or pip install gguf"
+        ) from error
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     matrices = Counter(t.tensor_type.name for t in reader.tensors if t.name.startswith("v.") and len(t.shape) > 1)
     return {
@@ -116,31 +119,33 @@ def problems(text: dict[str, Any], mmproj: dict[str, Any], quantization: str) ->
     """What is wrong with two described files: the vision tower, and silently other types than asked for."""
     found = []
     if not mmproj["vision_matrices"]:
-        found.append(f"{mmproj['file']} holds no vision tower")
+        found.append(f"{mmproj['file']} contains no vision tower")
     elif coarse := set(mmproj["vision_matrices"]) - VISION_TYPES:
         found.append(f"{mmproj['file']} has vision layers in {', '.join(sorted(coarse))}")
     wanted = {"Q4_K_M": "Q4_K"}.get(quantization, quantization)
     if wanted not in text["tensor_types"]:
         have = ", ".join(sorted(text["tensor_types"]))
         why = "; Q4_K needs sizes that are multiples of 256" if wanted == "Q4_K" else ""
-        found.append(f"{text['file']} has no tensor in {wanted}, but {have}{why}")
+        found.append(f"{text['file']} has no {wanted} tensor, only {have}{why}")
     return found
 
 
 def notes(text: dict[str, Any], quantization: str) -> list[str]:
-    """What llama.cpp did without a word: rows whose size is no multiple of 256 get another type than Q4_K or Q6_K."""
+    """What llama.cpp does silently: rows whose size is not a multiple of 256 get another type than Q4_K or Q6_K."""
     fallen = {kind: count for kind, count in text["tensor_types"].items() if kind in _FALLBACKS}
     if quantization != "Q4_K_M" or not fallen:
         return []
     counts = ", ".join(f"{count} {kind}" for kind, count in fallen.items())
-    return [f"{text['file']}: {counts} in place of Q4_K or Q6_K, for rows whose size is no multiple of 256"]
+    return [
+        f"{text['file']}: {counts} tensors instead of Q4_K or Q6_K, because their row size is not a multiple of 256"
+    ]
 
 
 def commands(text: str, mmproj: str, name: str, image_tokens: dict[str, int]) -> dict[str, str]:
     """How to run the two files, from inside their folder, with images bounded as in training."""
     files = " ".join([f"-m {text} --mmproj {mmproj}", *(f"{option} {n}" for option, n in image_tokens.items())])
     return {
-        "llama-mtmd-cli": f'llama-mtmd-cli {files} --image picture.png -p "What is this?"',
+        "llama-mtmd-cli": f'llama-mtmd-cli {files} --image image.png -p "What is this?"',
         "llama-server": f"llama-server {files}",
         "ollama": f"ollama create {name.lower()} -f Modelfile && ollama run {name.lower()}",
     }

@@ -31,7 +31,7 @@ def push(
         url = hub.create_repo(repo, private=private, exist_ok=True)
         if private and not hub.repo_info(repo).private:
             raise HubError(
-                f"{repo}: exists and is public, and this push is private; nothing was sent. Make it private in its "
+                f"{repo}: the repository is public, but this push is private; nothing was sent. Make it private in its "
                 "settings, or push with --public"
             )
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
@@ -50,25 +50,27 @@ def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) ->
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
     if not files:
-        raise HubError(f"{folder}: holds no file to push; export again")
+        raise HubError(f"{folder}: contains no file to push; export again")
     if source.run:
         card = hub_card(source, source.run, repo, what)
         return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.recipe.to_yaml().encode()}
     recipe = source.folder / RECIPE_ON_HUB
     beside = {RECIPE_ON_HUB: recipe} if recipe.is_file() else {}
     if what == "adapter" and beside and "README.md" in files:
-        return files  # as it was pushed once: its card knows more than could be said here
+        return files  # pushed before: its model card knows more than can be written here
     return {**files, "README.md": card_without_run(source, what, repo).encode(), **beside}
 
 
 def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What) -> str:
-    """The card as the Hub gets it. Raises HubError where the run's record is not there to make it of."""
+    """The model card for the Hub. Raises HubError if the run's record cannot be read."""
     try:
         environment = json.loads(run.environment.read_text(encoding="utf-8"))
         evaluation = json.loads(run.evaluation.read_text(encoding="utf-8")) if run.evaluation.exists() else {}
         steps = max((row["step"] for row in read_jsonl(run.metrics)), default=0)
     except (OSError, ValueError) as error:
-        raise HubError(f"{run.path}: the run's record cannot be read ({error}); the card is made of it") from None
+        raise HubError(
+            f"{run.path}: the run's record, needed for the model card, cannot be read ({error}); restore it"
+        ) from None
     return model_card(source.recipe, source.base_name, evaluation, steps, environment, what=what, place=repo)
 
 
@@ -81,4 +83,4 @@ def _check_name(repo: str) -> None:
     except HFValidationError as error:
         raise HubError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
     if "/" not in repo:
-        raise HubError(f"--repo {repo}: write ORG/NAME, with your user name or an organization before the slash")
+        raise HubError(f"--repo {repo}: must be ORG/NAME, with your user name or an organization before the slash")

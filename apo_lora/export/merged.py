@@ -43,7 +43,10 @@ def merge(source: AdapterSource, base: Path, folder: Path) -> None:
             save_file(tensors, folder / path.name, metadata=metadata)
             bar.update(path.stat().st_size)
     if unused:
-        raise ModelError(f"{base}: has no weights for {len(unused)} of the adapter's layers, first {min(unused)}")
+        raise ModelError(
+            f"{base}: has no weights for {len(unused)} of the adapter's layers, such as {min(unused)}; use the base that "
+            "it was trained on"
+        )
     for path in base.iterdir():
         if path.suffix in COMPANIONS and path.is_file():
             shutil.copyfile(path, folder / path.name)
@@ -55,7 +58,9 @@ def merged_weight(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
     """`weight` and what its layer adds to it, in the dtype of `weight`. Raises ModelError where that cannot hold it."""
     merged = (weight.float() + layer.get_delta_weight(layer.active_adapter[0])).to(weight.dtype)
     if not merged.isfinite().all():
-        raise ModelError(f"{name}: base and adapter add up to values that {weight.dtype} cannot hold; is it sound?")
+        raise ModelError(
+            f"{name}: base and adapter add up to values that {weight.dtype} cannot represent; check the adapter"
+        )
     return merged
 
 
@@ -70,7 +75,7 @@ def lora_layers(source: AdapterSource, base: Path) -> dict[str, LoraLayer]:
     try:
         config = PeftConfig.from_pretrained(str(source.folder))
         if not isinstance(config, LoraConfig):
-            raise ModelError(f"{source.folder}: a {config.peft_type} adapter; only LoRA can be merged")
+            raise ModelError(f"{source.folder}: is a {config.peft_type} adapter; only LoRA can be merged")
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(f"{source.folder / CONFIG}: PEFT cannot use it on {base} ({error})") from error
@@ -81,13 +86,15 @@ def lora_layers(source: AdapterSource, base: Path) -> dict[str, LoraLayer]:
             raise ModelError(f"{source.folder}: trained with PEFT's {variant}; only plain LoRA layers can be merged")
         if is_tied and name.endswith(("lm_head", "embed_tokens")):
             raise ModelError(
-                f"{source.folder}: it adapts {name}, whose weight this base uses for both embeddings and lm_head; "
-                "a merge would change both. Train without it"
+                f"{source.folder}: adapts {name}, whose weight this base uses for both embeddings and lm_head, so a "
+                "merge would change both; train without it"
             )
         # PEFT puts matrices where the weight of their base layer is: one number, repeated, takes no memory there.
         layer.get_base_layer().weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape))
     load_adapter(adapted, source, torch_device="cpu", low_cpu_mem_usage=True)
     with safe_open(source.folder / WEIGHTS, "pt") as weights:
         if others := [name for name in weights.keys() if not name.endswith(_PAIR)]:  # noqa: SIM118
-            raise ModelError(f"{source.folder}: {min(others)} is not one of a low-rank pair; only those can be merged")
+            raise ModelError(
+                f"{source.folder}: {min(others)} is not part of a LoRA pair; only plain LoRA layers can be merged"
+            )
     return layers

@@ -1,4 +1,4 @@
-"""The folder that an export makes: there must be room for it, and it is there whole or not at all. No torch."""
+"""The folder that an export writes: it must fit on the disk, and exists completely or not at all. No torch."""
 
 import shutil
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def new_folder(out: Path, source: AdapterSource, **ratios: float) -> Iterator[tu
         require_disk(*downloads, *(DiskNeed(what, out, int(weights * ratio)) for what, ratio in ratios.items()))
 
     if out.exists():
-        raise ModelError(f"--out {out}: already there; remove it, or choose another folder")
+        raise ModelError(f"--out {out}: already exists; remove it, or choose another folder")
     base = base_folder(source, require_room)
     require_room(0, weight_bytes(base))
     with _whole_or_nothing(out) as folder:
@@ -49,7 +49,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(out)
     except OSError as error:
-        raise ModelError(f"--out {out}: could not be finished ({error.strerror or error}); nothing was kept") from error
+        raise ModelError(f"--out {out}: could not be written ({error.strerror or error}); nothing was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -76,7 +76,7 @@ def require_disk(*needs: DiskNeed) -> None:
         lines.append(f"{place}: {needed / 1e9:.2f} GB needed ({listed}), {free / 1e9:.2f} GB free")
         if free < needed:
             short.append(
-                f"{lines[-1]}; free some, or choose another disk with --out DIR (for the download with HF_HOME)"
+                f"{lines[-1]}; free some space, or use another disk with --out DIR (for the download: HF_HOME)"
             )
     if short:
         raise ModelError(*short)

@@ -1,4 +1,4 @@
-"""`apo-lora export`: an adapter as what people deploy. Every target checks what it wrote before it says done."""
+"""`apo-lora export`: an adapter in the formats that people deploy. Every target checks what it wrote."""
 
 import shutil
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from apo_lora.run.files import write_json
 
 
 class ExportFailed(ModelError):
-    """What was written is not the adapter model; it is not kept."""
+    """The result does not match the adapter model, and was removed."""
 
     exit_code = 1
 
@@ -25,12 +25,12 @@ class ExportFailed(ModelError):
 def export_merged(source: AdapterSource, out: Path | None = None) -> Path:
     """Base and adapter as one model in the new folder `out` (default: merged/ beside the adapter), which is returned.
 
-    Raises ModelError for what a user can mend, ExportFailed where the merged model does not answer as the adapter's.
+    Raises ModelError for what a user can fix, ExportFailed where the merged model does not answer as the adapter's.
     """
     out = out or _beside(source, "merged")
     with new_folder(out, source, merged=1.0) as (base, folder):
         write_json(folder / REPORT, _merge_and_check(source, base, folder))
-    print(f"{out}: the merged model, a folder that transformers, vLLM and llama.cpp's converter read.")
+    print(f"{out}: the merged model, for transformers, vLLM and llama.cpp's converter.")
     return out
 
 
@@ -59,7 +59,7 @@ def export_gguf(
 def export_base_gguf(
     source: AdapterSource, out: Path | None = None, *, quantization: str = "Q8_0", llama_cpp: str | None = None
 ) -> Path:
-    """The base alone, for `apo-lora chat --gguf` to show beside the tuned model. Raises ModelError, ExportFailed."""
+    """Only the base, for `apo-lora chat --gguf` to compare with the tuned model. Raises ModelError, ExportFailed."""
     out = out or _beside(source, gguf.BASE_GGUF)
     convert = gguf.find_converter(llama_cpp, quantization)
     name = Path(sixteen_bit_name(source.base_name)).name
@@ -89,12 +89,14 @@ def export_to_hub(
     from apo_lora.export.hub import push
 
     if repo is None:
-        raise ModelError("--to hub: where to? Give --repo ORG/NAME")
+        raise ModelError("--to hub: no repository given; add --repo ORG/NAME")
     folder = None
     if what != "adapter":
         folder = out or _beside(source, what)
         if folder.exists() and not (folder / REPORT).is_file():
-            raise ModelError(f"{folder}: not a checked export (no {REPORT}); remove it, or give another with --out")
+            raise ModelError(
+                f"{folder}: not a checked export (no {REPORT}); remove it, or give another folder with --out"
+            )
         if not folder.exists() and what == "merged":
             export_merged(source, folder)
         elif not folder.exists():
@@ -117,7 +119,7 @@ def _merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[st
     from apo_lora.export.merged import merge
 
     merge(source, base, folder)
-    print("Reloading it, and asking it and the adapter model the same ...", flush=True)
+    print("Reloading the merged model and comparing it with the adapter model ...", flush=True)
     comparisons = compare(folder, base, source.folder)
     print("\n".join(comparison.line() for comparison in comparisons))
     if problems := [problem for comparison in comparisons if (problem := comparison.problem())]:
@@ -168,4 +170,4 @@ def _print_gguf(out: Path, report: dict[str, Any]) -> None:
         types = ", ".join(f"{count} {kind}" for kind, count in file["tensor_types"].items())
         print(f"{out / file['file']}: {file['bytes'] / 1e6:,.1f} MB; tensors: {types}")
     commands = [f"  {command}" for command in report["commands"].values()]
-    print("\n".join([*report["notes"], f"Run it inside {out}:", *commands]))
+    print("\n".join([*report["notes"], f"To run it, inside {out}:", *commands]))

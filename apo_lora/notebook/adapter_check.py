@@ -1,4 +1,4 @@
-"""Has a LoRA adapter been trained at all? Its B matrices start at zero, and only training moves them."""
+"""Whether a LoRA adapter has been trained: its B matrices start at zero, and only training changes them."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,14 @@ def trained_matrices(weights: Path) -> tuple[int, int]:
 
 
 def main(weights: str) -> int:
-    """`python -m apo_lora.notebook.adapter_check FILE`: a process of its own, so that the notebook needs no torch."""
+    """`python -m apo_lora.notebook.adapter_check FILE`: a separate process, so that the notebook needs no torch."""
     moved, matrices = trained_matrices(Path(weights))
     if not matrices or moved < matrices:
-        print(f"The LoRA has not trained: {matrices - moved} of {matrices} B matrices are zero or not finite.")
+        print(
+            f"The LoRA has not trained: {matrices - moved} of {matrices} B matrices are zero or not finite; train again."
+        )
         return 1
-    print(f"The LoRA has trained: all {matrices} B matrices have moved from zero.")
+    print(f"The LoRA has trained: all {matrices} B matrices have changed from zero.")
     return 0
 
 

@@ -6,7 +6,7 @@ GiB = 2**30
 
 
 def suited_recipe(gpu: Gpu | None) -> str:
-    """Name of the shipped recipe: the 3B in 4-bit as large as the card allows, the embedded model without a GPU."""
+    """Name of the shipped recipe: the largest 3B recipe that the GPU allows, the embedded model without a GPU."""
     if gpu is None:
         return "tiny_cpu"
     if gpu.total_bytes < 14 * GiB:
@@ -20,13 +20,13 @@ def banner(gpu: Gpu | None, recipe_name: str) -> list[str]:
     """GPU, memory, number format and recipe, a line each."""
     if gpu is None:
         return [
-            "No GPU here: the embedded tiny model trains on the CPU, which shows everything at a small size.",
-            "For Qwen2.5-VL-3B choose Runtime, Change runtime type, T4 GPU, and Run all again.",
+            "No GPU here: the embedded tiny model trains on the CPU, which shows every step at a small scale.",
+            "For Qwen2.5-VL-3B choose Runtime > Change runtime type > T4 GPU, then Run all again.",
             f"Recipe    {recipe_name}.yaml",
         ]
     return [
         f"GPU       {gpu.name}",
         f"Memory    {gpu.total_bytes / GiB:.1f} GiB, {gpu.free_bytes / GiB:.1f} free",
-        f"Numbers   {gpu.dtype}",
+        f"Precision {gpu.dtype}",
         f"Recipe    {recipe_name}.yaml",
     ]

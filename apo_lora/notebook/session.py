@@ -1,4 +1,4 @@
-"""One run of the notebook: a method per cell. Each calls a verb of the command line and shows what came of it."""
+"""One run of the notebook: a method per cell. Each calls a verb of the command line and shows the result."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def show_machine() -> None:
 
 
 class Session:
-    """What the form of the notebook asks for, as a recipe with a few keys changed; and its run directory."""
+    """The settings of the notebook's form, as a recipe with a few keys changed, and its run directory."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Session:
             raise StepFailed("\n".join(error.problems)) from None
         self.run = RunDir(Path(folder) / self._name(dataset, apo))
         self.overrides += [f"output.dir={self.run.path}", *self._mirror(checkpoints, hub_repo)]
-        print(f"{self.recipe.method} by {self.recipe_name}.yaml on {self.recipe.data.train}, into {self.run.path}")
+        print(f"{self.recipe.method} with {self.recipe_name}.yaml on {self.recipe.data.train}, into {self.run.path}")
 
     def _configure(self, dataset: str, held_out: str, steps: int, num_generations: int, apo: bool) -> None:
         """The recipe with the form's changes. Raises RecipeError."""
@@ -89,7 +89,7 @@ class Session:
             return [f"output.mirror=[{DRIVE}/MyDrive/apo-lora/{self.run.path.name}]"]
         if checkpoints == "Hub":
             if not hub_repo:
-                raise StepFailed("Checkpoints on the Hub need a repository: write ORG/NAME into HUB_REPO.")
+                raise StepFailed("Checkpoints on the Hub need a repository: set HUB_REPO to ORG/NAME.")
             return [f"output.mirror=['hub:{hub_repo}']"]
         return []
 
@@ -107,17 +107,17 @@ class Session:
         self._show_answers(base, "samples")
 
     def train(self) -> None:
-        """Trains, with curves that grow; a run that is there already is continued."""
+        """Trains, with live curves; an existing run is continued."""
         if self._finished():
-            print(f"{self.run.path} has all of its {self.recipe.train.max_steps} steps; raise STEPS to go on.")
+            print(f"{self.run.path} has finished all {self.recipe.train.max_steps} steps; raise STEPS to continue.")
             display(Image(overview(self.run)))
             return
         self._train()
 
     def resume(self, more_steps: int = 0) -> None:
-        """Goes on after a disconnect, or for more steps than the form said."""
+        """Continues after a disconnect, or for more steps than set in the form."""
         if not more_steps and self._finished():
-            print("Nothing is left to do. MORE_STEPS goes on from here.")
+            print("The run is finished. Set MORE_STEPS to continue from here.")
             return
         last = max((row["step"] for row in _rows(self.run.metrics)), default=0)
         self._train(*([f"train.max_steps={last + more_steps}"] if more_steps else []))
@@ -130,7 +130,7 @@ class Session:
         curves.redraw()
 
     def check_trained(self) -> None:
-        """Raises StepFailed unless every LoRA matrix that starts at zero has moved from it."""
+        """Raises StepFailed unless every LoRA matrix that starts at zero has changed."""
         run_module("apo_lora.notebook.adapter_check", str(self.run.adapter / "adapter_model.safetensors"), name="check")
 
     def evaluate(self, items: int = 0) -> None:
@@ -151,7 +151,7 @@ class Session:
 
     def _has_held_out(self) -> bool:
         if self.recipe.data.eval is None:
-            print("No held-out items: write some into HELD_OUT, in the form above.")
+            print("No held-out items: set HELD_OUT in the form above.")
         return self.recipe.data.eval is not None
 
     def report(self) -> None:
@@ -161,14 +161,14 @@ class Session:
     def export(self, to: str) -> None:
         """`merged`, `gguf` or `ollama`, beside the adapter; "nothing" does nothing."""
         if to == "nothing":
-            print("Nothing is exported: choose something in EXPORT_TO.")
+            print("Nothing was exported: choose a format in EXPORT_TO.")
             return
         run_verb("export", str(self.run.path), "--to", to, secrets=_secrets())
 
     def push(self, repo: str, what: str = "adapter", private: bool = True) -> None:
         """Onto the Hub with a model card; an empty `repo` does nothing."""
         if not repo:
-            print("Nothing is pushed: write ORG/NAME into PUSH_TO.")
+            print("Nothing was pushed: set PUSH_TO to ORG/NAME.")
             return
         seen = "--private" if private else "--public"
         run_verb("export", str(self.run.path), "--to", "hub", "--repo", repo, "--what", what, seen, secrets=_secrets())
@@ -213,7 +213,7 @@ def _mount_drive() -> None:
     try:
         from google.colab import drive
     except ImportError:
-        raise StepFailed("Google Drive can be reached from Colab alone; choose 'this machine' or 'Hub'.") from None
+        raise StepFailed("Google Drive is only available in Colab; choose 'this machine' or 'Hub'.") from None
     drive.mount(str(DRIVE))
 
 
@@ -225,5 +225,5 @@ def _secrets() -> dict[str, str]:
         from google.colab import userdata
 
         return {"HF_TOKEN": userdata.get("HF_TOKEN")}
-    except Exception:  # not in Colab, no such secret, or no access to it: whoever needs it says so
+    except Exception:  # not in Colab, no such secret, or no access to it: a verb that needs the token reports that
         return {}

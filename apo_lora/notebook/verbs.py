@@ -1,6 +1,6 @@
-"""The verbs of the command line in a notebook: each in a process of its own, with its output live in the cell.
+"""The verbs of the command line in a notebook: each in a separate process, with live output in the cell.
 
-A process of its own gives the GPU's memory back when it ends. If it is killed for want of memory, the kernel lives on.
+A separate process frees its GPU memory when it ends. If it is killed for lack of memory, the kernel keeps running.
 """
 
 import codecs
@@ -21,14 +21,14 @@ Secrets = Mapping[str, str]
 
 
 class StepFailed(Exception):
-    """A cell that did not do what it says; the cells after it do not run. Shown as one line, without a traceback."""
+    """A failed cell; the cells after it do not run. Shown as one line, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:  # what IPython shows in place of a traceback
         return [str(self)]
 
 
 def run_verb(*arguments: str, meanwhile: Callable[[], None] | None = None, secrets: Secrets | None = None) -> None:
-    """`apo-lora *arguments`, with what it says in the cell as it says it.
+    """`apo-lora *arguments`, with live output in the cell.
 
     `meanwhile` is called about once a second. `secrets` go into the environment of that process and nowhere else.
     Interrupting the cell is Ctrl-C for the verb, which then ends in its own way. Raises StepFailed.
@@ -67,7 +67,7 @@ def run_module(
 
 
 def _follow(process: subprocess.Popen, chunks: queue.Queue, cell: "CellOutput", meanwhile: Callable | None) -> None:
-    """Until the process has said its last word. An interrupt is passed on; the process decides how to end."""
+    """Follows the output until the process ends. An interrupt is passed on; the process decides how to end."""
     looked = 0.0
     while True:
         try:
@@ -94,10 +94,10 @@ def _pump(stream, chunks: "queue.Queue[bytes | None]") -> None:
 
 def _failure(name: str, code: int) -> str:
     if code in (130, -signal.SIGINT):
-        return f"{name}: stopped. Run the cell again to go on."
+        return f"{name}: stopped. Run the cell again to continue."
     if code == -signal.SIGKILL:
-        return f"{name}: killed by the system, most often for want of memory. What was saved is kept."
-    return f"{name}: did not succeed (exit code {code}); the line above says why."
+        return f"{name}: killed by the system, usually for lack of memory. Saved checkpoints are kept."
+    return f"{name}: failed (exit code {code}); see the line above."
 
 
 class CellOutput:

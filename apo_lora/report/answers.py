@@ -27,10 +27,10 @@ def _sources(run: Run, prefix: list[str]) -> Iterator[AnswerSource]:
         last = deque(prompt_groups(run), maxlen=TRAINING_GROUPS)
         yield AnswerSource(
             ", ".join([*prefix, "training, last steps"]),
-            # In a training row the tuned model, as far as it was, has answered.
+            # Training rows were answered by the tuned model at that step.
             [AnswerPair(None, row) for group in reversed(last) for row in group],
             root,
             reward_names=run.recipe.rewards.functions,
-            note="There are no held-out answers of the tuned model (answers.jsonl), so completions of the last "
-            "training steps are shown, newest first.",
+            note="There are no held-out answers of the tuned model (answers.jsonl). These are completions of the last "
+            "training steps, newest first.",
         )

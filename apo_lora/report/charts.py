@@ -77,9 +77,9 @@ def stcr_chart(base: float, seen: CreditSeen) -> Chart:
     formula = stcr_curve(base, min(0.0, *excesses), max(1.0, *excesses))
     return Chart(
         "Multiplier by excess length",
-        "STCR, wrong completions beside right ones",
+        "STCR, wrong completions in groups with a correct one",
         _credit_svg(
-            "tokens above the mean of right answers",
+            "tokens above the mean of correct completions",
             f"{seen.multipliers.total()} wrong completions, {seen.amplified} with a multiplier above 1.",
             seen.multipliers,
             formula,

@@ -1,6 +1,6 @@
 """What groups of runs say when compared: means over seeds, differences seed by seed, their 95 % t intervals.
 
-The report's tables, and the sweep's sweep.json, tables and picture are all made of this.
+The report's tables, and the sweep's sweep.json, tables and plot are all based on this.
 """
 
 import statistics
@@ -85,7 +85,7 @@ BySeed = Mapping[int, float | None]
 
 
 def difference_by_seed(values: BySeed, baseline: BySeed) -> Estimate | None:
-    """`values` minus `baseline`, seed by seed, over the seeds that have both: what a seed does to both falls out."""
+    """`values` minus `baseline`, over the seeds that have both, so that effects of the seed cancel out."""
     seeds = [seed for seed in values if values[seed] is not None and baseline.get(seed) is not None]
     return mean_over_seeds(values[seed] - baseline[seed] for seed in seeds)
 
@@ -114,7 +114,7 @@ def compare(groups: Mapping[str, Sequence[Run]], final_steps: int) -> dict[str, 
     return found
 
 
-# --- in words --------------------------------------------------------------------------------------------------------
+# --- as text --------------------------------------------------------------------------------------------------------
 
 
 def format_estimate(estimate: Estimate | None, name: str, sign: str = "") -> str:
@@ -147,7 +147,7 @@ def mean_rows(figures: dict[str, Any]) -> list[list[str]]:
 
 
 def difference_rows(figures: dict[str, Any], baseline: str) -> list[list[str]]:
-    """The differences to the baseline, seed by seed; a star where the interval excludes 0."""
+    """The differences from the baseline, seed by seed; a star where the interval excludes 0."""
     rows = [[f"minus {baseline}", *HEADINGS]]
     for group in figures[COMPARED[0].key]["differences"]:
         estimates = [(figures[compared.key]["differences"][group], compared.name) for compared in COMPARED]

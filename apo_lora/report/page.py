@@ -1,4 +1,4 @@
-"""A report as HTML: everything the template needs, gathered and filled in. Nothing in it asks the network."""
+"""A report as HTML: everything the template needs, gathered and filled in. It loads nothing from the network."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -49,13 +49,15 @@ def render(runs: Sequence[Run]) -> str:
         "signal_curves": list(curve_charts(SIGNAL_CURVES, groups)),
         "signal": [_signal(run) for group in groups for run in group.runs],
         "costs": [(group, cost(group.runs)) for group in groups],
-        "credit": [_credit(group) for group in tqdm(groups, "completions", delay=2, leave=False)],
+        "credit": [_credit(group) for group in tqdm(groups, "reading completions", delay=2, leave=False)],
         "record": [_record(group) for group in groups],
     }
     size = len(_filled(content, Markup()).encode("utf-8", "replace"))
     room = MOST_BYTES - size - 100_000  # for what stands around the items
     if room < 0:
-        raise RunDirError(f"a page of {len(runs)} runs takes {size / 1e6:.1f} MB without a completion; give fewer runs")
+        raise RunDirError(
+            f"report: a page of {len(runs)} runs is too large ({size / 1e6:.1f} MB without answers); give fewer runs"
+        )
     return _filled(content, gallery(answer_sources(runs), room))
 
 

@@ -36,12 +36,12 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """In words: how far it came."""
+        """How far the run has come, as text."""
         done, planned = max(self.steps.index, default=0), self.recipe.train.max_steps
         steps = f"{done} of {planned} steps" if planned else f"{done} steps"
         if "after" in self.evaluation or self.folder.adapter.is_dir():
             return steps
-        return f"{steps}; still going, or stopped"
+        return f"{steps}; still running, or stopped"
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -49,7 +49,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     runs, problems, seen = [], [], set()
     for path in map(Path, paths):
         if path.resolve() in seen:
-            problems.append(f"{path}: given twice; a run is compared with others")
+            problems.append(f"{path}: given twice; leave one out")
             continue
         seen.add(path.resolve())
         try:
@@ -64,12 +64,12 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """Raises RunDirError where it is no run, or cannot be read."""
+    """Raises RunDirError if it is not a run, or cannot be read."""
     folder = RunDir(path)
     if not path.is_dir():
-        raise RunDirError(f"{path}: there is no such folder; give run directories")
+        raise RunDirError(f"{path}: no such folder; give a run directory")
     if not folder.recipe.is_file():
-        raise RunDirError(f"{path}: this is no run directory (it has no {folder.recipe.name})")
+        raise RunDirError(f"{path}: not a run directory (it has no {folder.recipe.name}); give a run directory")
     try:
         recipe = trained_recipe(folder)
     except RecipeError as error:
@@ -91,7 +91,7 @@ def _read_json(path: Path) -> Row:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunDirError(f"{path}: cannot be read ({error}); remove it, or the run") from None
+        raise RunDirError(f"{path}: cannot be read ({error}); restore it, or leave this run out") from None
     return content if isinstance(content, dict) else {}
 
 
@@ -137,5 +137,5 @@ def _rows_with(keys: frozenset[str], path: Path) -> Iterator[Row]:
     """Raises RunDirError where a row lacks one of them."""
     for number, row in enumerate(_rows(path), start=1):
         if missing := sorted(keys - row.keys()):
-            raise RunDirError(f"{path} line {number}: no {', '.join(missing)}; another program wrote it, or remove it")
+            raise RunDirError(f"{path} line {number}: no {', '.join(missing)}; restore the file, or remove it")
         yield row

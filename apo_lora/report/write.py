@@ -28,8 +28,8 @@ def report(paths: Sequence[str], out: str | None = None) -> Path:
 
 def _check(target: Path) -> None:
     if target.suffix.lower() not in (".html", ".htm"):
-        raise RunDirError(f"--out {target}: give the name of an .html file")
+        raise RunDirError(f"--out {target}: must end in .html; give another name")
     if target.is_dir():
         raise RunDirError(f"--out {target}: is a folder; give the name of a file")
     if target.exists() and GENERATOR not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise RunDirError(f"{target}: is there and no report; choose another with --out FILE.html")
+        raise RunDirError(f"{target}: already exists and is not a report; choose another with --out FILE.html")

@@ -12,7 +12,7 @@ class APOCallback(TrainerCallback):
     """A TrainerCallback that also receives rollouts, adds figures to the log, and wraps checkpoint saving."""
 
     def on_rollout(self, step: int, scored: Any) -> None:
-        """Once per rollout, on the main process. `step` is the first to train on `scored`, a rollout.credit.ScoredRollout."""
+        """Once per rollout, on the main process. `step` is the first to train on `scored` (see rollout/credit.py)."""
 
     def figures(self) -> Mapping[str, float]:
         """Once per log line, on every process: additional figures, by name."""

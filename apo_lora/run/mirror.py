@@ -181,9 +181,7 @@ class Mirrors:
         self._wait(seconds)
         for destination, thread in self.copying.items():
             if thread.is_alive():
-                self.warn(
-                    f"warning: output.mirror: copying to {destination} took longer than {seconds:.0f} s and was stopped."
-                )
+                self.warn(f"warning: output.mirror: copying to {destination} was stopped after {seconds:.0f} s.")
 
     def _wait(self, seconds: float) -> None:
         for thread in self.copying.values():

@@ -141,7 +141,7 @@ _APACHE = {"license": "apache-2.0"}
 _KNOWN = {
     "qwen2.5-vl-3b": Licence(
         {"license": "other", "license_name": "qwen-research", "license_link": _QWEN_3B},
-        f"The base is under the [Qwen Research Licence]({_QWEN_3B}): not for commercial use. It also applies to this model.",
+        f"The base is under the [Qwen Research Licence]({_QWEN_3B}): not for commercial use. It applies here too.",
     ),
     "qwen2.5-vl-7b": Licence(_APACHE, "The base is under the Apache-2.0 licence, and so is this model."),
 }

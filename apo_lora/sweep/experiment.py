@@ -37,9 +37,9 @@ class Experiment(Section):
     variants: Annotated[dict[Name, Changes | None], Field(min_length=2)]
     seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
     final_steps: Count = 10
-    """What is read from the training record at the end (entropy, KL) is the mean over so many last steps."""
+    """Entropy and KL at the end of training are means over this many last steps."""
     seconds_per_run: Positive | None = None
-    """About how long one run took where the file was made; for the estimate before anything has run."""
+    """How long one run took for the author of the file; for the estimate before anything has run."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def find_experiment(name: str) -> Path:
     shipped = shipped_experiments()
     if path := shipped.get(Path(name).name.removesuffix(".yaml")):
         return path
-    raise RecipeError(f"experiment {name}: no such file, and shipped is only {', '.join(shipped)}")
+    raise RecipeError(f"experiment {name}: no such file or shipped experiment; shipped: {', '.join(shipped)}")
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -88,7 +88,7 @@ def load_experiment(path: Path) -> Experiment:
         raise RecipeError(*(f"{path.name}: {_one_line(detail)}" for detail in error.errors())) from None
     if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
         raise RecipeError(
-            f"{path.name}: seeds: {list(experiment.seeds)} is not valid; give at least one, and none twice"
+            f"{path.name}: seeds: {list(experiment.seeds)} is not valid; give at least one, and each only once"
         )
     return experiment
 
@@ -98,7 +98,7 @@ def _one_line(detail: Any) -> str:
     if kind == "extra_forbidden":
         return f"{key}: unknown key; valid here: {', '.join(Experiment.model_fields)}"
     if kind == "missing":
-        return f"{key}: missing; it has no default"
+        return f"{key}: missing; it is required"
     return f"{key}: {detail['input']!r} is not valid ({detail['msg'][0].lower()}{detail['msg'][1:]})"
 
 
@@ -113,7 +113,7 @@ def plan_runs(path: Path, experiment: Experiment, out: Path, overrides: Sequence
     variants = {name: (*common, *_as_overrides(changes or {})) for name, changes in experiment.variants.items()}
 
     problems = _problems(f"{path.name}: common", recipe_file, common)
-    if not problems:  # what is wrong for all is said once
+    if not problems:  # problems common to all are reported once
         for name, own in variants.items():
             problems += _problems(f"{path.name}: variants.{name}", recipe_file, own)
     if problems:
@@ -135,7 +135,7 @@ def _as_overrides(changes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _problems(where: str, recipe_file: Path, overrides: Sequence[str]) -> list[str]:
     taken = [key for key in OWN_KEYS if any(text.partition("=")[0] == key for text in overrides)]
     if taken:
-        return [f"{where}: {key} belongs to the sweep; {OWN_KEYS[key]}" for key in taken]
+        return [f"{where}: {key} is set by the sweep; {OWN_KEYS[key]}" for key in taken]
     try:
         load_recipe(recipe_file, overrides)
     except RecipeError as error:

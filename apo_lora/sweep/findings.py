@@ -1,4 +1,4 @@
-"""What an experiment's finished runs say, as sweep.json, README.md and sweep.png."""
+"""The results of an experiment's finished runs, as sweep.json, README.md and sweep.png."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def write_findings(
     return findings
 
 
-# --- in words --------------------------------------------------------------------------------------------------------
+# --- as text --------------------------------------------------------------------------------------------------------
 
 
 def tables(findings: dict[str, Any]) -> list[list[Sequence[str]]]:
@@ -110,13 +110,13 @@ def readme(findings: dict[str, Any]) -> str:
     parts = [
         f"# {findings['experiment']}",
         f"{len(runs)} runs, {len(findings['variants'])} variants at {len(findings['seeds'])} seeds, "
-        f"{seconds:,.0f} s of wall clock and {cpu_seconds:,.0f} CPU s added up."
+        f"{seconds:,.0f} s of wall clock and {cpu_seconds:,.0f} s of CPU time in total."
         + (f"\nMissing: {', '.join(missing)}." if missing else ""),
         means,
         differences,
         _how_to_read(findings),
         "![The figures by step and at the end](sweep.png)",
-        "`sweep.json` holds every number; each `VARIANT/seed-N` here is an ordinary run.",
+        "`sweep.json` contains every number; each `VARIANT/seed-N` is an ordinary run directory.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -124,13 +124,13 @@ def readme(findings: dict[str, Any]) -> str:
 def _how_to_read(findings: dict[str, Any]) -> str:
     num_intervals = len(COMPARED) * (len(findings["variants"]) - 1)
     return (
-        f"Means over seeds with 95 % t intervals. Accuracies and lengths are of held-out items; entropy and KL are "
-        f"means over the last {findings['final_steps']} training steps. Differences are taken seed by seed. "
-        f"* the interval excludes 0; of {num_intervals} such intervals about one in twenty does so by chance."
+        f"Means over seeds with 95 % t intervals. Accuracy and length are measured on held-out items; entropy and KL "
+        f"are means over the last {findings['final_steps']} training steps. Differences are paired by seed. "
+        f"* the interval excludes 0; of these {num_intervals} intervals, about one in twenty does so by chance."
     )
 
 
-# --- as a picture ----------------------------------------------------------------------------------------------------
+# --- as a plot ----------------------------------------------------------------------------------------------------
 
 
 def picture(groups: Mapping[str, Sequence[Run]], figures: dict[str, Any]) -> bytes:

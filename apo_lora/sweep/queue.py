@@ -1,7 +1,7 @@
-"""Runs as child processes, several at once: a crash of one leaves the others alone, and Ctrl-C leaves all resumable.
+"""Runs as child processes, several at once: a crash of one does not affect the others, and Ctrl-C leaves all resumable.
 
 A child is the ordinary `apo-lora train`, with its own log. It holds a lock on that log for as long as it lives, so that
-neither a second sweep nor one started anew after a kill can write into the same run.
+neither a second sweep nor one restarted after a kill can write into the same run.
 """
 
 import os
@@ -55,7 +55,7 @@ def run_all(
     on_end: Callable[[Outcome], None],
     on_poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs each, `jobs` at once, in the order given; `on_end` hears of every one.
+    """Runs each, `jobs` at once, in the order given; `on_end` is called for each.
 
     KeyboardInterrupt (Ctrl-C, SIGTERM) is passed on to the children, which save a checkpoint, and raised again.
     """
@@ -90,7 +90,9 @@ def _start(run: PlannedRun, out: Path, jobs: int) -> _Child:
     # The child inherits the open log, and with it the lock: that lasts until both have ended, however they end.
     if not lock_descriptor(log.fileno(), blocking=False):
         log.close()
-        raise RunDirError(f"{run.path}: a process of another sweep is still working on it; wait for it, or end it")
+        raise RunDirError(
+            f"{run.path}: a process of another sweep is still running it; wait for that process, or stop it"
+        )
     command = train_command(run, resume=run.path.exists() and ready_to_resume(run))
     log.write(f"$ {shlex.join(command)}\n".encode())
     log.flush()
@@ -126,7 +128,7 @@ def _cpu_seconds_of_ended_children() -> float:
 def _reason(child: _Child) -> str:
     code = child.process.returncode
     if code == 0:
-        return "stopped before its end"
+        return "stopped before its last step"
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     # Progress bars return to the line's start; what counts stands last.

@@ -1,4 +1,4 @@
-"""What is there already of an experiment's runs: done, half-done, nothing, or something else."""
+"""The state of an experiment's runs: finished, unfinished, absent, or another run in their folder."""
 
 import json
 import shutil
@@ -25,15 +25,17 @@ def state_of(run: PlannedRun) -> State:
     if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
         return State.ABSENT
     if not run_dir.recipe.is_file():
-        raise RunDirError(f"{run.path}: is not a run of this sweep; move it away, or use --out DIR")
+        raise RunDirError(f"{run.path}: is not a run of this sweep; move it away, or use another folder with --out DIR")
     try:
         there = load_recipe(run_dir.recipe)
     except RecipeError as error:
         raise RunDirError(f"{run.path}: its recipe cannot be read ({error.problems[0]}); move it away") from None
     changed = {key: values for key, values in differences(there, run.recipe).items() if key != "output.dir"}
     if changed:
-        was = "; ".join(f"{key} is {before!r} there and {after!r} now" for key, (before, after) in changed.items())
-        raise RunDirError(f"{run.path}: was made by another recipe ({was}); use --out DIR, or remove that folder")
+        was = "; ".join(f"{key} was {before!r} and is {after!r} now" for key, (before, after) in changed.items())
+        raise RunDirError(
+            f"{run.path}: was trained with another recipe ({was}); use another --out DIR, or remove that folder"
+        )
     return State.FINISHED if is_finished(run_dir) else State.HALF_DONE
 
 
@@ -65,7 +67,7 @@ def steps_done(run: PlannedRun) -> int:
 
 
 def ready_to_resume(run: PlannedRun) -> bool:
-    """Whether a half-done run can be continued. One that has no whole checkpoint is cleared away, to start anew."""
+    """Whether a half-done run can be continued. One that has no whole checkpoint is cleared away, to start again."""
     run_dir = RunDir(run.path)
     if run_dir.valid_checkpoints():
         return True

@@ -1,4 +1,4 @@
-"""`apo-lora sweep`: the runs of an experiment that are still to be made, then what all of them say."""
+"""`apo-lora sweep`: runs what is left of an experiment, then compares all of its runs."""
 
 import os
 import sys
@@ -30,8 +30,8 @@ def sweep(
     """Runs the experiment into `out` (default runs/NAME) and writes sweep.json, README.md and sweep.png there.
 
     `jobs` runs at once; none is one per core without a GPU, and one with a GPU. `seeds` replace the file's.
-    Finished runs are left as they are, half-done ones continued. Returns 0, or 1 where a run failed. Raises UserError
-    before anything is written if the file, a recipe or a folder is not as it should be.
+    Finished runs are kept, unfinished ones are continued. Returns 0, or 1 where a run failed. Raises UserError
+    before anything is written if the file, a recipe or a folder is not valid.
     """
     path = find_experiment(name)
     experiment = load_experiment(path)
@@ -40,7 +40,9 @@ def sweep(
     out = out or Path("runs") / path.stem
     planned = plan_runs(path, experiment, out, overrides)
     if unbounded := [run for run in planned if run.recipe.train.max_steps is None]:
-        raise RecipeError(f"{path.name}: {unbounded[0].variant}: train.max_steps: give the steps of a run, not epochs")
+        raise RecipeError(
+            f"{path.name}: {unbounded[0].variant}: train.max_steps: must be set; a sweep needs steps, not epochs"
+        )
     found = states(planned)
     pending = [run for run in planned if found[run] is not State.FINISHED]
     jobs = min(jobs or default_jobs(), max(1, len(pending)))
@@ -56,11 +58,11 @@ def sweep(
     findings = write_findings(path.stem, experiment, planned, out, overrides)
     if findings:
         print(f"\n{closing_summary(findings)}\n")
-        print(f"Written      {out / 'README.md'}, {out / 'sweep.json'}, {out / 'sweep.png'}")
-        print(f"As a page    apo-lora report {out}/*/seed-*")
+        print(f"Results      {out / 'README.md'}, {out / 'sweep.json'}, {out / 'sweep.png'}")
+        print(f"Report       apo-lora report {out}/*/seed-*")
     if failed:
         lines = [f"  {outcome.run}: {outcome.reason}" for outcome in failed]
-        remedy = f"The logs are in {out / 'logs'}; the same command tries these again."
+        remedy = f"The logs are in {out / 'logs'}; run the same command to try these again."
         print("\n".join([f"{len(failed)} of {len(planned)} runs failed:", *lines, remedy]), file=sys.stderr)
     return 1 if failed else 0
 

@@ -1,5 +1,5 @@
 "use strict";
-// Shows the items that match the controls, some at a time. All of them are in the page, and shown, without this script.
+// Shows the items that match the controls, some at a time. Without this script, all of them are shown.
 
 const ITEMS_AT_ONCE = 24;
 const SEARCHED = "h4, .problem, .gold, .text";
@@ -29,7 +29,7 @@ function showMore() {
   byId("more").hidden = numShown >= matching.length;
   byId("shown").textContent = matching.length
     ? `${numShown} of ${matching.length} shown`
-    : "There is nothing to show here.";
+    : "No matching answers.";
 }
 
 function update() {
