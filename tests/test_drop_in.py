@@ -150,7 +150,9 @@ def config(tmp_path, **changes):
 
 
 def test_what_only_trls_loss_knows_is_named_and_replaced(tmp_path):
-    with pytest.warns(UserWarning, match=r"loss_type='dr_grpo', importance_sampling_level='sequence'.*without effect"):
+    with pytest.warns(
+        UserWarning, match=r"loss_type='dr_grpo', importance_sampling_level='sequence'.*ignored, because"
+    ):
         made = config(tmp_path, loss_type="dr_grpo", importance_sampling_level="sequence")
     assert made.loss_type == "grpo" and made.importance_sampling_level == "token"
 
@@ -158,7 +160,7 @@ def test_what_only_trls_loss_knows_is_named_and_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"dads": "linear"}, "dads='linear' is not one of complement_exp"),
+        ({"dads": "linear"}, "dads='linear' must be one of complement_exp"),
         ({"stcr": 1.0}, "stcr=1.0 must be above 1"),
         ({"zero_variance_groups": "drop"}, "zero_variance_groups='drop'"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "must be a multiple of"),

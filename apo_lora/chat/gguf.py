@@ -65,9 +65,7 @@ def chat_gguf(
     of_tuned = answer(tuned, column)
     screen.end(column)
     if base is None:
-        out.write(
-            "\nNot compared with the base: export it with `apo-lora export ... --to base-gguf`, or give --base-gguf DIR.\n"
-        )
+        out.write("\nNot compared with the base: use `apo-lora export ... --to base-gguf`, or give --base-gguf DIR.\n")
     return of_base, of_tuned
 
 

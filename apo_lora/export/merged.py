@@ -44,8 +44,8 @@ def merge(source: AdapterSource, base: Path, folder: Path) -> None:
             bar.update(path.stat().st_size)
     if unused:
         raise ModelError(
-            f"{base}: has no weights for {len(unused)} of the adapter's layers, such as {min(unused)}; use the base that "
-            "it was trained on"
+            f"{base}: has no weights for {len(unused)} of the adapter's layers, such as {min(unused)}; use the base "
+            "that it was trained on"
         )
     for path in base.iterdir():
         if path.suffix in COMPANIONS and path.is_file():

@@ -20,7 +20,7 @@ def main(weights: str) -> int:
     moved, matrices = trained_matrices(Path(weights))
     if not matrices or moved < matrices:
         print(
-            f"The LoRA has not trained: {matrices - moved} of {matrices} B matrices are zero or not finite; train again."
+            f"The LoRA has not trained: {matrices - moved} of {matrices} B matrices are 0 or not finite; train again."
         )
         return 1
     print(f"The LoRA has trained: all {matrices} B matrices have changed from zero.")

@@ -169,7 +169,7 @@ def test_sampled_answers_vary_and_greedy_ones_do_not(run):
     [
         (["--image", "nowhere.png"], "no file"),
         (["--image", "text.png"], "not an image"),
-        (["--max-tokens", "0"], "not a number of tokens"),
+        (["--max-tokens", "0"], "not a valid number of tokens"),
     ],
 )
 def test_bad_use_is_one_line(run, arguments, says, tmp_path, capsys, monkeypatch):
@@ -185,7 +185,7 @@ def test_bad_use_is_one_line(run, arguments, says, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("question", "says"), [("", "empty"), ("<|image_pad|>?", "reserved token"), ("<image> How many?", "no --image")]
+    ("question", "says"), [("", "empty"), ("<|image_pad|>?", "reserved token"), ("<image> How many?", "add --image")]
 )
 def test_a_question_that_is_none_is_one_line(run, question, says, capsys):
     assert main(["chat", str(run.path), question]) == 2
@@ -196,7 +196,7 @@ def test_a_question_that_is_none_is_one_line(run, question, says, capsys):
 def test_an_adapter_of_another_recipe_is_refused(run, tmp_path):
     other = RunDir(shutil.copytree(run.path, tmp_path / "other"))
     other.recipe.write_text(load_recipe(run.recipe, ["lora.target_modules=[q_proj]"]).to_yaml())
-    with pytest.raises(ModelError, match="belong elsewhere"):
+    with pytest.raises(ModelError, match="are unexpected"):
         ask(other)
     (other.adapter / WEIGHTS).write_bytes(b"cut short")
     with pytest.raises(ModelError, match="cannot be loaded"):

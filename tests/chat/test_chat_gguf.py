@@ -170,7 +170,7 @@ def test_a_pulled_gguf_folder_is_asked_by_the_recipe_in_it(run, program, tmp_pat
     assert "--recipe R" in capsys.readouterr().err
     assert main(["chat", str(pulled), QUESTION, "--gguf", "--max-tokens", "2", "--recipe", "tiny_cpu"]) == 0
     alone = capsys.readouterr().out
-    assert alone.startswith("tuned: ") and "No base beside it" in alone
+    assert alone.startswith("tuned: ") and "Not compared with the base" in alone
     shutil.copy(run / "recipe.yaml", pulled / RECIPE_ON_HUB)
     base = ["--base-gguf", str(run / "base_gguf")]
     assert main(["chat", str(pulled), QUESTION, "--gguf", "--max-tokens", "2", *base]) == 0
@@ -213,11 +213,11 @@ def test_two_files_are_found_with_and_without_a_report(folder):
     ("arguments", "says"),
     [
         (["--gguf", "--llama-cpp", "nowhere", "--recipe", "tiny_cpu"], "--llama-cpp nowhere: there is no such folder"),
-        (["--gguf"], "give a recipe as --recipe R"),
+        (["--gguf"], "give one with --recipe R"),
         (["--gguf", "--recipe", "nowhere"], "no such file"),
         (["--gguf", "--recipe", "tiny_cpu", "--base-gguf", "nowhere"], "nowhere: there is no such folder"),
         (["--gguf", "--recipe", "tiny_cpu", "--image", "nowhere.png"], "no file"),
-        (["--llama-cpp", "nowhere"], "go with --gguf"),
+        (["--llama-cpp", "nowhere"], "need --gguf"),
     ],
 )
 def test_bad_use_is_one_line(folder, arguments, says, capsys, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_server_that_ends_is_one_line(folder, tmp_path, capsys):
         (400, {"error": {"message": "the request exceeds the available context size"}}, "exceeds the available"),
         (500, "<html>", "HTTP 500"),
         (200, 'data: {"error": {"message": "out of memory"}}\n\n', "out of memory"),
-        (200, "data: {cut", "broke off"),
+        (200, "data: {cut", "the connection was lost"),
     ],
 )
 def test_an_answer_that_is_none_is_one_line(status, body, says):

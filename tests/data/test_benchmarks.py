@@ -204,7 +204,9 @@ def test_the_hub_is_asked_for_the_right_thing(name, monkeypatch):
 def test_another_schema_is_one_line(tmp_path):
     path = tmp_path / "other.parquet"
     table("mmstar", [{"question": "?", "image": png(), "answer": "A"}]).to_parquet(path)
-    with pytest.raises(DataError, match="not the schema of MathVista: no column decoded_image; found: index, quest"):
+    with pytest.raises(
+        DataError, match="does not have the schema of MathVista: no column decoded_image \(found: index, quest"
+    ):
         load_examples(f"mathvista:{path}", DataSection(train="unused"), split="train")
     with pytest.raises(DataError, match="no such file"):
         load_examples("mathvista:nowhere.parquet", DataSection(train="unused"), split="train")

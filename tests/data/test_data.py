@@ -31,11 +31,11 @@ def test_missing_empty_and_unknown_files(folder):
     for name, message in {
         "none.jsonl": "no such file",
         "empty.jsonl": "is empty",
-        "blank.jsonl": "holds no rows",
-        "data.csv": "files ending in .csv are not read; use .jsonl, .json, .parquet",
+        "blank.jsonl": "contains no rows",
+        "data.csv": "unsupported file type .csv; use .jsonl, .json, .parquet",
         "bad.parquet": "cannot be read as Parquet",
         "latin.jsonl": "cannot be read as UTF-8",
-        "scalar.json": "holds no list of rows",
+        "scalar.json": "contains no list of rows",
         "hollow": "holds no .jsonl, .json, .parquet file for split 'train'",
     }.items():
         with pytest.raises(DataError, match=message) as caught:
@@ -61,7 +61,7 @@ def test_unrecognised_columns_name_the_keys_to_set(folder):
         load(path)
     text = str(caught.value)
     assert "no column for the problem; set data.problem_column to one of: picture, ask, reply" in text
-    assert "set data.answer_column" in text and "'picture' seems to hold images; set data.image_column" in text
+    assert "set data.answer_column" in text and "'picture' seems to contain images; set data.image_column" in text
     data = section(problem_column="ask", answer_column="reply", image_column="pictures")
     with pytest.raises(DataError, match="data.image_column: no column 'pictures' .*; found: picture, ask, reply"):
         load(path, data=data)
@@ -103,7 +103,7 @@ def test_a_mark_without_an_image_is_a_bad_row(folder):
     rows = [{"image": "a.png", "problem": "<image>?", "answer": "1"}] * 2
     rows.append({"image": None, "problem": "<image>?", "answer": "1"})
     assert load(write_jsonl(folder / "data.jsonl", rows)).dropped == {
-        "image missing": [(3, "1 <image> marks in the problem and 0 images")]
+        "image missing": [(3, "1 <image> marks in the problem, but 0 images")]
     }
 
 
@@ -206,7 +206,9 @@ def test_long_prompts_are_dropped_and_counted(processor, decodings):
     assert [row for row, _ in kept.dropped["prompt too long"]] == [7] and kept.dropped["no answer"] == [(3, "empty")]
     assert "1 prompt too long: row 7" in kept.summary()
     assert "prompt too long" not in loaded.dropped
-    with pytest.raises(DataError, match="every prompt is over data.max_prompt_tokens = 1 .*lower data.max_pixels"):
+    with pytest.raises(
+        DataError, match="every prompt is longer than data.max_prompt_tokens = 1 .*lower data.max_pixels"
+    ):
         drop_long_prompts(loaded, processor, section(max_prompt_tokens=1))
     assert decodings == []
 

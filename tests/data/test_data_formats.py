@@ -271,7 +271,7 @@ def test_choices_in_their_spellings():
     assert {read_choices(value) for value in same} == {("3", "4")}
     assert [read_choices(value) for value in (None, [], "", "one line", 5, [None])] == [None] * 6
     assert read_choices(["A. 3", "4"]) == ("A. 3", "4")
-    with pytest.raises(BadRow, match="letters end at 26"):
+    with pytest.raises(BadRow, match="at most 26 are supported"):
         read_choices(list(range(27)))
 
 
@@ -290,7 +290,7 @@ def test_answers_in_their_spellings():
     ):
         with pytest.raises(BadRow, match=reason):
             read_answer(value, None)
-    with pytest.raises(BadRow, match="no position among 2"):
+    with pytest.raises(BadRow, match="not a position among 2"):
         read_answer(2, ("cat", "dog"))
 
 

@@ -68,9 +68,7 @@ def test_what_is_opened_is_a_parameter(overrides):
     assert open_inputs(without).held_out == {} and held_out_sets(without).keys() == {"reasoning"}
 
 
-@pytest.mark.parametrize(
-    ("image", "prompts", "says"), [("a.png", 5, "one rollout takes 5"), (None, 2, "have no image")]
-)
+@pytest.mark.parametrize(("image", "prompts", "says"), [("a.png", 5, "a rollout needs 5"), (None, 2, "have no image")])
 def test_too_few_rows_and_a_mixture_cannot_be_trained_on(image, prompts, says, overrides, spoilt):
     good = {"problem": "How many?", "answer": "3", "image": "a.png"}
     write_jsonl(spoilt, [good] * 3 + [{**good, "image": image}])

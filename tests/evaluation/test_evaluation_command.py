@@ -150,7 +150,7 @@ def test_a_real_kill(run, tmp_path):
     process.wait()
     assert path.read_text().count("\n") < 240
     finished = subprocess.run([*command, run.path], capture_output=True, text=True)
-    assert finished.returncode == 0 and "answers are there already" in finished.stdout
+    assert finished.returncode == 0 and "answers are already recorded" in finished.stdout
     assert path.read_text() == (whole.evaluations / "boards/answers.jsonl").read_text()
 
 
@@ -165,7 +165,7 @@ def test_ctrl_c_keeps_what_was_answered(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(answering, "_answered", interrupted)
         assert evaluate(run) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert len(answers(run)) == 5
     assert evaluate(run) == 0 and len(answers(run)) == 10
 
@@ -176,7 +176,7 @@ def test_other_settings_do_not_mix(run, capsys):
     for changed, words in (
         (["--samples", "1"], "samples: 0 there, 1 now"),
         (["--limit", "4"], "sets.reasoning.items: 5 there, 4 now"),
-        (["--set", "grpo.temperature=0.5"], "recipe.grpo.temperature: 1.0 there, 0.5 now"),
+        (["--set", "grpo.temperature=0.5"], "recipe.grpo.temperature: 1.0 before, 0.5 now"),
         (["--batch-size", "2"], "batch_size: 3 there, 2 now"),
     ):
         capsys.readouterr()
@@ -251,11 +251,11 @@ def test_pictures_are_copied_small_and_damaged_ones_left_out(run, tmp_path, caps
         (["--recipe", "nowhere"], "no such file"),
         (["--data", "nowhere.jsonl"], "no such file"),
         (["--data", "boards", "--data", "boards"], "one at a time"),
-        (["--model", "nowhere"], "no exported model"),
-        (["--name", "../out"], "cannot name a folder"),
-        (["--samples", "0"], "is not a number of samples"),
+        (["--model", "nowhere"], "not an exported model"),
+        (["--name", "../out"], "is not a valid folder name"),
+        (["--samples", "0"], "is not a valid number of samples"),
         (["--base", "--model", "x"], "not allowed with"),
-        (["--set", "data.eval=null"], "give some with --data"),
+        (["--set", "data.eval=null"], "name some with --data"),
     ],
 )
 def test_bad_use_is_one_line_and_writes_nothing(run, arguments, words, capsys):

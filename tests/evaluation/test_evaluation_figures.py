@@ -106,5 +106,5 @@ def test_the_papers_table_stands_over_the_measured_row():
     assert re.search(r"here: base +50.0 \(15.0 to 85.0\) +- +- +- +-$", lines[head + 3])
     assert re.search(r"here: difference +\+0.0 \(", lines[head + 5])
     words = "\n".join(lines[head + 6 :])
-    assert "first 5 rows alone" in words and "1 of 5 rows left out (1 several answers)" in words
+    assert "only the first 5 rows" in words and "1 of 5 rows dropped (1 several answers)" in words
     assert [b.paper for b in BENCHMARKS.values()][0] == (57.8, 66.2)

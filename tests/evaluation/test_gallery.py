@@ -54,7 +54,7 @@ def test_pictures_are_kept_once_and_a_lost_one_is_no_error(root):
     assert len(items) == 41 and page.count("data:image/webp") == 2
     used = [re.findall(r'href="#picture-(\d)"', items[f"reasoning {row}, level1"]) for row in (1, 2, 3, 99)]
     assert len(used[0]) == len(used[1]) == 1 and used[0] != used[1] and not used[2] and used[3] == used[1]
-    assert [items[f"reasoning {row}, level1"].count("The picture is gone") for row in (1, 3, 99)] == [0, 1, 1]
+    assert [items[f"reasoning {row}, level1"].count("The image is missing") for row in (1, 3, 99)] == [0, 1, 1]
     assert re.findall("<li>(.*?)</li>", items["reasoning 2, level1"]) == ["2", "3", "4"]
 
 
@@ -64,7 +64,7 @@ def test_every_outcome_is_shown_where_not_all_fits(root):
     some = gallery([source(answer_rows(), root)], most)
     (items,) = shown_sources(some).values()
     assert len(some.encode("utf-8", "replace")) <= most + 3000 and "of 40 recorded fit" in some
-    assert 14 <= len(items) < len(shown_sources(whole)["answers"]) == 40 and "recorded fit" not in whole
+    assert 14 <= len(items) < len(shown_sources(whole)["answers"]) == 40 and "recorded answers are shown" not in whole
     outcomes = Counter(item.outcome for item in items)
     assert outcomes["broken"] >= 3 and outcomes["wrong"] >= 3 and outcomes["fixed"] >= 3 and outcomes["right"] >= 3
     assert not shown_sources(gallery([source(answer_rows(), root)], 10))["answers"]
@@ -101,5 +101,5 @@ def test_a_cell_of_a_notebook_gets_items_alone(tmp_path):
     Image.new("RGB", (900, 300)).save(tmp_path / "images/a.png")
     page = static_gallery(hostile_rows(), tmp_path)
     assert "<script" not in page and page.count("<article") == 1 and "&lt;script&gt;" in page
-    assert page.count('<img alt="picture of the problem" src="data:image/webp;base64,') == page.count("<img") == 1
+    assert page.count('<img alt="image of the problem" src="data:image/webp;base64,') == page.count("<img") == 1
     assert page.count("base</b>") == page.count("tuned</b>") == 1 and "✗ wrong" in page and "✓ right" in page

@@ -158,7 +158,7 @@ def merge_wrongly(monkeypatch):
 def test_a_wrong_merge_is_found_and_not_kept(wrong, adapter, tmp_path, capsys, merge_wrongly):
     merge_wrongly(wrong)
     assert export(adapter, tmp_path / "merged") == 1
-    assert ("equals the base" if wrong is the_base else "not the adapter model") in capsys.readouterr().err
+    assert ("equals the base" if wrong is the_base else "differs from the adapter model") in capsys.readouterr().err
     assert leftovers(adapter) == []
 
 
@@ -166,7 +166,7 @@ def test_lost_vision_layers_are_found(adapter, tmp_path, capsys, merge_wrongly):
     merge_wrongly(without_vision)
     edit_weights(adapter, lambda n, t: (n, t * 0.2 if "language_model" in n else t))
     assert export(adapter, tmp_path / "merged") == 1
-    assert "image prompts: the merged model is not the adapter model" in capsys.readouterr().err
+    assert "image prompts: the merged model differs from the adapter model" in capsys.readouterr().err
 
 
 def test_an_effect_as_small_as_rounding_passes_and_the_base_does_not(adapter, tmp_path, capsys, merge_wrongly):
@@ -184,10 +184,10 @@ def test_an_effect_as_small_as_rounding_passes_and_the_base_does_not(adapter, tm
     [
         (1.0, None),
         (0.6, None),
-        (0.4, "not the adapter model"),
+        (0.4, "differs from the adapter model"),
         (0.05, "equals the base"),
-        (3.0, "not the adapter model"),
-        (float("nan"), "not the adapter model"),
+        (3.0, "differs from the adapter model"),
+        (float("nan"), "differs from the adapter model"),
     ],
 )
 def test_verdicts(merged, problem):
@@ -330,13 +330,16 @@ def lost_shard(adapter):
     ("spoil", "words"),
     [
         (lm_head_pair, "adapts lm_head, whose weight this base uses for both"),
-        (lambda a: add_weights(a, {"lm_head.weight": torch.zeros(448, 96)}), "lm_head.weight is not one of a low-rank"),
+        (
+            lambda a: add_weights(a, {"lm_head.weight": torch.zeros(448, 96)}),
+            "lm_head.weight is not part of a LoRA pair",
+        ),
         (lambda a: edit_config(a, use_dora=True), "DoraLinearVariant"),
         (lambda a: edit_config(a, peft_type="IA3"), "only LoRA"),
         (lambda a: edit_config(a, target_modules=["nothing"]), "PEFT cannot use it on"),
         (lambda a: edit_config(a, base_model_name_or_path="/no/such/base"), "/no/such/base is not here"),
         (lambda a: edit_config(a, base_model_name_or_path="nobody/nothing"), "hf download nobody/nothing"),
-        (unknown_layer, "is this the base it was trained on?"),
+        (unknown_layer, "use the base that it was trained on"),
         (quantised_base, "quantised"),
         (lost_shard, "model-00002-of-00002.safetensors is missing"),
         (lambda a: edit_weights(a, lambda n, t: (n, t * float("inf"))), "cannot hold"),

@@ -27,7 +27,7 @@ def test_without_llama_cpp_is_one_line_and_nothing_is_merged(load_tiny, tmp_path
     monkeypatch.setattr("apo_lora.export.merged.merge", lambda *args: pytest.fail("merged"))
     arguments = ["export", str(tmp_path / "adapter"), "--to", "gguf"]
     assert main(arguments) == 2
-    assert "give that folder as --llama-cpp" in capsys.readouterr().err
+    assert "give that folder with --llama-cpp" in capsys.readouterr().err
     (tmp_path / export_gguf.CONVERTER).write_text("")
     assert main([*arguments, "--llama-cpp", str(tmp_path), "--quantization", "Q4_K_M"]) == 2
     assert "needs llama.cpp's llama-quantize" in capsys.readouterr().err
@@ -229,5 +229,6 @@ def test_rows_that_q4_k_cannot_hold_are_said(tmp_path, llama_cpp, llama_quantize
     types = json.loads((folder / "export_report.json").read_text())["files"][0]["tensor_types"]
     assert (types["Q5_0"], types["Q8_0"]) == (1, 1) and "Q4_K" in types  # down_proj of the two layers
     assert (
-        "1 Q5_0, 1 Q8_0 in place of Q4_K or Q6_K, for rows whose size is no multiple of 256" in capsys.readouterr().out
+        "1 Q5_0, 1 Q8_0 tensors instead of Q4_K or Q6_K, because their row size is not a multiple of 256"
+        in capsys.readouterr().out
     )

@@ -214,7 +214,7 @@ def test_what_a_push_made_goes_up_again_with_its_card(hub, run, tmp_path):
 
 def test_a_card_that_the_hub_refuses_is_one_line(hub, run):
     hub.refused["/api/validate-yaml"] = 400
-    assert_one_line(push_in_child(hub, run), "does not accept the card")
+    assert_one_line(push_in_child(hub, run), "rejected the model card")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_the_licence_of_a_base(base, licence):
 
 def test_a_dropped_connection_is_one_line_and_the_next_push_resumes(hub, run):
     hub.drop_next_commit = True
-    assert_one_line(push_in_child(hub, run), "broke off", "push again")
+    assert_one_line(push_in_child(hub, run), "the push failed", "push again")
     assert hub.repos["me/counts"]["files"] == {} and len(hub.sent()) == 1
     assert push_in_child(hub, run).returncode == 0
     assert len(hub.sent()) == 1  # the weights had arrived
@@ -297,7 +297,7 @@ def test_a_token_that_may_create_but_not_commit(hub, run):
 
 def test_another_refusal_shows_no_signed_address(hub, run):
     hub.refused["/large/"] = 418
-    assert_one_line(push_in_child(hub, run), "the Hub answered 418")
+    assert_one_line(push_in_child(hub, run), "the Hub returned status 418")
 
 
 def test_no_such_namespace(hub, run):

@@ -73,7 +73,7 @@ def test_a_shared_prompt_is_sampled_scored_and_differentiated_as_prompts_alone(b
     examples = load_examples("boards", DATA, split="train", limit=4).examples
     batch = make_batch(policy, sizes=((96, 64), (128, 96)), lengths=(7, 3))
     check, shares = check_shared_prompt(policy, batch, examples, RECIPE)
-    assert shares and "LoRA gradients by" in check.found and "sampling behind it" in check.found
+    assert shares and "LoRA gradients by" in check.found and "sampling with it" in check.found
 
     with torch.no_grad():
         alone, _ = token_logps(policy.model, batch)
@@ -120,7 +120,7 @@ def test_data_keeps_to_every_family(monkeypatch):
     read_row(row, columns)
     image_refs(row["image"], folder=None, row=0)
     monkeypatch.setitem(FAMILIES, OTHER_VL.model_type, OTHER_VL)
-    with pytest.raises(BadRow, match=r"the text holds <\|picture_start\|>"):
+    with pytest.raises(BadRow, match=r"the text contains <\|picture_start\|>"):
         read_row(row, columns)
     with pytest.raises(BadRow, match="over 20:1 is refused"):
         image_refs(row["image"], folder=None, row=0)
@@ -138,11 +138,11 @@ def test_a_model_its_inner_model_and_its_config_are_of_one_family(tiny_policy):
 def test_an_unknown_type_is_one_line_or_falls_back(tiny_policy):
     with pytest.raises(ModelError) as caught:
         family_of({"model_type": "llava"}, "some/model")
-    assert str(caught.value) == "model.name: some/model is a llava; the families known here are qwen2_5_vl"
+    assert str(caught.value) == "model.name: some/model has the unsupported model type llava; supported: qwen2_5_vl"
     tiny_policy.model.get_base_model().config.model_type = "llava"
     family = closest_family(tiny_policy.model)
     assert family.model_type == "llava" and not family.shares_prompts
-    assert "llava is not a model" in obstacle(tiny_policy.model)
+    assert "not implemented for llava" in obstacle(tiny_policy.model)
     assert tiny_policy.never_sampled == QWEN2_5_VL.vision_token_ids(tiny_policy.processor)
 
 

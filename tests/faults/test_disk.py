@@ -38,7 +38,7 @@ def test_a_full_disk_is_one_line_and_another_error_is_itself(tmp_path):
     for error in (OSError(errno.EACCES, "no"), RuntimeError("file write failed")):
         with pytest.raises(type(error)):
             write(error, needed=1)
-    with pytest.raises(RunDirError, match="a checkpoint takes about"):  # torch's writer does not say why it failed
+    with pytest.raises(RunDirError, match="a checkpoint needs about"):  # torch's writer does not say why it failed
         write(RuntimeError("file write failed"), needed=disk.free_bytes(tmp_path) + 2**40)
 
 
@@ -79,7 +79,7 @@ def test_a_save_that_does_not_fit_is_not_begun(tmp_path, monkeypatch, capsys, wh
     assert main(arguments(tmp_path)) == 2
     line = only_line(capsys)
     needed = disk.size(disk.checkpoint_bytes(run, ()))
-    assert f"takes about {needed} and 1 kB are free. checkpoint-2 is whole and kept" in line
+    assert f"needs about {needed}, and 1 kB are free. checkpoint-2 is complete and kept" in line
     assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     assert main(arguments(tmp_path)) == 0
@@ -99,7 +99,7 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(torch, "save", full)
     assert main(arguments(tmp_path)) == 2
-    assert "checkpoint-2 is whole and kept. Make room and continue with --resume auto" in only_line(capsys)
+    assert "checkpoint-2 is complete and kept. Free some space and continue with --resume auto" in only_line(capsys)
     assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     assert main(arguments(tmp_path)) == 0
@@ -124,9 +124,9 @@ def test_a_disk_that_is_really_full(small_disk, monkeypatch, capsys, asked_befor
         monkeypatch.setattr(disk, "require_room", lambda *arguments: None)
     assert main(arguments(small_disk, "output.mirror=[]", "train.save_steps=1", "train.keep_checkpoints=9")) == 2
     line, run = only_line(capsys), RunDir(small_disk / "run")
-    assert "a checkpoint takes about 1." in line
+    assert "a checkpoint needs about 1." in line
     kept = run.valid_checkpoints()
-    assert kept and f"{kept[-1].name} is whole and kept" in line
+    assert kept and f"{kept[-1].name} is complete and kept" in line
     assert sorted(run.checkpoints.iterdir()) == kept
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)  # room is made
     assert main(arguments(small_disk, "output.mirror=[]")) == 0

@@ -67,19 +67,19 @@ def test_a_folder_that_is_away_is_one_warning_and_catches_up(run, tmp_path, word
     mirrors.finish()
     mirrors.finish()
     (warning,) = words
-    assert warning.startswith("warning: output.mirror: nothing is copied to") and "is not there; mount it" in warning
+    assert warning.startswith("warning: output.mirror: cannot copy to") and "does not exist; mount it" in warning
     assert not drive.parent.exists()
     drive.parent.mkdir()
     save(run, 3)
     mirrors.finish()
-    assert len(words) == 2 and "is back" in words[1]
+    assert len(words) == 2 and "is available again" in words[1]
     assert [p.name for p in RunDir(drive).valid_checkpoints()] == ["checkpoint-3"]
 
 
 def test_a_run_in_the_mirror_is_not_overwritten(run, tmp_path, words):
     drive = tmp_path / "mounted" / "drive"
     Mirrors([str(tmp_path / "old")], run, words.append).finish()
-    with pytest.raises(RunDirError, match="already holds a run; continue it with --resume auto"):
+    with pytest.raises(RunDirError, match="already contains a run; continue it with --resume auto"):
         Mirrors([str(tmp_path / "old")], RunDir(tmp_path / "new"), words.append).refuse_existing()
     other = RunDir(tmp_path / "other")
     save(other, 1)
@@ -89,7 +89,7 @@ def test_a_run_in_the_mirror_is_not_overwritten(run, tmp_path, words):
     (tmp_path / "old").rename(drive)
     before = content(drive)
     mirrors.finish()
-    assert content(drive) == before and "nothing is copied" in words[-1]
+    assert content(drive) == before and "cannot copy" in words[-1]
 
 
 def test_a_lost_run_comes_back_from_the_first_place_that_has_it(run, tmp_path, words):
@@ -117,7 +117,7 @@ def test_the_checkpoint_under_way_is_spared(run, tmp_path, words):
 def test_a_repository_has_a_name():
     recipe = Recipe.model_validate({"data": {"train": "boards"}, "output": {"mirror": ("hub:me", "hub:me/x", "a/b")}})
     assert [problem for problem in combination_problems(recipe) if "mirror" in problem] == [
-        "output.mirror: 'hub:me' names no repository; write hub:ORG/NAME"
+        "output.mirror: 'hub:me' is not a Hub repository; write hub:ORG/NAME"
     ]
 
 
@@ -166,7 +166,7 @@ def test_the_hub_holds_a_private_copy_and_gives_it_back(hub, run, tmp_path):
     repo = hub.repos["me/mirror"]
     expected = {name: data for name, data in content(run.path).items() if "checkpoint-1/" not in name}
     assert repo["private"] and repo["files"] == expected
-    assert "already holds a run" in refusal(hub, run)
+    assert "already contains a run" in refusal(hub, run)
     lost = RunDir(tmp_path / "lost")
     assert in_child(hub, "restore", lost) == "from hub:me/mirror"
     assert content(lost.path) == expected
@@ -199,8 +199,8 @@ def test_an_older_checkpoint_goes_with_the_commit_of_the_next(hub, run):
 )
 def test_a_hub_that_takes_nothing_is_one_warning(hub, run, environment, words):
     (line,) = in_child(hub, "start", run, **environment).splitlines()
-    assert line.startswith("warning: output.mirror: nothing is copied to hub:me/mirror") and words in line
-    assert line.endswith("training goes on, and the next checkpoint is tried there again.")
+    assert line.startswith("warning: output.mirror: cannot copy to hub:me/mirror") and words in line
+    assert line.endswith("training continues, and the next checkpoint is tried again.")
     assert not hub.repos
 
 
@@ -221,6 +221,6 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments(tmp_path / "lost")) == 0
     said = capsys.readouterr().out
-    assert f"was gone and is restored from {tmp_path}/lost/mirror" in said and "Continuing from" in said
+    assert f"was missing and has been restored from {tmp_path}/lost/mirror" in said and "Continuing from" in said
     assert "checkpoint-4" in said and "step    5" in said and "step    4" not in said
     assert differences(tmp_path / "lost", tmp_path / "whole") == []

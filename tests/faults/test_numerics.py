@@ -97,7 +97,7 @@ def test_rewards_that_are_not_finite_are_zero_counted_and_shown(capsys):
     assert watched(completions=[]) == [1.0, 0.0, 0.0, 0.0, None, 0.5]
     watched(completions=[])
     assert finite.replaced == 6 and watched.__name__ == "mine"
-    assert capsys.readouterr().out.count("warning: mine gave the reward nan") == 1
+    assert capsys.readouterr().out.count("warning: mine returned the reward nan") == 1
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -135,7 +135,7 @@ def test_a_reward_file_that_gives_nan_is_counted_in_the_record(tmp_path, capsys)
     assert main(arguments(tmp_path, functions, "train.max_steps=2", "train.evaluate=false")) == 0
     assert [row["nonfinite_rewards"] for row in steady_rows(RunDir(tmp_path / "run").metrics)] == [1, 2]
     said = capsys.readouterr().out
-    assert said.count("gave the reward nan") == 1 and "On the way: 2 nonfinite rewards" in said
+    assert said.count("returned the reward nan") == 1 and "During training: 2 nonfinite rewards" in said
 
 
 # --- float16 ---------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_an_overflow_of_the_loss_scale_is_skipped_and_does_not_stop_the_run(make
     assert scaler.get_scale() == 2.0 ** (127 - skipped)
     moved = [largest_difference(before, after) > 0 for before, after in zip(states, states[1:], strict=False)]
     assert moved == [False] * skipped + [True] * (8 - skipped)
-    assert "overflowed at loss scale" in capsys.readouterr().out
+    assert "overflow at loss scale" in capsys.readouterr().out
     assert (Path(trainer.args.output_dir) / "checkpoint-8" / "scaler.pt").is_file()
 
 

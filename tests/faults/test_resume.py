@@ -40,7 +40,9 @@ def test_what_changed_around_a_run_is_said(tmp_path, before, words):
     run = RunDir(tmp_path)
     write_json(run.environment, NOW | before)
     lines = list(environment_changes(run, NOW))
-    assert len(lines) == (words is not None) and all(line.startswith("changed: ") for line in lines)
+    assert len(lines) == (words is not None) and all(
+        line.startswith("Changed since the run started: ") for line in lines
+    )
     if words:
         assert words in lines[0]
 
@@ -59,7 +61,7 @@ def test_a_record_ahead_of_all_checkpoints_is_not_thrown_away(tmp_path):
     append_jsonl(run.metrics, ({"step": step} for step in range(1, recipe.train.save_steps + 1)))
     assert checkpoint_to_continue(run, recipe, "auto") is None  # cut inside its first save
     append_jsonl(run.metrics, [{"step": recipe.train.save_steps + 1}])
-    with pytest.raises(RunDirError, match="recorded 51 steps but no longer holds a checkpoint"):
+    with pytest.raises(RunDirError, match="recorded 51 steps but no longer contains a checkpoint"):
         checkpoint_to_continue(run, recipe, "auto")
 
 
@@ -114,7 +116,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_a_word(half, whole, damage, fi
     DAMAGES[damage](half / "run/checkpoints/checkpoint-4" / file)
     assert main(arguments(half)) == 0
     said = capsys.readouterr().out
-    assert "checkpoint-4 is left out: " in said and f"{file}" in said.split("checkpoint-4 is left out: ")[1][:120]
+    assert "checkpoint-4 is removed: " in said and f"{file}" in said.split("checkpoint-4 is removed: ")[1][:120]
     assert "checkpoint-2." in said and differences(half, whole) == []
 
 

@@ -85,8 +85,8 @@ def test_one_killed_process_ends_the_run_with_one_line_and_it_goes_on(tmp_path, 
     seconds = time.monotonic() - killed
     print(f"{seconds:.1f} s from the kill of rank {rank} to the end of the run")
     assert code != 0 and seconds < MOST_SECONDS
-    assert "another process of this run has ended, and this one cannot go on alone" in output, output[-4000:]
-    assert "continue on as many processes with --resume auto" in output
+    assert "another process of this run has ended, so this one stops" in output, output[-4000:]
+    assert "continue with the same number of processes and --resume auto" in output
     run = RunDir(tmp_path / "run")
     assert run.valid_checkpoints()
     code, output = finish(start(tmp_path))
@@ -103,8 +103,8 @@ def test_ctrl_c_in_the_launcher_saves_once_and_goes_on(tmp_path, whole):
     run = RunDir(tmp_path / "run")
     steps = [row["step"] for row in steady_rows(run.metrics)]
     assert code != 0 and [path.name for path in run.valid_checkpoints()] == [f"checkpoint-{steps[-1]}"], output[-4000:]
-    assert output.count("Stopping after this step, with a checkpoint") == 1
-    assert f"after step {steps[-1]} of 6, with a checkpoint; continue with --resume auto" in output
+    assert output.count("Stopping after this step and saving a checkpoint") == 1
+    assert f"after step {steps[-1]} of 6; a checkpoint is saved, continue with --resume auto" in output
     code, output = finish(start(tmp_path))
     assert code == 0, output[-4000:]
     assert_same_end(run, whole)

@@ -96,9 +96,15 @@ def test_a_python_is_bad_only_where_the_package_itself_excludes_it():
         (installed(bitsandbytes=None), "bitsandbytes", "bad", "not installed", "pip install bitsandbytes"),
         (installed(bitsandbytes=None) | NO_GPU, "bitsandbytes", "note", "not installed", "pip install bitsandbytes"),
         (UNSLOTH_BROKEN, "unsloth", "bad", "NotImplementedError", "unsloth==1.2.3"),
-        (installed(unsloth=None) | NO_GPU, "unsloth", "note", "only where there is a GPU", "unsloth==1.2.3"),
+        (installed(unsloth=None) | NO_GPU, "unsloth", "note", "only be imported with a GPU", "unsloth==1.2.3"),
         ({"tested": {}}, "tested set", "note", "cannot be read", "reinstall apo-lora"),
-        (installed(numpy="9.9"), "other packages", "note", "1 of 2 not as tested: numpy 9.9", "numpy==1.2.3"),
+        (
+            installed(numpy="9.9"),
+            "other packages",
+            "note",
+            "1 of 2 differ from the tested versions: numpy 9.9",
+            "numpy==1.2.3",
+        ),
         (NO_GPU, "GPU", "note", "tiny_cpu.yaml", "CUDA GPU"),
         (NO_GPU | {"gpu_problem": "built without CUDA"}, "GPU", "note", "built without CUDA", "CUDA_VISIBLE_DEVICES"),
         (gpu(count=2), "GPU", "ok", "the first of 2", ""),
@@ -108,12 +114,12 @@ def test_a_python_is_bad_only_where_the_package_itself_excludes_it():
         (gpu(free_bytes=5 * GiB), "GPU memory", "note", "5.0 GiB", "gpu_8gb.yaml"),
         ({"free_ram": GiB}, "RAM", "bad", "1.0 GiB", "close"),
         ({"free_ram": 4 * GiB}, "RAM", "note", "4.0 GiB", "merging"),
-        ({"free_disk": GiB // 10}, "disk here", "bad", "0.1 GiB", "make room"),
+        ({"free_disk": GiB // 10}, "disk here", "bad", "0.1 GiB", "free some space"),
         ({"free_disk": 5 * GiB}, "disk here", "note", "5.0 GiB", "output.dir"),
         ({"free_hub_disk": GiB}, "disk, Hub cache", "note", "1.0 GiB", "HF_HOME"),
         (installed(xformers=None), "xformers", "note", "not installed; PyTorch's attention", "xformers==1.2.3"),
         ({"broken": {"xformers": "built for 2.9"}}, "xformers", "note", "built for 2.9", "xformers==1.2.3"),
-        (installed(flash_attn=None), "flash attention", "note", "not installed", "not needed"),
+        (installed(flash_attn=None), "flash attention", "note", "not installed", "optional"),
         ({"broken": {"flash-attn": "undefined symbol"}}, "flash attention", "note", "undefined", "pip uninstall"),
         (installed(vllm=None), "vLLM", "note", "not installed", "pip install vllm"),
         ({"commands": frozenset({"llama-quantize"})}, "llama.cpp", "note", "llama-mtmd-cli, convert", "llama.cpp"),
@@ -223,7 +229,7 @@ def test_imports_are_tried_in_another_process_that_may_crash_print_or_hang(tmp_p
         ["torch", "torchvision", "peft", "trl", "transformers", "bitsandbytes"], seconds=5
     )
     assert results["torch"].problem is None and results["trl"].problem is None
-    assert results["torchvision"].problem == "it ended the interpreter (exit code 7)"
+    assert results["torchvision"].problem == "the interpreter crashed (exit code 7)"
     assert results["peft"].problem == "SystemExit: no peft"
     assert results["transformers"].problem.startswith("AttributeError")
     assert results["bitsandbytes"].problem is not None

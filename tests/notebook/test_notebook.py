@@ -190,7 +190,7 @@ def test_run_all_without_a_gpu(tmp_path):
     )
     outputs = {cell.source.splitlines()[0].removeprefix("#@title "): _text(cell) for cell in notebook.cells[1:-1]}
     assert "No GPU here" in outputs["The machine"]
-    assert "GRPO + DADS + STCR by tiny_cpu.yaml" in outputs["What to train"]
+    assert "GRPO + DADS + STCR with tiny_cpu.yaml" in outputs["What to train"]
     assert outputs["Before: how the base answers"].count("base</b>") == 3
     assert "step    3" in outputs["Train"] and "image/png" in outputs["Train"]
     assert "The LoRA has trained: all" in outputs["Has the LoRA trained?"]
@@ -199,8 +199,10 @@ def test_run_all_without_a_gpu(tmp_path):
     assert "accuracy" in outputs["Measure on held-out items"]
     assert "report.html" in outputs["The whole run on one page"]
     assert "step    5" in outputs["Go on: after a disconnect, or for more steps"]
-    assert "Nothing is exported" in outputs["Export"]
-    assert "Nothing is pushed" in outputs["Push to the Hub: needs HF_TOKEN among Colab's secrets (the key on the left)"]
+    assert "Nothing was exported" in outputs["Export"]
+    assert (
+        "Nothing was pushed" in outputs["Push to the Hub: needs HF_TOKEN among Colab's secrets (the key on the left)"]
+    )
     run, base = sorted((tmp_path / "runs").iterdir())
     assert base.name == f"{run.name}-base" and not (base / "metrics.jsonl").exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

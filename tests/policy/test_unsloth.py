@@ -118,7 +118,7 @@ def test_unsloths_config_changes_nothing_of_ours(facts):
 
 def test_float32_on_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ModelError, match="model.dtype: on a GPU, Unsloth trains float32 weights in 16-bit"):
+    with pytest.raises(ModelError, match="model.dtype: on a GPU, Unsloth trains float32 weights in 16 bits"):
         _load_with_unsloth(ModelSection(name="tiny"), LoraSection(), torch.float32, 0)
 
 

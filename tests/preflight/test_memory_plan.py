@@ -183,11 +183,11 @@ def test_the_plan_needs_no_torch():
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["single_gpu", "--vram", "24"], 0, "Fits a GPU of 24"),
-        (["single_gpu", "--vram", "8"], 1, "Does not fit a GPU of 8"),
-        (["gpu_8gb", "--vram", "8"], 0, "Fits a GPU of 8"),
-        (["colab_t4", "--vram", "15"], 0, "Fits a GPU of 15"),
-        (["tiny_cpu", "data.max_pixels=7056", "data.max_prompt_tokens=64", "--vram", "2"], 0, "Fits a GPU of 2"),
+        (["single_gpu", "--vram", "24"], 0, "Fits a GPU with 24"),
+        (["single_gpu", "--vram", "8"], 1, "Does not fit a GPU with 8"),
+        (["gpu_8gb", "--vram", "8"], 0, "Fits a GPU with 8"),
+        (["colab_t4", "--vram", "15"], 0, "Fits a GPU with 15"),
+        (["tiny_cpu", "data.max_pixels=7056", "data.max_prompt_tokens=64", "--vram", "2"], 0, "Fits a GPU with 2"),
     ],
 )
 def test_plan_says_whether_it_fits(arguments, code, words, capsys):
@@ -201,7 +201,7 @@ def test_plan_says_whether_it_fits(arguments, code, words, capsys):
 def test_plan_without_a_card_gives_no_verdict(capsys):
     assert main(["plan", "--recipe", "single_gpu"]) == 0
     shown = capsys.readouterr().out
-    assert "a GPU of" not in shown and "Largest num_generations" in shown
+    assert "a GPU with" not in shown and "Largest num_generations" in shown
 
 
 @pytest.mark.parametrize("vram", ["0", "-8", "eight", "nan", "inf"])

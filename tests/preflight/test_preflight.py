@@ -185,7 +185,7 @@ def test_a_shared_prompt_that_gives_something_else_is_not_used(tiny_policy, exam
 
     monkeypatch.setattr(shared_attention, "attend", completions_see_each_other)
     checks, recipe = preflight(tiny_policy, examples, RECIPE)
-    assert checks[0].ok and "WARNING, it is not used: log-probs differ by" in checks[0].line()
+    assert checks[0].ok and "WARNING: not used: log-probs differ by" in checks[0].line()
     assert len(checks) == 6 and not names(checks, ok=False)
     assert recipe.grpo.shared_prompt is False
     assert recipe == RECIPE.model_copy(update={"grpo": RECIPE.grpo.model_copy(update={"shared_prompt": False})})
@@ -217,10 +217,10 @@ def test_sampling_behind_the_wrong_prompt_is_found(tiny_policy, make_batch, exam
     copy_rows = group_prefill._copy_rows
     batch = make_batch(tiny_policy)
     check, shares = check_shared_prompt(tiny_policy, batch, examples, RECIPE)
-    assert shares and "sampling behind it differs by" in check.found
+    assert shares and "sampling with it differs by" in check.found
     monkeypatch.setattr(group_prefill, "_copy_rows", lambda cache, copies: copy_rows(cache, torch.zeros_like(copies)))
     check, shares = check_shared_prompt(tiny_policy, batch, examples, RECIPE)
-    assert not shares and "WARNING, it is not used" in check.line() and "sampling behind it differs by" in check.found
+    assert not shares and "WARNING: not used" in check.line() and "sampling with it differs by" in check.found
 
 
 def test_sampling_that_raises_is_found(tiny_policy, make_batch, examples, monkeypatch):

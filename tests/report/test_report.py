@@ -132,7 +132,7 @@ def test_large_pictures_and_long_texts_stay_under_the_limit(tmp_path):
     html = render(read_runs([folder]))
     (items,) = shown_sources(html).values()
     assert 4_500_000 < len(html.encode()) < MOST_BYTES and 0 < len(items) < 150
-    assert f"{len(items)} of 150 recorded fit into this page" in html
+    assert f"{len(items)} of 150 recorded answers are shown" in html
 
 
 def test_without_held_out_answers_of_the_tuned_model_the_last_training_completions_are_shown(tmp_path):
@@ -225,8 +225,8 @@ def test_a_run_that_is_not_whole_has_a_page(run_folder, state):
             path.unlink()
         run.adapter.rmdir()
     html = render(read_runs([run_folder]))
-    assert ("No step was recorded" in html) == (state in ("no step", "bare"))
-    assert ("still going, or stopped" in html) == (state == "bare")
+    assert ("No step has been recorded" in html) == (state in ("no step", "bare"))
+    assert ("still running, or stopped" in html) == (state == "bare")
     assert len(next(iter(shown_sources(html).values()))) == (0 if state == "bare" else 40)
 
 
@@ -248,10 +248,10 @@ def test_one_run_gets_its_page_and_several_share_one(tmp_path, monkeypatch, caps
     ("arguments", "words"),
     [
         (["nowhere"], "no such folder"),
-        (["empty"], "no run directory"),
+        (["empty"], "not a run directory"),
         (["run", "run/"], "given twice"),
-        (["run", "--out", "run/metrics.jsonl"], "name of an .html file"),
-        (["run", "--out", "own.html"], "no report"),
+        (["run", "--out", "run/metrics.jsonl"], "must end in .html"),
+        (["run", "--out", "own.html"], "not a report"),
         (["broken"], "unknown key"),
         (["odd"], "answers.jsonl line 1: no correct"),
     ],

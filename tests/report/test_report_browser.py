@@ -110,7 +110,7 @@ def test_filters_are_clicked_and_count(open_page, one_run):
     page.get_by_label("Search").fill("board 17?")
     assert shown(page) == "1 of 1 shown" and count(page, "all") == 1
     page.get_by_label("Search").fill("no such words")
-    assert shown(page) == "There is nothing to show here."
+    assert shown(page) == "No matching answers."
 
 
 def test_it_works_by_keyboard(open_page, one_run):
@@ -192,7 +192,7 @@ def test_a_run_without_anything_has_an_empty_gallery(open_page, tmp_path):
     for name in ("metrics.jsonl", "completions.jsonl", "eval.json"):
         (folder / name).unlink()
     page = open_page(report([folder]))
-    assert shown(page) == "There is nothing to show here." and count(page, "all") == 0
+    assert shown(page) == "No matching answers." and count(page, "all") == 0
     choose(page, "changed")
     assert page.locator(".item").count() == 0
 

@@ -36,7 +36,7 @@ def test_it_is_off_by_default(name):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("lora.vision=true", "lora.vision: vLLM applies adapters to language layers alone"),
+        ("lora.vision=true", "lora.vision: vLLM applies adapters only to language layers"),
         ("model.engine=transformers", "model.engine: .* through Unsloth"),
         ("model.revision=abc", "model.revision: .* default branch"),
     ],
@@ -94,7 +94,7 @@ def test_the_arguments_take_the_values(tiny_policy, tmp_path):
 def test_the_plan_says_what_it_does_not_know():
     shape = find_shape(VLLM.model.name)
     shown = "\n".join(plan_lines("single_gpu", VLLM, shape, plan(shape, VLLM), 24))
-    assert "vLLM samples" in shown and "50% of the GPU" in shown
+    assert "vLLM reserves 50% of the GPU memory" in shown
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM needs a GPU")

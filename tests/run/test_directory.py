@@ -45,8 +45,11 @@ def test_the_last_whole_checkpoint_is_resumed(run):
         (lambda path: (path / "complete.json").write_text("[]"), "cannot be read"),
         (lambda path: (path / "complete.json").write_bytes(b"\xff{}"), "cannot be read"),
         (lambda path: (path / "trainer_state.json").unlink(), "trainer_state.json is missing"),
-        (lambda path: (path / "adapter_model.safetensors").write_bytes(bytes(range(99))), "changed or cut short"),
-        (lambda path: (path / "adapter_model.safetensors").write_bytes(bytes(range(99)) + b"x"), "changed or cut"),
+        (lambda path: (path / "adapter_model.safetensors").write_bytes(bytes(range(99))), "changed or truncated"),
+        (
+            lambda path: (path / "adapter_model.safetensors").write_bytes(bytes(range(99)) + b"x"),
+            "changed or truncated",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(run, damage, words):
@@ -55,7 +58,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(run, damage
     damage(damaged)
     assert words in why_not_whole(damaged)
     assert find_checkpoint(run, "auto") == before
-    with pytest.raises(RunDirError, match="not a whole checkpoint"):
+    with pytest.raises(RunDirError, match="not a complete checkpoint"):
         find_checkpoint(run, str(damaged))
 
 
@@ -70,14 +73,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run):
     (checkpoint(run, 5) / "trainer_state.json").unlink()
     with pytest.raises(RunDirError) as error:
         find_checkpoint(run, "auto")
-    assert "no longer holds a whole checkpoint" in str(error.value) and "trainer_state.json is missing" in str(
+    assert "no longer contains a complete checkpoint" in str(error.value) and "trainer_state.json is missing" in str(
         error.value
     )
 
 
 def test_a_folder_of_other_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunDirError, match="holds other files and no run"):
+    with pytest.raises(RunDirError, match="contains other files but no run"):
         find_checkpoint(RunDir(tmp_path), "auto")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="is a file"):
@@ -97,7 +100,7 @@ def test_going_back_leaves_whole_checkpoints_up_to_there_and_says_what_went(run)
     checkpoint(run, 7, sealed=False)
     said = list(rewind_record(run, run.checkpoints / "checkpoint-2"))
     assert said == [
-        "checkpoint-7 is left out: it has no complete.json: its writing was cut.",
+        "checkpoint-7 is removed: no complete.json: it was not completely written.",
         "checkpoint-4 is removed: its steps are run again.",
         "checkpoint-6 is removed: its steps are run again.",
         f"Continuing from {run.checkpoints / 'checkpoint-2'}.",

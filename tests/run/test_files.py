@@ -60,7 +60,7 @@ def test_a_spoiled_line_with_others_behind_it_is_one_error_and_nothing_is_lost(t
         ):
             with pytest.raises(RunDirError) as error:
                 read()
-            assert str(error.value).startswith(f"{path}, line 2: not a JSON object; nothing was changed.")
+            assert str(error.value).startswith(f"{path} line 2: not a JSON object; restore the file")
             assert len(str(error.value).splitlines()) == 1 and path.read_bytes() == spoiled
         path.unlink()
 

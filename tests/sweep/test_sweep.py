@@ -83,7 +83,7 @@ def test_a_plan_is_the_file_the_command_line_and_the_variant(experiment_file, tm
     [
         ({"sedes": [1]}, "sedes: unknown key; valid here: base, common"),
         ({"seeds": []}, "seeds"),
-        ({"seeds": [1, 1]}, "none twice"),
+        ({"seeds": [1, 1]}, "each only once"),
         ({"seeds": [True]}, "seeds.0"),
         ({"variants": {"GRPO": {}}}, "variants"),
         ({"variants": {"GRPO": {}, "../up": {}}}, "../up"),
@@ -93,9 +93,9 @@ def test_a_plan_is_the_file_the_command_line_and_the_variant(experiment_file, tm
             "common: train.max_stpes: unknown key; did you mean train.max_steps?",
         ),
         ({"variants": {"GRPO": {}, "APO": {"apo": {"stcr": 0.5}}}}, "variants.APO: apo.stcr: 0.5 is not valid"),
-        ({"variants": {"GRPO": {}, "APO": {"train": {"seed": 3}}}}, "train.seed belongs to the sweep"),
+        ({"variants": {"GRPO": {}, "APO": {"train": {"seed": 3}}}}, "train.seed is set by the sweep"),
         ({"common": {"output": {"dir": "there"}}}, "use --out DIR"),
-        ({"common": {"train": {"max_steps": None}}}, "give the steps of a run"),
+        ({"common": {"train": {"max_steps": None}}}, "a sweep needs steps"),
     ],
 )
 def test_an_unsound_file_is_one_line_and_writes_nothing(changes, words, experiment_file, capsys, tmp_path):
@@ -115,7 +115,7 @@ def test_an_unknown_experiment_is_one_line(capsys):
 def test_bad_seeds_are_one_line(seeds, experiment_file, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["sweep", str(experiment_file()), "--seeds", seeds])
-    assert exit.value.code == 2 and "is not a list of seeds" in capsys.readouterr().err
+    assert exit.value.code == 2 and "is not a list of different seeds" in capsys.readouterr().err
 
 
 def test_nothing_in_the_file_is_executed(tmp_path, capsys):
@@ -277,11 +277,11 @@ def test_a_run_is_locked_until_its_process_ends_even_where_its_sweep_was_killed(
     def again():
         queue.run_all(runs, tmp_path, 1, lambda outcome: None)
 
-    with pytest.raises(RunDirError, match="still working on it"):
+    with pytest.raises(RunDirError, match="still running it"):
         again()
     sweep.kill()
     sweep.wait()
-    with pytest.raises(RunDirError, match="still working on it"):  # the child goes on by itself
+    with pytest.raises(RunDirError, match="still running it"):  # the child goes on by itself
         again()
     assert not children[1]
     os.kill(child, signal.SIGKILL)
@@ -313,7 +313,7 @@ def test_ctrl_c_lets_the_children_save(experiment_file, children, tmp_path, caps
     threading.Thread(target=interrupt).start()
     assert main(["sweep", str(experiment_file()), "--out", str(out), "--jobs", "2"]) == 130
     assert len(list(out.glob("*/*/saved"))) == 2 and len(started) == 2
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert [row["finished"] for row in read_jsonl(out / "logs" / "children.jsonl")] == [False, False]
 
 
