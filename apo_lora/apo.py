@@ -108,7 +108,7 @@ def assign_credit(
 
     With dads=stcr=False this is plain GRPO: group advantages and weights of 1. STCR multiplies whatever sign A_i has,
     as released: a wrong answer with a positive advantage (format right, in a group with few right answers) is
-    amplified too if it is long. stcr_amplify_positive=False leaves those alone.
+    amplified too if it is long. stcr_amplify_positive=False leaves those unchanged.
     """
     advantages_NG = group_advantages(rewards_NG, eps)
     multipliers_NG = torch.ones_like(advantages_NG)

@@ -70,7 +70,7 @@ class APOTrainer(GRPOTrainer):
             )
         if any(named.get(name) for name in ("tools", "environment_factory", "rollout_func")):
             raise ValueError("APOTrainer: tools, environments and rollout functions are not supported; leave them out")
-        # With a beta, TRL would copy the fresh adapter as a reference policy, and run a pass of its own over it.
+        # With a beta, TRL would copy the fresh adapter as a reference policy, and run an extra pass over it.
         super().__init__(model, reward_funcs, _without_beta(args), *arguments, **named)
         self.args.beta = args.beta
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
@@ -214,7 +214,7 @@ class APOTrainer(GRPOTrainer):
         return batch
 
     def _other_items(self, number: int, round_number: int) -> list[dict[str, Any]]:
-        """Prompts in the place of others; the same ones where a run is continued."""
+        """Replacement prompts; the same ones where a run is continued."""
         rng = random.Random(f"{self.args.seed} {self.state.global_step} {round_number}")
         return [self.train_dataset[rng.randrange(len(self.train_dataset))] for _ in range(number)]
 
@@ -273,7 +273,7 @@ class APOTrainer(GRPOTrainer):
         Backward happens here, pass by pass, so that running out of memory can be answered with smaller passes. The
         loss that is returned is a leaf: the Trainer's own backward ends at it.
         """
-        # Before the passes: out of memory repeats them on one process alone, and this asks all of them.
+        # Before the passes: out of memory repeats them on one process only, and this needs all of them.
         totals = self._step_totals(inputs)
         # The micro-batch's own gradients come apart, so that dropping them undoes what a failed attempt left behind.
         accumulated = [parameter.grad for parameter in self.trained_parameters]
@@ -366,7 +366,7 @@ class APOTrainer(GRPOTrainer):
         ranks.wait()  # no process continues or ends beside an incomplete checkpoint
 
     def _save_rng_state(self, output_dir):
-        """Each process has a random state of its own; the main one writes them all."""
+        """Each process has its own random state; the main one writes them all."""
         with tempfile.TemporaryDirectory() as folder:
             super()._save_rng_state(folder)
             files = ranks.gathered([(file.name, file.read_bytes()) for file in Path(folder).iterdir()])

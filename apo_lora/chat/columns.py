@@ -13,8 +13,8 @@ NARROWEST = 80
 class Column:
     """Writes text to `out` as it comes, wrapped at `width` cells, every line starting `indent` cells from the left.
 
-    width None leaves the wrapping to whoever reads. Control characters, which a model may well write, are left out:
-    a terminal would obey them.
+    With width None, text is not wrapped. Control characters, which a model may write, are left out: a terminal would
+    obey them.
     """
 
     def __init__(self, out: TextIO, width: int | None, indent: int = 0):

@@ -62,7 +62,7 @@ def find_server(llama_cpp: str | None) -> Path | None:
 
 @contextmanager
 def serving(gguf: Gguf, program: Path | None, *, context: int, image_tokens: dict[str, int]) -> Iterator[str]:
-    """Inside, a server of these two files listens at the address given, for this machine alone.
+    """Inside, a server of these two files listens at the address given, only on this machine.
 
     `context`: tokens of prompt and answer; `image_tokens`: see image_limits.image_token_limits. Raises ModelError.
     """

@@ -162,7 +162,7 @@ def find_benchmark(spec: str) -> tuple[Benchmark, str | None] | None:
 
 
 def converted_rows(benchmark: Benchmark, rows: list[tuple[int, Any]], source: str) -> list[tuple[int, Any]]:
-    """Rows in our columns; a BadRow in place of one that cannot be. Raises DataError for another schema."""
+    """Rows in our columns; a BadRow in place of one that cannot be converted. Raises DataError for another schema."""
     first = next((row for _, row in rows if isinstance(row, Mapping)), {})
     if missing := [name for name in benchmark.columns if name not in first]:
         raise DataError(

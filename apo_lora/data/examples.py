@@ -263,7 +263,7 @@ def drop_long_prompts(loaded: Loaded, processor: Any, data: DataSection) -> Load
 def training_order(num_examples: int, num_prompts: int, seed: int) -> list[int]:
     """Which example each of a run's prompts is: one seeded permutation after another, as many as it takes.
 
-    A longer run begins with the order of a shorter one, so that a resumed run goes on exactly where it was; TRL's own
+    A longer run begins with the order of a shorter one, so that a resumed run continues exactly where it was; TRL's own
     sampler starts over with the first epoch's order.
     """
     rng, order = random.Random(seed), []

@@ -223,7 +223,7 @@ def _read_content(content: Any) -> tuple[str, list[Any]]:
 
 
 def read_answer(value: Any, choices: tuple[str, ...] | None) -> str:
-    """Gold as text: out of its <answer> tags; a whole number that is no choice's text counts choices from 0."""
+    """Gold as text: out of its <answer> tags; a whole number that is not a choice's text counts choices from 0."""
     if isinstance(value, list):
         values = [item for item in value if item is not None]
         if len(values) > 1:

@@ -45,7 +45,7 @@ class ImageRef:
     name: str
     """The path as the data gives it, else "row 5 image 1" or "boards/train/17"."""
     size: tuple[int, int]
-    """(width, height) as it will be opened, read from the header alone."""
+    """(width, height) as it will be opened, read only from the header."""
     source: Path | bytes | Cell | Image.Image = field(repr=False, compare=False)
 
     @property

@@ -41,7 +41,7 @@ class DataReport:
     answer_kinds: dict[str, int]
     category_counts: dict[str, int]
     images_per_row: dict[int, int]
-    """Number of images -> rows that have so many."""
+    """Number of images -> rows with that many."""
     image_sizes: tuple[tuple[int, int], ...]
     """Smallest, median and largest (width, height), by area; empty without images."""
     prompt_tokens: Spread | None

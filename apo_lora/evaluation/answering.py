@@ -27,7 +27,7 @@ def policies(
 ) -> Iterator[tuple[str, Policy]]:
     """(base or tuned, the policy switched to it), each of `models` once, the base first.
 
-    An adapter is loaded once with its base, and switched off and on. An export is a model of its own, loaded after
+    An adapter is loaded once with its base, and switched off and on. An export is a separate model, loaded after
     the base is gone, in the precision it is stored in.
     """
     if source and models:

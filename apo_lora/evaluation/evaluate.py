@@ -46,10 +46,10 @@ def evaluate(
 ) -> Path:
     """Answers, verifies and compares; prints the table and returns the folder RUN/evaluations/NAME.
 
-    `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` are measured in place of
-    the recipe's held-out sets, `split` and `limit` in place of the recipe's. `base`: that model alone; `model`: the
-    folder of a merged export in place of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
-    `batch_size`: answers at once, else as many as fitted in training. An existing evaluation is continued.
+    `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` replaces the
+    recipe's held-out sets, `split` and `limit` replace the recipe's. `base`: evaluate only that model; `model`: the
+    folder of a merged export instead of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
+    `batch_size`: answers generated at once, by default as many as fitted in training. An existing evaluation is continued.
     Raises UserError for what a user can fix, before anything is written where possible.
     """
     if ranks.num_processes() > 1:

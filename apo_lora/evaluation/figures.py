@@ -44,7 +44,7 @@ class AnswerPair(NamedTuple):
 
 
 def paired(rows: Iterable[AnswerRow]) -> list[AnswerPair]:
-    """In the order of the rows. They are paired by set, row and sample; the greedy answer is no sample."""
+    """In the order of the rows. They are paired by set, row and sample; the greedy answer is not a sample."""
     found: dict[tuple, dict[str, AnswerRow]] = {}
     for row in rows:
         key = row["set"], row["row"], row.get("sample", 0), row.get("greedy", False)

@@ -1,7 +1,7 @@
 """RUN/evaluations/NAME: what was asked for (settings.json), every answer (answers.jsonl), the figures (eval.json).
 
-Items are answered in batches. A batch counts only as a whole, and has a seed of its own, so an evaluation that was cut
-anywhere goes on to what it would have been.
+Items are answered in batches. A batch counts only as a whole, and has its own seed, so an interrupted evaluation ends
+with the result it would have had.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class EvaluationFolder:
     def open(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Makes the folder, or finds it made with the same settings. Raises RunDirError for other ones.
 
-        `settings["tuned"]` is left out where the base alone is measured; the other model can join it later. Returns
+        `settings["tuned"]` is left out where only the base is evaluated; the tuned model can be added later. Returns
         the settings with what the folder knows of it.
         """
         if self.rows():

@@ -1,6 +1,6 @@
 """Answers with their images, as HTML: on the report's page, in gallery.html of `apo-lora eval`, in notebook cells.
 
-Whatever a model or a data set says is escaped text. A page's policy lets gallery.js alone run, which shows and hides
+Text from a model or a data set is escaped. A page's policy allows only gallery.js to run, which shows and hides
 what is there. No torch.
 """
 
@@ -81,7 +81,7 @@ def gallery(sources: Sequence[AnswerSource], most_bytes: int) -> Markup:
 
 
 def write_gallery(rows: Iterable[AnswerRow], run_dir_path: Path, target: Path) -> None:
-    """Writes the greedy answers among `rows`, those of answers.jsonl, as a page of its own, a source per set."""
+    """Writes the greedy answers among `rows`, those of answers.jsonl, as a separate page, with a source per set."""
     by_set: dict[str, list[AnswerRow]] = {}
     for row in rows:
         if row["sample"] == 0:

@@ -29,7 +29,7 @@ def measure_held_out(
 ) -> dict[str, Any]:
     """One sampled completion per item of every set (title -> items), at the recipe's temperature.
 
-    The rows go to the run's answers.jsonl, in place of those of an earlier `when`; the figures are returned by title
+    The rows go to the run's answers.jsonl, replacing those of an earlier `when`; the figures are returned by title
     (evaluation/figures.py). Several processes share the items out; each of them returns the whole, the main one writes.
     """
     figures, is_main = {}, ranks.is_main()
@@ -64,6 +64,6 @@ def _shared_out(
             batch_size=min(ITEMS_PER_BATCH, recipe.completions_per_step),  # what fits in training fits here
             progress=bar.update,
         )
-    # Completions alone are pickled: examples hold images and places in tables.
+    # Only completions are pickled: examples hold images and places in tables.
     numbered = ranks.gathered(list(zip(own, judged, strict=True)))
     return [completion for _, completion in sorted(numbered, key=lambda pair: pair[0])]

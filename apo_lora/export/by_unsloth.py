@@ -1,6 +1,6 @@
 """A merged folder as GGUF through Unsloth's save_pretrained_gguf, for a GPU host with a network and no llama.cpp.
 
-Unsloth fetches or builds llama.cpp by itself (into ~/.unsloth/llama.cpp, or UNSLOTH_LLAMA_CPP_PATH) and runs its
+Unsloth downloads or builds llama.cpp itself (into ~/.unsloth/llama.cpp, or UNSLOTH_LLAMA_CPP_PATH) and runs its
 converter. It is given our merged folder, which was checked, as a model without an adapter: then it converts the folder
 that it loaded, as it lies there. It treats the vision file as optional; here its absence is an error.
 

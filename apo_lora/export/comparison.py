@@ -68,7 +68,7 @@ class Comparison:
         return (
             f"{self.kind} prompts: max difference of log-probs {self.max_difference:.2g}, same top token at "
             f"{self.argmax_agreement:.1%} of {self.positions} positions, gap {self.gap:.3f} of the adapter's effect "
-            f"(rounding alone: {self.rounding:.3f})"
+            f"(from rounding: {self.rounding:.3f})"
         )
 
 

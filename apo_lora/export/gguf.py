@@ -30,7 +30,7 @@ BYTES_PER_16_BIT_BYTE = {"F32": 2.0, "F16": 1.0, "Q8_0": 0.6, "Q4_K_M": 1.4}
 VISION_TYPES = {"F32", "F16", "BF16", "Q8_0"}
 """Coarser ones cost a small vision tower what it sees."""
 
-_FALLBACKS = {"Q5_0", "Q5_1", "Q8_0", "F16"}  # in place of Q4_K, Q5_K, Q6_K, and of whatever has odd rows
+_FALLBACKS = {"Q5_0", "Q5_1", "Q8_0", "F16"}  # replace Q4_K, Q5_K and Q6_K for rows of other sizes
 
 
 Converter = Callable[[Path, Path, str, str], list[Path]]

@@ -1,4 +1,4 @@
-"""The sizes of a vision-language model, and what follows from them alone: parameters by module, bytes in NF4. No torch.
+"""The sizes of a vision-language model, and what follows from them: parameters by module, bytes in NF4. No torch.
 
 What is written here is Qwen2.5-VL's; a family whose layers differ gives its sizes as a subclass.
 """

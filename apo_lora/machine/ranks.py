@@ -62,7 +62,7 @@ def lost_process_as_one_line(kept: str) -> Iterator[None]:
         ) from error
 
 
-# gloo's messages; NCCL ends the process from a thread of its own.
+# gloo's messages; NCCL ends the process from its own thread.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 

@@ -72,14 +72,14 @@ class Session:
         self.recipe = load_recipe(find_recipe(self.recipe_name), self.overrides)
 
     def _group_size(self, num_generations: int) -> list[str]:
-        """With as many completions per pass as divide a step evenly, at most the recipe's."""
+        """With the largest number of completions per pass, up to the recipe's, that divides a step evenly."""
         grpo = load_recipe(find_recipe(self.recipe_name)).grpo
         completions = grpo.prompts_per_step * num_generations
         per_pass = max((n for n in range(1, grpo.completions_per_pass + 1) if completions % n == 0), default=1)
         return [f"grpo.num_generations={num_generations}", f"grpo.completions_per_pass={per_pass}"]
 
     def _name(self, dataset: str, apo: bool) -> str:
-        """Tells runs of other forms apart, except by their length: a longer one goes on from a shorter one."""
+        """Distinguishes runs with different settings, except for their length: a longer run continues a shorter one."""
         parts = [self.recipe_name, dataset, "apo" if apo else "grpo", f"g{self.recipe.grpo.num_generations}"]
         return "-".join(re.sub(r"\W+", "_", part).strip("_") for part in parts if part)
 
@@ -166,7 +166,7 @@ class Session:
         run_verb("export", str(self.run.path), "--to", to, secrets=_secrets())
 
     def push(self, repo: str, what: str = "adapter", private: bool = True) -> None:
-        """Onto the Hub with a model card; an empty `repo` does nothing."""
+        """Pushes to the Hub with a model card; an empty `repo` does nothing."""
         if not repo:
             print("Nothing was pushed: set PUSH_TO to ORG/NAME.")
             return

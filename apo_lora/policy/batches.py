@@ -57,7 +57,7 @@ def _rows_of(value: Any, start: int, stop: int) -> Any:
 
 
 def with_rows_replaced(batch: Batch, rows: Sequence[int], other: Batch) -> dict[str, Any]:
-    """The batch with the sequences of `other`, in order, in the place of its `rows`, which are whole groups.
+    """The batch with the sequences of `other`, in order, replacing its `rows`, which are whole groups.
 
     Scalars stay, and so does `group`: the numbers of `other` are its own, and could be those of groups that stay.
     Prompts are padded on the left and completions on the right where the two are not equally wide.

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of sampled tokens. The old, the reference and the policy pass all come from here.
 
 Where the batch says which sequences share a prompt (batch["group"]), the prompt and its images are computed once for
-all of them; else every sequence is a row of its own, as the model's stock forward takes it.
+all of them; otherwise every sequence is a separate row, as in the model's stock forward pass.
 
 The model gives hidden states; the head is applied only at completion tokens, a chunk at a time, and recomputed in
 backward. So no [B, T, vocabulary] tensor of a whole batch ever exists: for 8 completions of 1,024 tokens out of 151,936

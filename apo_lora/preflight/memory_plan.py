@@ -10,7 +10,7 @@ Activations are formulas with these assumptions:
 - Unsloth's key-value cache has its full length from the start, transformers' grows;
 - attention never holds its scores (SDPA, flash), but a mask: a byte and a 16-bit value per pair;
 - keys and values are never repeated for query heads; behind a shared prompt a layer copies the prompt's once per
-  completion, and the vision tower, where it is frozen, runs in the prefill alone;
+  completion, and the vision tower, where it is frozen, runs only in the prefill;
 - a layer is the eager one of transformers, in 16 bits, and one of them is live at a time, with two of its MLP matrices
   dequantised; Unsloth's fused kernels should need less;
 - checkpointing keeps each layer's input: on the GPU (transformers) or in the host's memory, three at a time on the

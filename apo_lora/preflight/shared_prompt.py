@@ -35,8 +35,8 @@ def compare_shared_prompt(policy: Policy, batch: Batch) -> tuple[bool, str]:
     group = _one_group(batch)
     try:
         logps, gradient = _logps_and_gradient(policy, [group])
-        alone = [row | {"group": None} for row in row_slices(group, 1)]
-        expected_logps, expected_gradient = _logps_and_gradient(policy, alone)
+        unshared = [row | {"group": None} for row in row_slices(group, 1)]
+        expected_logps, expected_gradient = _logps_and_gradient(policy, unshared)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any error of an untested kernel or library version is a reason not to use it
@@ -48,7 +48,7 @@ def compare_shared_prompt(policy: Policy, batch: Batch) -> tuple[bool, str]:
 
 
 def compare_shared_reading(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[bool, str]:
-    """The same of sampling, which reads a prompt once: two prompts, two completions each, scored with prompts alone."""
+    """The same of sampling, which reads a prompt once: two prompts, two completions each, scored without sharing."""
     repeated = [example for example in examples[:2] for _ in range(2)]
     groups = [place // 2 for place in range(len(repeated))]
     try:

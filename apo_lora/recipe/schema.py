@@ -270,7 +270,7 @@ def differences(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str]:
-    """Keys that are valid alone but not together, or not with this many processes. Touches neither disk nor device."""
+    """Keys that are each valid but not together, or not with this many processes. Touches neither disk nor device."""
     grpo, apo, rewards = recipe.grpo, recipe.apo, recipe.rewards
     share, rest = divmod(recipe.completions_per_step, num_processes)
     if rest:

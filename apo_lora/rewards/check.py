@@ -64,7 +64,7 @@ def _formats(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]
 
 
 def _is_unique(gold: Gold) -> bool:
-    """Whether the text alone names the choice: not where the choices are themselves letters (images, for instance)."""
+    """Whether the text identifies the choice: not where the choices are themselves letters (images, for instance)."""
     return judge(FinalAnswer(gold.choices[gold.index], sentence=False), gold) is True
 
 

@@ -29,7 +29,7 @@ class Rollout:
     seconds_for_rewards: float
 
     def with_rows_replaced(self, rows: Sequence[int], other: "Rollout") -> "Rollout":
-        """With the completions of `other`, in order, in the place of these."""
+        """With the completions of `other`, in order, replacing these rows."""
         places = list(range(len(self.texts)))
         for number, row in enumerate(rows):
             places[row] = len(places) + number

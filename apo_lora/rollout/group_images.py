@@ -20,12 +20,12 @@ def images_processed_once(processor: Any, groups: Sequence[int]) -> Iterator[Row
     """Inside, `processor` is called with the rows of one rollout, and processes the images of each group's first row.
 
     It does so in its first call; later ones get the same. What it returns has image_grid_thw for every row, since
-    image tokens are counted from it, but pixel_values for the first rows alone. Afterwards the list holds every row's
+    image tokens are counted from it, but pixel_values only for the first rows. Afterwards the list holds every row's
     own pixels (patches, values) on the CPU, one tensor for the whole group; it is empty where prompts have no images.
     """
     by_row: RowPixels = []
     image_processor = getattr(processor, "image_processor", None)
-    if image_processor is None:  # a tokenizer: text alone
+    if image_processor is None:  # a tokenizer: only text
         yield by_row
         return
     first_rows = [groups.index(group) for group in dict.fromkeys(groups)]

@@ -1,4 +1,4 @@
-"""Sampling with vLLM in place of the model's own generate(): opt-in, on the GPU that trains, through Unsloth.
+"""Sampling with vLLM instead of the model's own generate(): opt-in, on the GPU that trains, through Unsloth.
 
 Unsloth calls it fast_inference: vLLM and the trainer share one copy of the weights, and the adapter of the moment goes
 along with every request. What is sampled is scored by the trainer's own model, as always; vLLM's kernels round

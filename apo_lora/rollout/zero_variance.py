@@ -25,7 +25,7 @@ def resampled(
     draw: Callable[[int, int], list[dict[str, Any]]],
     sample: Callable[[list[dict[str, Any]]], Sampled],
 ) -> tuple[dict[str, Any], ScoredRollout, int]:
-    """The rollout with other prompts in the place of groups without variance, and how many were sampled for that.
+    """The rollout with other prompts replacing groups without variance, and the number of replacements.
 
     `draw(number, round)` gives other prompts' items, and `sample(items)` a rollout of them, G items to a prompt. Groups
     that still have no variance after MOST_ROUNDS stay.

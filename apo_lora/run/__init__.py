@@ -1,1 +1,1 @@
-"""One run on disk: every file name, whole checkpoints, resume, mirrors, the record of its steps, its card."""
+"""One run on disk: every file name, complete checkpoints, resume, mirrors, the record of its steps, its model card."""

@@ -38,7 +38,7 @@ class MetricsWriter(TrainerCallback):
 class NonFiniteGuard(TrainerCallback):
     """Skips an optimizer step whose loss or gradient is not finite, counts it, and stops after several in a row.
 
-    A float16 gradient that only its loss scale made infinite is no such fault: GradScaler skips the step and lowers the
+    A float16 gradient that only its loss scale made infinite is not a fault: GradScaler skips the step and lowers the
     scale, so it is counted as skipped and not towards the stop.
     """
 
@@ -72,7 +72,7 @@ class NonFiniteGuard(TrainerCallback):
             self.in_a_row = 0
             return
         for parameter in self.parameters:
-            parameter.grad = None  # an optimizer leaves a parameter without gradient alone, its state too
+            parameter.grad = None  # an optimizer leaves a parameter without gradient and its state unchanged
         self.skipped += 1
         scale = scaler.get_scale() if (scaler := self.scaler()) else 0
         if bad_loss or scale <= 1:

@@ -61,7 +61,7 @@ def _says_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):  # safetensors has an exception class of its own
+        if "No space left on device" in str(error):  # safetensors has its own exception class
             return True
         error = error.__cause__ or error.__context__
     return False

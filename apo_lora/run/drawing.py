@@ -1,6 +1,6 @@
 """All that is drawn of runs, by matplotlib: PNG for files and notebooks, SVG for the report's page.
 
-Nothing here uses pyplot: figures of our own leave the state of a notebook alone.
+Nothing here uses pyplot: separate figures leave the state of a notebook unchanged.
 """
 
 import io

@@ -37,7 +37,7 @@ def model_card(
     what: What = "adapter",
     place: str = "adapter",
 ) -> str:
-    """The card of a run, in Markdown with a Hub front matter.
+    """The model card of a run, in Markdown with a Hub front matter.
 
     `base`: the Hugging Face id or folder that was trained on; `environment`: the run's environment.json;
     `place`: what to load it from, a folder or ORG/NAME.
@@ -131,7 +131,7 @@ def _is_hub_id(text: str) -> bool:
 
 class Licence(NamedTuple):
     front_matter: dict[str, str]
-    """The keys of a Hub card."""
+    """The keys of a Hub model card."""
     text: str
     """The same for a reader."""
 

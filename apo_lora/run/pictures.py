@@ -14,7 +14,7 @@ from apo_lora.run.files import replacing
 def saved_images(images: Iterable[ImageRef], folder: Path, root: Path, *, longest: int | None = None) -> list[str]:
     """Paths relative to `root` (the run directory): an image file's own path, otherwise that of a copy in `folder`.
 
-    Images of different data sets may have the same name ("row 5 image 1"): each set has a folder of its own. `longest`
+    Images of different data sets may have the same name ("row 5 image 1"): each set has its own folder. `longest`
     is the longest side of a copy in pixels; such copies are compressed, since benchmarks have thousands of images.
     """
     return [str(image.path or _copy(image, folder, longest).relative_to(root)) for image in images]

@@ -16,7 +16,7 @@ from apo_lora.recipe.schema import Recipe, differences
 from apo_lora.run.checkpoints import checkpoint_step, checkpoints_in, is_sealed, remove_checkpoint, why_not_whole
 from apo_lora.run.directory import RunDir
 
-# Keys that may differ when a run is continued: they change how long it goes on or what is shown, not what it computes.
+# Keys that may differ when a run is continued: they change its length or what is shown, not what it computes.
 FREE_ON_RESUME = (
     "train.max_steps", "train.epochs", "train.save_steps", "train.save_minutes", "train.keep_checkpoints",
     "train.evaluate", "train.preflight", "output.",

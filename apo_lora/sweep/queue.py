@@ -78,7 +78,7 @@ def run_all(
 
 
 def train_command(run: PlannedRun, *, resume: bool) -> list[str]:
-    """What a user would type for this run alone."""
+    """What a user would type for this run."""
     words = ["train", "--recipe", str(run.recipe_file), *run.overrides, *(["--resume", "auto"] if resume else [])]
     return [sys.executable, "-m", "apo_lora.commands.main", *words]
 
@@ -102,7 +102,7 @@ def _start(run: PlannedRun, out: Path, jobs: int) -> _Child:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        # A session of its own: Ctrl-C in a terminal reaches the sweep alone, which passes it on once. A child that
+        # A separate session: Ctrl-C in a terminal reaches only the sweep, which passes it on once. A child that
         # gets it twice stops at once, without its checkpoint.
         start_new_session=True,
         env={"OMP_NUM_THREADS": str(threads), **os.environ},

@@ -269,7 +269,7 @@ def test_bad_use_is_one_line_and_writes_nothing(run, arguments, words, capsys):
 
 
 def test_no_run_is_one_line(tmp_path, capsys):
-    assert main(["eval", str(tmp_path)]) == 2 and "no run" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path)]) == 2 and "not a run directory" in capsys.readouterr().err
 
 
 def test_titles_and_names():

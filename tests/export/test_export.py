@@ -342,10 +342,10 @@ def lost_shard(adapter):
         (unknown_layer, "use the base that it was trained on"),
         (quantised_base, "quantised"),
         (lost_shard, "model-00002-of-00002.safetensors is missing"),
-        (lambda a: edit_weights(a, lambda n, t: (n, t * float("inf"))), "cannot hold"),
+        (lambda a: edit_weights(a, lambda n, t: (n, t * float("inf"))), "cannot represent"),
         (lambda a: edit_weights(a, lambda n, t: (n, t[:, 1:].clone()) if "lora_A" in n else (n, t)), "size mismatch"),
         (lambda a: edit_weights(a, lambda n, t: None if "lora_B" in n else (n, t)), "48 of its weights are missing"),
-        (lambda a: shutil.copytree(a, a.parent / "merged"), "already there"),
+        (lambda a: shutil.copytree(a, a.parent / "merged"), "already exists"),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(spoil, words, adapter, tmp_path, capsys):

@@ -315,7 +315,7 @@ def test_offline(hub, run):
 
 
 def test_no_token(hub, run):
-    assert_one_line(push_in_child(hub, run, HF_TOKEN=""), "no token", "HF_TOKEN")
+    assert_one_line(push_in_child(hub, run, HF_TOKEN=""), "no Hub token", "HF_TOKEN")
     assert not hub.requests
 
 
@@ -327,7 +327,7 @@ def test_a_name_that_is_none(run, repo):
 
 def test_a_run_without_its_record(run):
     run.environment.unlink()
-    with pytest.raises(HubError, match="record cannot be read"):
+    with pytest.raises(HubError, match="record, needed for the model card, cannot be read"):
         push(find_adapter(run.path), repo="me/counts")
 
 

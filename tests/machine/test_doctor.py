@@ -108,7 +108,7 @@ def test_a_python_is_bad_only_where_the_package_itself_excludes_it():
         (NO_GPU, "GPU", "note", "tiny_cpu.yaml", "CUDA GPU"),
         (NO_GPU | {"gpu_problem": "built without CUDA"}, "GPU", "note", "built without CUDA", "CUDA_VISIBLE_DEVICES"),
         (gpu(count=2), "GPU", "ok", "the first of 2", ""),
-        (gpu(capability=(6, 1)), "capability", "bad", "6.1; this torch has kernels only for sm_75", "another machine"),
+        (gpu(capability=(6, 1)), "capability", "bad", "6.1; this torch build has kernels", "another machine"),
         (gpu(capability=(7, 5), dtype="float16"), "capability", "ok", "7.5, trains in float16", ""),
         (gpu(free_bytes=GiB // 2), "GPU memory", "bad", "0.5 GiB free of 8.0 GiB", "nvidia-smi"),
         (gpu(free_bytes=5 * GiB), "GPU memory", "note", "5.0 GiB", "gpu_8gb.yaml"),

@@ -198,10 +198,10 @@ def test_run_all_without_a_gpu(tmp_path):
     assert after.count("base</b>") == after.count("tuned</b>") == 3
     assert "accuracy" in outputs["Measure on held-out items"]
     assert "report.html" in outputs["The whole run on one page"]
-    assert "step    5" in outputs["Go on: after a disconnect, or for more steps"]
+    assert "step    5" in outputs["Continue: after a disconnect, or for more steps"]
     assert "Nothing was exported" in outputs["Export"]
     assert (
-        "Nothing was pushed" in outputs["Push to the Hub: needs HF_TOKEN among Colab's secrets (the key on the left)"]
+        "Nothing was pushed" in outputs["Push to the Hub: needs HF_TOKEN in Colab's secrets (the key icon on the left)"]
     )
     run, base = sorted((tmp_path / "runs").iterdir())
     assert base.name == f"{run.name}-base" and not (base / "metrics.jsonl").exists()

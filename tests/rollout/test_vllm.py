@@ -37,7 +37,7 @@ def test_it_is_off_by_default(name):
     ("override", "words"),
     [
         ("lora.vision=true", "lora.vision: vLLM applies adapters only to language layers"),
-        ("model.engine=transformers", "model.engine: .* through Unsloth"),
+        ("model.engine=transformers", "model.engine: .* needs Unsloth"),
         ("model.revision=abc", "model.revision: .* default branch"),
     ],
 )

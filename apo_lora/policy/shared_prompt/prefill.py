@@ -1,6 +1,6 @@
 """Reading a prompt once while sampling: the G completions of a group start from one prompt, and its images.
 
-generate() stays as it is, whoever provides it (transformers, Unsloth). Its first forward pass, which reads the prompts
+generate() is unchanged, both transformers' and Unsloth's. Its first forward pass, which reads the prompts
 into the key-value cache, is given one row per group, and cache and hidden states are copied for the others. So the
 vision tower and the prompt's tokens cost 1/G of what they did, in time and in memory, and what is sampled is the same
 but for the rounding of another batch size.
@@ -44,7 +44,7 @@ def prompts_read_once(
             output = forward(**_of_rows(inputs, first_rows, images_per_row))
         copies = torch.tensor(source_of_row, device=output.last_hidden_state.device)
         _copy_rows(inputs["past_key_values"], copies)
-        # generate() goes on from the last position; the others would be G times the prompt's memory.
+        # generate() continues from the last position; the others would be G times the prompt's memory.
         output.last_hidden_state = output.last_hidden_state[:, -1:].index_select(0, copies)
         return output
 
@@ -88,7 +88,7 @@ ROW_DIMENSION = {"input_ids": 0, "inputs_embeds": 0, "attention_mask": 0, "mm_to
 def _copy_rows(cache: Any, copies: Tensor) -> None:
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.index_select(0, copies), layer.values.index_select(0, copies)
-        if layer.is_compileable:  # a static cache, which Unsloth takes: as it is made for so many rows
+        if layer.is_compileable:  # a static cache, which Unsloth uses, is made for a fixed number of rows
             layer.batch_size = len(copies)
             torch._dynamo.mark_static_address(layer.keys)
             torch._dynamo.mark_static_address(layer.values)

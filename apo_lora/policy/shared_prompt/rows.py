@@ -3,7 +3,7 @@
     prompt A | completion A1 | completion A2 | ... | prompt B | completion B1 | ...
 
 A completion attends to its prompt and to itself (attention.py), and its positions go on from its prompt's, as if
-each stood alone behind it. One prompt with its completions is a prompt group.
+each were the only one. One prompt with its completions is a prompt group.
 
 Shape suffixes: B sequences, L tokens of the row, P prompt tokens, K completion tokens that are not padding.
 """

@@ -42,7 +42,7 @@ def _features_of_row(inner_model: nn.Module, row: Batch) -> Tensor | None:
 
 def embed(inner_model: nn.Module, input_ids_L: Tensor, features: list[Tensor]) -> dict[str, Any]:
     """What the language model is called with for a row of tokens: their embeddings (1, L, H), and the features of its
-    images in the place of image tokens.
+    images in place of image tokens.
 
     Raises ValueError where tokens and features are not equally many.
     """

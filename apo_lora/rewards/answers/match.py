@@ -268,7 +268,7 @@ def _bare_letter(text: str) -> int | None:
 def _labelled(text: str, choices: tuple[str, ...]) -> int | None:
     """The letter of "B) 12"; -1 where what follows names another choice; None where there is no label.
 
-    "A dog" is no label: after a space (or a mere comma or hyphen) the rest must be that choice's own text.
+    "A dog" is not a label: after a space (or a mere comma or hyphen) the rest must be that choice's own text.
     """
     match = _LABELLED.fullmatch(text)
     if match is None:
