@@ -49,7 +49,7 @@ def evaluate(
     `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` replaces the
     recipe's held-out sets, `split` and `limit` replace the recipe's. `base`: evaluate only that model; `model`: the
     folder of a merged export instead of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
-    `batch_size`: answers generated at once, by default as many as fitted in training. An existing evaluation is continued.
+    `batch_size`: answers generated at once, by default as many as fitted in training. Continues an existing one.
     Raises UserError for what a user can fix, before anything is written where possible.
     """
     if ranks.num_processes() > 1:
