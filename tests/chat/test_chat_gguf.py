@@ -212,10 +212,10 @@ def test_two_files_are_found_with_and_without_a_report(folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--gguf", "--llama-cpp", "nowhere", "--recipe", "tiny_cpu"], "--llama-cpp nowhere: there is no such folder"),
+        (["--gguf", "--llama-cpp", "nowhere", "--recipe", "tiny_cpu"], "--llama-cpp nowhere: no such folder"),
         (["--gguf"], "give one with --recipe R"),
         (["--gguf", "--recipe", "nowhere"], "no such file"),
-        (["--gguf", "--recipe", "tiny_cpu", "--base-gguf", "nowhere"], "nowhere: there is no such folder"),
+        (["--gguf", "--recipe", "tiny_cpu", "--base-gguf", "nowhere"], "nowhere: no such folder"),
         (["--gguf", "--recipe", "tiny_cpu", "--image", "nowhere.png"], "no file"),
         (["--llama-cpp", "nowhere"], "need --gguf"),
     ],

@@ -36,7 +36,7 @@ def test_missing_empty_and_unknown_files(folder):
         "bad.parquet": "cannot be read as Parquet",
         "latin.jsonl": "cannot be read as UTF-8",
         "scalar.json": "contains no list of rows",
-        "hollow": "holds no .jsonl, .json, .parquet file for split 'train'",
+        "hollow": "contains no .jsonl, .json, .parquet file for split 'train'",
     }.items():
         with pytest.raises(DataError, match=message) as caught:
             load(folder / name)

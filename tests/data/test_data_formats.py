@@ -171,7 +171,7 @@ def test_folders_and_splits(folder):
     assert only(load(folder / "saved")).answer == "saved"
     datasets.DatasetDict(test=saved).save_to_disk(folder / "dict")
     assert only(load(folder / "dict", split="test")).answer == "saved"
-    with pytest.raises(DataError, match="no split 'train'; it holds test"):
+    with pytest.raises(DataError, match="no split 'train'; it has test"):
         load(folder / "dict")
 
 

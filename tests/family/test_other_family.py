@@ -122,7 +122,7 @@ def test_data_keeps_to_every_family(monkeypatch):
     monkeypatch.setitem(FAMILIES, OTHER_VL.model_type, OTHER_VL)
     with pytest.raises(BadRow, match=r"the text contains <\|picture_start\|>"):
         read_row(row, columns)
-    with pytest.raises(BadRow, match="over 20:1 is refused"):
+    with pytest.raises(BadRow, match="aspect ratio allowed is 20:1"):
         image_refs(row["image"], folder=None, row=0)
 
 

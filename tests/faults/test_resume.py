@@ -28,11 +28,11 @@ NOW = {"processes": 1, "engine": "transformers", "gpu": None, "packages": {"torc
     ("before", "words"),
     [
         ({}, None),
-        ({"processes": 2}, "processes 2 until now, 1 from here"),
-        ({"engine": "unsloth"}, "engine unsloth until now, transformers from here"),
-        ({"gpu": {"name": "T4"}}, "device T4 until now, CPU"),
-        ({"packages": {"torch": "2.9.0", "trl": "1.15.0"}}, "torch 2.9.0 until now, 2.10.0 from here"),
-        ({"packages": {"torch": "2.10.0", "xformers": "1"}}, "xformers 1 until now, none from here"),
+        ({"processes": 2}, "processes from 2 to 1"),
+        ({"engine": "unsloth"}, "engine from unsloth to transformers"),
+        ({"gpu": {"name": "T4"}}, "device from T4 to CPU"),
+        ({"packages": {"torch": "2.9.0", "trl": "1.15.0"}}, "torch from 2.9.0 to 2.10.0"),
+        ({"packages": {"torch": "2.10.0", "xformers": "1"}}, "xformers from 1 to none"),
         ({"packages": {}}, None),  # recorded by a version that did not look
     ],
 )

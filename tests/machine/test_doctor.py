@@ -138,7 +138,7 @@ def test_one_thing_amiss_is_one_line_with_its_remedy(changes, name, status, foun
 def test_exit_code_1_only_where_training_could_not_work(changes, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "look", lambda: replace(HOST, **changes))
     assert cli.main(["doctor"]) == code
-    assert ("Training cannot work here: 1 to fix." in capsys.readouterr().out) == bool(code)
+    assert ("Training cannot work here: 1 problem to fix." in capsys.readouterr().out) == bool(code)
 
 
 @pytest.mark.parametrize(

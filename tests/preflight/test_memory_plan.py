@@ -214,4 +214,4 @@ def test_a_card_that_cannot_be_is_one_line(vram, capsys):
 def test_a_folder_with_another_model_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert main(["plan", "--recipe", "single_gpu", f"model.name={tmp_path}"]) == 2
-    assert "is a llama" in capsys.readouterr().err
+    assert "unsupported model type llama" in capsys.readouterr().err

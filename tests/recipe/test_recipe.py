@@ -98,9 +98,9 @@ def test_overrides_are_typed(tmp_path):
         ("grpo: {prompts_per_rollout: 12}", "must be a multiple of grpo.prompts_per_step"),
         ("{grpo: {prompts_per_rollout: 24}, train: {save_steps: 4}}", "must be a multiple of 3, the steps per rollout"),
         ("{grpo: {beta: 0}, apo: {dads: complement_exp}}", "no effect with grpo.beta = 0"),
-        ("rewards: {functions: [format]}", "rewards.correct_by: 'accuracy' is not in"),
+        ("rewards: {functions: [format]}", "rewards.correct_by: 'accuracy' must be one of"),
         ("rewards: {weights: [1, 2, 3]}", "3 weights for 2 functions"),
-        ("lora: {target_modules: [q_proj, lm_head]}", "lm_head is tied"),
+        ("lora: {target_modules: [q_proj, lm_head]}", "lm_head shares its weight"),
         ("data: {train: x, min_pixels: 5000, max_pixels: 100}", "must not exceed data.max_pixels"),
     ],
 )

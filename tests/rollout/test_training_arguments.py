@@ -23,5 +23,5 @@ def test_all_that_we_ask_for_is_compared(tiny_policy):
 def test_the_precision_of_an_evaluation_that_no_run_does_is_not_compared():
     config = SimpleNamespace(fp16=True, fp16_full_eval=True)
     refuse_changes(config, {"fp16": True, "fp16_full_eval": False}, by=APOConfig)
-    with pytest.raises(ModelError, match="APOConfig trains otherwise .*fp16 is True, not False"):
+    with pytest.raises(ModelError, match="APOConfig changed the arguments .*fp16 is True, not False"):
         refuse_changes(config, {"fp16": False, "fp16_full_eval": False}, by=APOConfig)
