@@ -167,7 +167,7 @@ def test_a_resume_on_the_border_of_two_epochs(tmp_path):
 def test_a_resume_by_another_recipe_is_refused_with_the_keys(finished_run, capsys):
     assert train(finished_run.path, "train.max_steps=6", "grpo.beta=0.5", "apo.stcr=null", resume="auto") == 2
     error = capsys.readouterr().err
-    assert "grpo.beta: 0.04 there, 0.5 now" in error and "apo.stcr" in error
+    assert "grpo.beta: 0.04 in the run, 0.5 now" in error and "apo.stcr" in error
 
 
 def test_own_rewards_from_a_file(tmp_path):

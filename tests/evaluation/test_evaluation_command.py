@@ -174,10 +174,10 @@ def test_other_settings_do_not_mix(run, capsys):
     assert evaluate(run) == 0
     before = answers(run)
     for changed, words in (
-        (["--samples", "1"], "samples: 0 there, 1 now"),
-        (["--limit", "4"], "sets.reasoning.items: 5 there, 4 now"),
+        (["--samples", "1"], "samples: 0 before, 1 now"),
+        (["--limit", "4"], "sets.reasoning.items: 5 before, 4 now"),
         (["--set", "grpo.temperature=0.5"], "recipe.grpo.temperature: 1.0 before, 0.5 now"),
-        (["--batch-size", "2"], "batch_size: 3 there, 2 now"),
+        (["--batch-size", "2"], "batch_size: 3 before, 2 now"),
     ):
         capsys.readouterr()
         assert evaluate(run, *changed) == 2
@@ -246,7 +246,7 @@ def test_pictures_are_copied_small_and_damaged_ones_left_out(run, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--set", "train.seed=3"], "only model, data, rewards, grpo can be changed"),
+        (["--set", "train.seed=3"], "only keys in model, data, rewards, grpo can be changed"),
         (["--set", "grpo.temprature=3"], "did you mean grpo.temperature?"),
         (["--recipe", "nowhere"], "no such file"),
         (["--data", "nowhere.jsonl"], "no such file"),

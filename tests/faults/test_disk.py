@@ -44,7 +44,7 @@ def test_a_full_disk_is_one_line_and_another_error_is_itself(tmp_path):
 
 def test_room_is_asked_for_where_the_folder_will_be(tmp_path):
     assert disk.free_bytes(tmp_path / "not" / "yet") > 0
-    with pytest.raises(RunDirError, match="Nothing was written. Make room"):
+    with pytest.raises(RunDirError, match="Nothing was written. Free some space"):
         disk.require_room(tmp_path, disk.free_bytes(tmp_path) * 2, "a checkpoint", "Nothing was written")
 
 
@@ -68,7 +68,7 @@ def same_end(run, whole_run):
 def test_nothing_is_written_where_not_even_one_checkpoint_fits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
     assert main(arguments(tmp_path)) == 2
-    assert "takes about 1.3 MB and 1 kB are free. Nothing was written" in only_line(capsys)
+    assert "needs about 1.3 MB, and 1 kB are free. Nothing was written" in only_line(capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -141,7 +141,7 @@ def test_another_recipe_is_refused_with_its_keys_and_nothing_is_touched(half, ca
     before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
     assert main(arguments(half, "grpo.beta=0.5", "data.limit=15")) == 2
     error = capsys.readouterr().err
-    assert "grpo.beta: 0.04 there, 0.5 now" in error and "data.limit: 16 there, 15 now" in error
+    assert "grpo.beta: 0.04 in the run, 0.5 now" in error and "data.limit: 16 in the run, 15 now" in error
     assert before == {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
 
 

@@ -180,7 +180,7 @@ def test_unsloths_cache_is_stale_if_another_version_wrote_it(cache):
     assert doctor.cache_line(host).status == "ok"
     write_cached(cache, "4", "3", "2", "1.14.0")
     line = doctor.cache_line(host)
-    assert (line.status, line.found, line.remedy) == ("note", "made by trl 1.14.0", "rm -r unsloth_compiled_cache")
+    assert (line.status, line.found, line.remedy) == ("note", "written by trl 1.14.0", "rm -r unsloth_compiled_cache")
 
 
 def test_a_cache_that_records_no_versions_is_judged_by_its_age(cache):

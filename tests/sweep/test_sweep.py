@@ -242,7 +242,7 @@ def test_a_run_of_another_recipe_is_refused_before_anything_runs(experiment_file
     )
     assert main(["sweep", str(other), "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "APO/seed-7" in line and "apo.stcr is 1.01 there and 1.05 now" in line and "--out DIR" in line
+    assert "APO/seed-7" in line and "apo.stcr was 1.01 and is 1.05 now" in line and "--out DIR" in line
     assert not (out / "GRPO" / "seed-8").exists() and len(children[1]) == 4
 
 
