@@ -63,7 +63,7 @@ def _completions(figures: Figures) -> list[str]:
         "when wrong": ("length_wrong", ".0f"),
         "truncated": ("truncated", ".3f"),
         "well formatted": ("well_formatted", ".3f"),
-        "entropy, nats per token": ("entropy", ".3f"),
+        "nats per token": ("entropy", ".3f"),
     }
     rows = [
         [title, model, *(_number(figures[model][title][name], form) for name, form in columns.values())]
