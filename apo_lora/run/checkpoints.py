@@ -48,7 +48,7 @@ def why_not_whole(path: Path) -> str | None:
     try:
         files = json.loads((path / COMPLETE).read_text())
     except FileNotFoundError:
-        return f"no {COMPLETE}: it was not completely written"
+        return f"it has no {COMPLETE}, so it was not completely written"
     except (OSError, ValueError):
         files = None
     if not isinstance(files, dict):

@@ -100,7 +100,7 @@ def test_going_back_leaves_whole_checkpoints_up_to_there_and_says_what_went(run)
     checkpoint(run, 7, sealed=False)
     said = list(rewind_record(run, run.checkpoints / "checkpoint-2"))
     assert said == [
-        "checkpoint-7 is removed: no complete.json: it was not completely written.",
+        "checkpoint-7 is removed: it has no complete.json, so it was not completely written.",
         "checkpoint-4 is removed: its steps are run again.",
         "checkpoint-6 is removed: its steps are run again.",
         f"Continuing from {run.checkpoints / 'checkpoint-2'}.",

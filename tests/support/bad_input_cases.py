@@ -413,7 +413,7 @@ RUNS_AND_ADAPTERS = [
     Case("a run directory that is a file", "train --recipe tiny_cpu output.dir=run", r"output.dir: run is a file; choose another folder with output.dir=DIR", {"run": ""}),
     Case("a run directory below a file", "train --recipe tiny_cpu output.dir=run/a", r"output.dir: run/a cannot be created \(\S*/run is a file\); choose another", {"run": ""}),
     Case("an empty run directory's name", "train --recipe tiny_cpu output.dir=''", r"output.dir: ", {"x": ""}),
-    Case("a checkpoint that is not there", "train --recipe tiny_cpu --resume run/checkpoints/checkpoint-5", r"--resume run/checkpoints/checkpoint-5: not a complete checkpoint \(no complete.json: it was not completely written\); try --resume auto"),
+    Case("a checkpoint that is not there", "train --recipe tiny_cpu --resume run/checkpoints/checkpoint-5", r"--resume run/checkpoints/checkpoint-5: not a complete checkpoint \(it has no complete.json, so it was not completely written\); try --resume auto"),
     Case("a checkpoint whose seal is cut off", "train --recipe tiny_cpu output.dir=run --resume run/checkpoints/checkpoint-5", r"not a complete checkpoint \(\S*complete.json cannot be read\); try --resume auto",
          {"run/recipe.yaml": TINY, "run/checkpoints/checkpoint-5/complete.json": '{"a'}),
     Case("a checkpoint whose seal is a list", "train --recipe tiny_cpu output.dir=run --resume run/checkpoints/checkpoint-5", r"not a complete checkpoint \(\S*complete.json cannot be read\)",
