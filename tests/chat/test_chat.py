@@ -151,7 +151,7 @@ def test_side_by_side_where_there_is_room(run, board, width, monkeypatch):
 
 def test_a_question_without_an_image_and_a_limit(run):
     base, tuned, text = ask(run, max_tokens=5)
-    assert base.length == tuned.length == 5 and text.count("5 tokens, cut there (--max-tokens)") == 2
+    assert base.length == tuned.length == 5 and text.count("5 tokens, cut off there (--max-tokens)") == 2
     assert ask(run, max_tokens=6)[0].text.startswith(base.text)
 
 

@@ -63,7 +63,7 @@ def test_every_outcome_is_shown_where_not_all_fits(root):
     most = len(whole.encode("utf-8", "replace")) // 2
     some = gallery([source(answer_rows(), root)], most)
     (items,) = shown_sources(some).values()
-    assert len(some.encode("utf-8", "replace")) <= most + 3000 and "of 40 recorded fit" in some
+    assert len(some.encode("utf-8", "replace")) <= most + 3000 and "of 40 recorded answers are shown" in some
     assert 14 <= len(items) < len(shown_sources(whole)["answers"]) == 40 and "recorded answers are shown" not in whole
     outcomes = Counter(item.outcome for item in items)
     assert outcomes["broken"] >= 3 and outcomes["wrong"] >= 3 and outcomes["fixed"] >= 3 and outcomes["right"] >= 3
