@@ -98,7 +98,7 @@ A_FEW_BAD_ROWS = {
     "a missing image": ({**GOOD, "image": "none.png"}, r"image missing \(no file .*none.png\)"),
     "an image cut off": ({**GOOD, "image": "cut.png"}, r"image unreadable \(image cut.png: cannot be decoded"),
     "a bomb": ({**GOOD, "image": "bomb.png"}, r"image too large \(bomb.png has more than 89,478,485 pixels\)"),
-    "an image outside": ({**GOOD, "image": "../b.png"}, r"image outside the data folder \(../b.png leads to"),
+    "an image outside": ({**GOOD, "image": "../b.png"}, r"image outside the data folder \(../b.png resolves to"),
     "half a character in a path": ({**GOOD, "image": "\ud83d.png"}, r"image missing \(.*ud83d.png"),
     "a path that clears the screen": ({**GOOD, "image": "\x1b[2J.png"}, r"image missing \(no file .*\\x1b\[2J.png\)"),
     "no gold": ({**GOOD, "image": "a.png", "answer": None}, r"no answer \(the answer is empty\)"),

@@ -129,7 +129,7 @@ def run_directory(what: str, command: str, says: str, seconds: int = 5, **change
 COMMAND_LINE = [
     Case("no verb", "", r"apo-lora: .*VERB.*see apo-lora --help"),
     Case("a verb with a slip", "trian --recipe tiny_cpu", r"unknown verb 'trian'; did you mean train\?; see apo-lora --help"),
-    Case("a verb that is none", "fly", r"no verb 'fly'; see apo-lora --help"),
+    Case("a verb that is none", "fly", r"unknown verb 'fly'; see apo-lora --help"),
     Case("no recipe", "train", r"required: --recipe; see apo-lora train --help"),
     Case("--recipe without its value", "train --recipe", r"--recipe: expected one argument"),
     Case("an unknown option", "train --recipe tiny_cpu --stpes 3", r"--stpes"),
