@@ -36,7 +36,7 @@ def test_without_llama_cpp_is_one_line_and_nothing_is_merged(load_tiny, tmp_path
 
 @pytest.mark.parametrize(
     ("fails_at", "words"),
-    [("--mmproj", "did not write mmproj-adapter-F16.gguf"), ("q8_0", "made no adapter-Q8_0.gguf")],
+    [("--mmproj", "did not write mmproj-adapter-F16.gguf"), ("q8_0", "did not write adapter-Q8_0.gguf")],
 )
 def test_a_converter_that_fails_leaves_nothing(fails_at, words, load_tiny, stir_adapter, tmp_path, capsys):
     policy = load_tiny()
