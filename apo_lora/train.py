@@ -4,6 +4,7 @@ directory is created only when all of that has succeeded.
 
 import json
 import pickle
+import runpy
 import shutil
 import sys
 import time
@@ -345,7 +346,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-if __name__ == "__main__":  # `python -m apo_lora.train ...` is `apo-lora train ...`
-    from apo_lora.commands.main import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":  # `python -m apo_lora.train ...` is `python -m apo_lora train ...`
+    sys.argv.insert(1, "train")
+    runpy.run_module("apo_lora", run_name="__main__")

@@ -25,11 +25,9 @@ def place_of(module):
 
 
 def imported_modules(path):
-    """Modules of the package that a file imports, at its top or in a function; not what it does as a script."""
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    """Modules of the package that a file imports, at its top or in a function."""
     names = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("apo_lora"):
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
