@@ -174,7 +174,9 @@ def adapter_rows(shape: ModelShape, recipe: Recipe) -> Iterator[Row]:
     states = sum(adam_bytes(values, in_8bit=in_8bit) * copies for values, copies in lora_tensors(shape, recipe))
     yield Row("LoRA", MOMENTS, 4 * parameters, f"{parameters:,} float32 values, r = {recipe.lora.r}")
     yield Row("optimizer state", MOMENTS, states, f"two Adam states in {'8' if in_8bit else '32'} bits")
-    yield Row("LoRA gradients", ("train",), 4 * parameters, "float32; dropped between steps")
+    # A micro-batch's own gradients come apart from those of the step so far (trainer.compute_loss).
+    sets = 1 if recipe.completions_per_step == recipe.grpo.completions_per_pass else 2
+    yield Row("LoRA gradients", ("train",), 4 * parameters * sets, f"float32, {sets} x; dropped between steps")
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
