@@ -375,7 +375,7 @@ def test_a_model_that_cannot_share_prompts_trains_all_the_same(make_trainer, mon
     expected = step_gradient(make_trainer(recipe_of(train={"max_steps": 1})))
     monkeypatch.setattr(module, "obstacle", lambda model: "not today")
     trainer = make_trainer(recipe_of(train={"max_steps": 1}))
-    assert capsys.readouterr().out.count("shared_prompt: not today") == 1
+    assert capsys.readouterr().out.count("shared_prompt: not used, not today") == 1
     passes = watch_passes(trainer)
     gradient = step_gradient(trainer)
     assert all("group" not in rows for rows in passes)

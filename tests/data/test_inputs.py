@@ -28,13 +28,14 @@ def spoilt(folder):
 
 
 @pytest.fixture
-def overrides(spoilt):
+def overrides(spoilt, tmp_path):
     sets = [f"data.{key}={spoilt}" for key in ("train", "eval")]
     small = [
         "grpo.prompts_per_step=2",
         "grpo.completions_per_pass=2",
         "grpo.max_completion_length=4",
         "data.general=null",
+        f"output.dir={tmp_path}/out",
     ]
     return [*sets, *small, "data.max_prompt_tokens=300"]
 

@@ -192,7 +192,7 @@ def test_an_older_checkpoint_goes_with_the_commit_of_the_next(hub, run):
     ("environment", "words"),
     [
         ({"HF_TOKEN": "hf_another"}, "(401)"),
-        ({"HF_TOKEN": ""}, "no token"),
+        ({"HF_TOKEN": ""}, "no Hub token"),
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
         ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "cannot be reached"),
     ],
