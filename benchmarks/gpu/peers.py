@@ -20,6 +20,7 @@ from apo_lora.data.examples import load_examples, prompt_dataset
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.policy.loading import choose_dtype, limit_image_size, load_policy
 from apo_lora.recipe.schema import Recipe
+from apo_lora.rewards.functions import reward_functions
 from apo_lora.rollout.training_arguments import training_arguments
 from apo_lora.run.directory import RunDir
 from apo_lora.trainer import APOTrainer
@@ -95,7 +96,7 @@ def build_ours(recipe: Recipe) -> APOTrainer:
     run_dir.create()
     return APOTrainer(
         policy.model,
-        [alternating],
+        reward_functions(recipe.rewards, verifier=None),  # `alternating`, by the name that the recipe gives it
         training_arguments(recipe, policy, run_dir.checkpoints, recipe.train.max_steps),
         processing_class=policy.processor,
         train_dataset=problems(recipe),

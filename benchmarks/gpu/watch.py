@@ -30,8 +30,8 @@ def watched_training(
         after_loading()
         return policy
 
-    def build(trainer: APOTrainer, **arguments: Any) -> None:
-        original_build(trainer, **arguments)
+    def build(trainer: APOTrainer, *arguments: Any, **named: Any) -> None:
+        original_build(trainer, *arguments, **named)
         look(trainer)
 
     # train() looks load_policy up when it is called.
