@@ -45,7 +45,8 @@ def prepare() -> None:
     prepare_process()
     for name in (
         "data.examples", "evaluation.held_out", "policy.loading", "preflight.checks", "rewards.functions",
-        "rewards.plugins", "rollout.record", "rollout.training_arguments", "run.mirror", "run.plots", "train", "trainer",
+        "rewards.plugins", "rollout.record", "rollout.training_arguments", "run.mirror", "run.plots", "train",
+        "trainer",
     ):  # fmt: skip
         importlib.import_module(f"apo_lora.{name}")
     for name in (
