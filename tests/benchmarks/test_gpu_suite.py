@@ -31,7 +31,7 @@ from benchmarks.gpu.record import Record
 
 SUITE = PROJECT / "benchmarks" / "gpu"
 REHEARSAL = (sys.executable, str(PROJECT / "tests" / "support" / "rehearse_gpu_suite.py"))
-PEERS = {"peers/ours-group", "peers/unsloth-thriftiest", "peers/trl-group"}
+PEERS = {"peers/ours-row", "peers/unsloth-thriftiest", "peers/trl-row"}
 """One of each engine; `python -m benchmarks.gpu --only peers` measures all six."""
 
 # --- the rehearsal ---------------------------------------------------------------------------------------------------
