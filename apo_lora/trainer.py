@@ -40,7 +40,7 @@ from apo_lora.policy.batches import row_slices
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
 from apo_lora.policy.scoring import token_logps
-from apo_lora.policy.shared_prompt.attention import obstacle
+from apo_lora.policy.shared_prompt.attention import accept_prompt_groups, obstacle
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once
 from apo_lora.policy.shared_prompt.vision_features import image_features, tower_is_frozen
 from apo_lora.rewards.functions import completion_text
@@ -75,6 +75,7 @@ class APOTrainer(GRPOTrainer):
         self.args.beta = args.beta
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             raise ValueError("APOTrainer: the model has no adapter; give peft_config=LoraConfig(...), or a PeftModel")
+        accept_prompt_groups(self.model)  # before the first rollout, whoever loaded the model
         self._never_sample(closest_family(self.model).vision_token_ids(self.processing_class))
         self.credit_of = credit_rule(self.args, self.reward_func_names, self.reward_weights)
         self.pass_size = PassSize(self.args.per_device_train_batch_size)

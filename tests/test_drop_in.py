@@ -129,6 +129,21 @@ def test_an_unsloth_notebook_with_images(tmp_path):
     assert "loss_type='dr_grpo', importance_sampling_level='sequence'" in finished.stderr
 
 
+def test_the_first_rollout_copies_no_keys_whoever_loaded_the_model(text_model, tmp_path, monkeypatch):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from apo_lora import APOTrainer
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
+    lora, data = LoraConfig(task_type="CAUSAL_LM"), Dataset.from_dict({"prompt": ["a"]})
+    APOTrainer(str(text_model), lambda **c: [0.0], config(tmp_path), train_dataset=data, peft_config=lora)
+    # tests/policy/test_grouped_attention.py watches what it does.
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].__wrapped__ is sdpa_attention_forward
+
+
 def test_a_model_without_an_adapter_is_refused(tiny_policy, tmp_path):
     from datasets import Dataset
 
