@@ -55,15 +55,7 @@ def real_3b():
 
 @pytest.fixture
 def stir_adapter():
-    """Gives a fresh adapter (whose B is zero) values, so that it changes the model."""
-    import torch
-
-    def stir(model, scale: float = 0.3, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    from stirred_adapters import stir
 
     return stir
 

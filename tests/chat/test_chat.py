@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import PROJECT
 from PIL import Image
+from stirred_adapters import stirred_run
 
 from apo_lora.chat.chat import chat
 from apo_lora.chat.columns import Column, SideBySide
 from apo_lora.commands.main import main
 from apo_lora.errors import ModelError
-from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.recipe.files import load_recipe
 from apo_lora.rewards.answers.text import final_answer
 from apo_lora.run.adapter import CONFIG, RECIPE_ON_HUB, WEIGHTS, find_adapter
 from apo_lora.run.directory import RunDir
@@ -61,20 +62,8 @@ def words(lines):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of the tiny recipe whose adapter was stirred, so that it changes the model."""
-    from apo_lora.policy.loading import load_policy
-
-    run = RunDir(tmp_path_factory.mktemp("chat") / "run")
-    recipe = load_recipe(find_recipe("tiny_cpu"), ["grpo.max_completion_length=80"])
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    policy.model.save_pretrained(run.adapter)
-    run.recipe.write_text(recipe.to_yaml())
-    return run
+    folder = tmp_path_factory.mktemp("chat") / "run"
+    return stirred_run(folder, ["grpo.max_completion_length=80"], scale=0.15, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from bad_input_cases import CASES, CHECK, GOOD, Case, jsonl, link, noise, picture, png_of_size
+from bad_input_cases import CASES, CHECK, GOOD, Case
+from bad_input_files import jsonl, link, noise, picture, png_of_size
 from PIL import Image
 
 from apo_lora.commands.main import main

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT
+from stirred_adapters import stirred_run
 from unsloth_on_cpu import run_script
 
 from apo_lora.commands.main import main
@@ -21,27 +22,14 @@ from apo_lora.evaluation.folder import EvaluationBatch, planned
 from apo_lora.evaluation.measure import EntropyRecorder, measure
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.run.directory import RunDir
-from apo_lora.run.files import read_jsonl, write_atomically
+from apo_lora.run.files import read_jsonl
 
 OVERRIDES = ("data.eval_limit=5", "data.general=null", "grpo.max_completion_length=12")
 
 
 @pytest.fixture(scope="session")
 def made_run(tmp_path_factory):
-    """A run directory as training leaves one, as far as eval reads it; nothing was trained."""
-    from apo_lora.policy.loading import load_policy
-
-    run = RunDir(tmp_path_factory.mktemp("evaluated") / "run")
-    recipe = load_recipe(find_recipe("tiny_cpu"), OVERRIDES)
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    policy.model.save_pretrained(run.adapter)
-    write_atomically(run.recipe, recipe.to_yaml())
-    return run
+    return stirred_run(tmp_path_factory.mktemp("evaluated") / "run", OVERRIDES, scale=0.05)
 
 
 @pytest.fixture

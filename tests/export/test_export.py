@@ -14,7 +14,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from apo_lora.commands.main import main
 from apo_lora.export import base as export_base
 from apo_lora.export import merged as export_merged
-from apo_lora.export import targets
 from apo_lora.export.comparison import check_prompts, comparison
 from apo_lora.recipe.files import find_recipe
 from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
@@ -360,44 +359,3 @@ def test_what_cannot_be_merged_is_one_line(spoil, words, adapter, tmp_path, caps
 def test_no_adapter_is_one_line(tmp_path, capsys):
     assert main(["export", str(tmp_path / "nothing"), "--to", "merged"]) == 2
     assert "no such folder" in capsys.readouterr().err
-
-
-# --- to the Hub ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pushed(monkeypatch):
-    """What would go to the Hub; that it arrives is shown in test_hub.py."""
-    calls = []
-
-    def push(source, **options):
-        calls.append((source.folder, options))
-        return "https://hub.example/me/counts"
-
-    monkeypatch.setattr("apo_lora.export.hub.push", push)
-    return calls
-
-
-def test_an_adapter_goes_to_the_hub_privately(adapter, pushed, capsys):
-    assert main(["export", str(adapter), "--to", "hub", "--repo", "me/counts"]) == 0
-    assert pushed == [(adapter, {"repo": "me/counts", "private": True, "what": "adapter", "folder": None})]
-    assert "https://hub.example/me/counts: the adapter, private" in capsys.readouterr().out
-    assert main(["export", str(adapter), "--to", "hub", "--repo", "me/counts", "--public"]) == 0
-    assert pushed[-1][1]["private"] is False
-
-
-def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushed, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(targets, "export_merged", lambda source, out: made.append(out))
-    arguments = ["export", str(adapter), "--to", "hub", "--repo", "me/counts", "--what", "merged"]
-    assert main([*arguments, "--out", str(tmp_path / "absent")]) == 0 and made == [tmp_path / "absent"]
-    (tmp_path / "there").mkdir()
-    assert main([*arguments, "--out", str(tmp_path / "there")]) == 2 and len(pushed) == 1  # no report: not ours
-    (tmp_path / "there" / targets.REPORT).write_text("{}")
-    assert main([*arguments, "--out", str(tmp_path / "there")]) == 0 and len(made) == 1
-    assert pushed[-1][1]["folder"] == tmp_path / "there"
-
-
-def test_the_hub_wants_a_name(adapter, pushed, capsys):
-    assert main(["export", str(adapter), "--to", "hub"]) == 2
-    assert "--repo ORG/NAME" in capsys.readouterr().err and not pushed

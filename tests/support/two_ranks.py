@@ -15,6 +15,7 @@ PROMPTS, GENERATIONS, MAX_TOKENS = 3, 6, 24  # on two processes, the second grou
 
 def gradient(folder: Path) -> None:
     import torch
+    from stirred_adapters import stir
     from transformers import TrainerCallback
 
     from apo_lora.data.examples import load_examples, prompt_dataset
@@ -47,11 +48,7 @@ def gradient(folder: Path) -> None:
 
     with ranks.joined():
         policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():  # a fresh adapter has no KL
-            for name, parameter in policy.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        stir(policy.model, scale=0.1)  # a fresh adapter has no KL
         run_dir = RunDir(folder / f"run-{ranks.rank()}")
         run_dir.create()
         examples = load_examples("boards", recipe.data, split="train", limit=PROMPTS).examples
