@@ -90,7 +90,7 @@ def write_gallery(rows: Iterable[AnswerRow], run_dir_path: Path, target: Path) -
     style, script = page_file("page.css") + page_file("gallery.css"), page_file("gallery.js")
     title = f"{run_dir_path.resolve().name}: {target.parent.name}"
     content = gallery(sources, MOST_BYTES - 100_000)
-    page = _template().page(title, "apo-lora eval", style, script, content_policy(style, script), content)
+    page = _template().page(page_head(title, "apo-lora eval", style, script), title, script, content)
     write_atomically(target, readable(page))
 
 
@@ -112,7 +112,12 @@ def page_file(name: str) -> Markup:
     return Markup(files("apo_lora.evaluation").joinpath("page", name).read_text(encoding="utf-8"))
 
 
-def content_policy(style: str, script: str) -> str:
+def page_head(title: str, generator: str, style: Markup, script: Markup) -> Markup:
+    """A page's beginning up to its body, whose only script is to be `script`."""
+    return _template().head(title, generator, style, _content_policy(style, script))
+
+
+def _content_policy(style: str, script: str) -> str:
     """Content-Security-Policy that allows these two elements and embedded images, and nothing else."""
 
     def digest(text: str) -> str:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from apo_lora import __version__
 from apo_lora.errors import RunDirError
-from apo_lora.evaluation.gallery import MOST_BYTES, content_policy, gallery, page_file
+from apo_lora.evaluation.gallery import MOST_BYTES, gallery, page_file, page_head
 from apo_lora.report.answers import answer_sources
 from apo_lora.report.charts import curve_charts, dads_chart, stcr_chart
 from apo_lora.report.comparison import COMPARED, HEADINGS, Compared, compare, difference_rows, format_interval
@@ -34,8 +34,6 @@ def render(runs: Sequence[Run]) -> str:
     """The whole page, under MOST_BYTES. Raises RunDirError where even a page without gallery is too large."""
     groups = grouped(runs)
     content = {
-        "version": __version__,
-        "generator": GENERATOR,
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         "runs": runs,
         "groups": groups,
@@ -72,9 +70,8 @@ def _filled(content: dict[str, Any], completions: Markup) -> str:
     own_style = files("apo_lora.report").joinpath("page", "style.css").read_text(encoding="utf-8")
     style = page_file("page.css") + Markup(css()) + page_file("gallery.css") + Markup(own_style)
     script = page_file("gallery.js")
-    return environment.get_template("report.html").render(
-        **content, completions=completions, style=style, script=script, policy=content_policy(style, script)
-    )
+    head = page_head(content["title"], f"{GENERATOR} {__version__}", style, script)
+    return environment.get_template("report.html").render(**content, completions=completions, script=script, head=head)
 
 
 def _result_row(label: str, style: str, runs: Sequence[Run]) -> dict[str, Any]:
