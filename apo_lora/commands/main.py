@@ -73,8 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         near = difflib.get_close_matches(arguments[0], VERBS, n=1)
         parser.error(f"unknown verb {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    options = vars(parser.parse_args(arguments))
-    verb = VERBS[options.pop("verb")]
+    known, unknown = parser.parse_known_args(arguments)
+    options = vars(known)
+    name = options.pop("verb")
+    if unknown:  # argparse would point to the help of all verbs
+        _OneLineParser(f"{parser.prog} {name}").error(f"unrecognized arguments: {' '.join(unknown)}")
+    verb = VERBS[name]
     prepare_process()
     try:
         return verb.run(**options)
