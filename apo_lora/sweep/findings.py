@@ -134,11 +134,13 @@ def _how_to_read(findings: dict[str, Any]) -> str:
 
 
 def picture(groups: Mapping[str, Sequence[Run]], figures: dict[str, Any]) -> bytes:
-    """A column per figure: above its course over the steps, or before and after; below where each variant ends. PNG."""
+    """A column per figure that was measured: above its course over the steps, or before and after; below where each
+    variant ends. PNG."""
     from apo_lora.run.drawing import Line, canvas, draw_changes, draw_curves, draw_ends, legend_below, png
 
-    canvas_, grid = canvas(2, len(COMPARED), size=(15, 7))
-    for compared, (above, below) in zip(COMPARED, grid.T, strict=True):
+    measured = [compared for compared in COMPARED if any(figures[compared.key]["variants"].values())]
+    canvas_, grid = canvas(2, len(measured), size=(3 * len(measured), 7))
+    for compared, (above, below) in zip(measured, grid.T, strict=True):
         found = figures[compared.key]
         base = found["before"] and found["before"]["mean"]
         if compared.course:

@@ -1,5 +1,6 @@
 """`apo-lora sweep`: the file's errors, what is run, continued and refused, and what several seeds say."""
 
+import io
 import json
 import os
 import signal
@@ -12,13 +13,18 @@ import psutil
 import pytest
 import yaml
 from checkpoints import checkpoint
+from PIL import Image
+from report_runs import held_out, write_run
 
 from apo_lora.commands.main import main
 from apo_lora.errors import RunDirError
+from apo_lora.report.comparison import compare
+from apo_lora.report.runs import read_run
 from apo_lora.run.directory import RunDir
-from apo_lora.run.files import read_jsonl
+from apo_lora.run.files import read_jsonl, write_json
 from apo_lora.sweep import queue
 from apo_lora.sweep.experiment import find_experiment, load_experiment, plan_runs, shipped_experiments
+from apo_lora.sweep.findings import picture
 from apo_lora.sweep.runs import State, state_of
 
 EXPERIMENT = {
@@ -356,3 +362,15 @@ def test_a_real_sweep_is_made_of_ordinary_runs_and_continues(experiment_file, tm
     assert "--resume auto" in (out / "logs" / "APO-3.log").read_text().removeprefix(log)
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2]
     assert json.loads((out / "sweep.json").read_text())["figures"] == first["figures"]
+
+
+def test_a_figure_that_no_run_measured_has_no_panel(tmp_path):
+    def width(name, tasks):
+        folder = write_run(tmp_path / name)
+        figures = dict.fromkeys(tasks, held_out(0.5))
+        write_json(RunDir(folder).evaluation, {"before": figures, "after": figures})
+        groups = {"APO": [read_run(folder)]}
+        return Image.open(io.BytesIO(picture(groups, compare(groups, 5)))).width
+
+    assert width("both", ["reasoning", "general"]) == 1500
+    assert width("reasoning", ["reasoning"]) == 1200
