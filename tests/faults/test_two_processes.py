@@ -118,7 +118,7 @@ def test_fewer_processes_go_on_and_say_what_changes(tmp_path):
         capture_output=True, text=True, cwd=PROJECT,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "changed: processes 2 until now, 1 from here" in finished.stdout
+    assert "Changed since the run started: processes from 2 to 1" in finished.stdout
     assert [row["step"] for row in steady_rows(RunDir(tmp_path / "run").metrics)] == [1, 2, 3, 4, 5, 6]
 
 
