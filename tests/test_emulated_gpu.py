@@ -23,7 +23,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=[("89", "torch.bfloat16"), ("75", "torch.float16")], ids=["bfloat16", "float16"])
+CARDS = [
+    pytest.param(("89", "torch.bfloat16"), id="bfloat16", marks=pytest.mark.matrix),
+    pytest.param(("75", "torch.float16"), id="float16"),
+]
+"""Compute capabilities of an RTX 4090 and of a T4."""
+
+
+@pytest.fixture(scope="module", params=CARDS)
 def run(request, tmp_path_factory):
     """(facts, dtype) of a run on a card of compute capability 8.9, an RTX 4090's, and of 7.5, a T4's."""
     capability, dtype = request.param

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,19 +25,6 @@ SMALL = [
 def train(path, *overrides, recipe="tiny_cpu.yaml", resume=None):
     arguments = ["train", "--recipe", recipe, *SMALL, *overrides, f"output.dir={path}"]
     return main([*arguments, "--resume", resume] if resume else arguments)
-
-
-def command(path, *overrides):
-    return [
-        sys.executable,
-        "-m",
-        "apo_lora.train",
-        "--recipe",
-        "tiny_cpu.yaml",
-        *SMALL,
-        *overrides,
-        f"output.dir={path}",
-    ]
 
 
 def adapter_weights(run: RunDir):
@@ -196,43 +181,6 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, capsys):
     assert train(tmp_path / "run", "output.report_to=[trackio]") == 2
     assert "pip install trackio" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-# --- interrupted -----------------------------------------------------------------------------------------------------
-
-
-def wait_for(condition, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_adapter(finished_run, tmp_path):
-    run = RunDir(tmp_path / "run")
-    process = subprocess.Popen(command(run.path, "train.max_steps=4"), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (run.checkpoints / "checkpoint-2").exists(), process)  # perhaps half-written
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert train(run.path, "train.max_steps=4", resume="auto") == 0
-    assert_same_adapter(adapter_weights(run), adapter_weights(finished_run))
-    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_resumes(finished_run, tmp_path):
-    run = RunDir(tmp_path / "run")
-    arguments = command(run.path, "train.max_steps=4", "train.save_steps=4")
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: run.metrics.exists() and run.metrics.stat().st_size > 0, process)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=240)
-    assert "Traceback" not in errors
-    assert run.valid_checkpoints() and (run.adapter / "adapter_model.safetensors").is_file()
-    assert train(run.path, "train.max_steps=4", resume="auto") == 0
-    assert_same_adapter(adapter_weights(run), adapter_weights(finished_run))
 
 
 # --- real data, and learning -----------------------------------------------------------------------------------------

@@ -4,20 +4,19 @@ What it would measure on a GPU is not tested here, and its figures from here are
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PROJECT
-from unsloth_on_cpu import ENVIRONMENT
+from unsloth_on_cpu import environment, forks
 
 from benchmarks.gpu import results
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.measurements import MEASUREMENTS
 
-REHEARSAL = (sys.executable, str(PROJECT / "tests" / "support" / "rehearse_gpu_suite.py"))
+CHILD = PROJECT / "tests" / "support" / "rehearsal_child.py"
 PEERS = {"peers/ours-row", "peers/unsloth-thriftiest", "peers/trl-row"}
 """One of each engine; `python -m benchmarks.gpu --only peers` measures all six."""
 
@@ -26,21 +25,20 @@ def rehearse(folder: Path, only: str) -> int:
     return main(
         ["--out", str(folder / "out"), "--scratch", str(folder / "scratch"), "--size", "tiny", "--steps", "1",
          "--only", only],
-        child=REHEARSAL,
+        child=(sys.executable, str(CHILD), forks()),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """Two commands side by side, as on two machines. smoke/float16 cannot work on a CPU: it is the part that fails."""
+    """Two commands, as on two machines. smoke/float16 cannot work on a CPU: it is the part that fails."""
     if torch.cuda.is_available():
         pytest.skip("a rehearsal is for hosts without a GPU")
     folders = [tmp_path_factory.mktemp("suite"), tmp_path_factory.mktemp("peers")]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
+        for name, value in environment().items():
             patch.setenv(name, value)
-        with ThreadPoolExecutor() as pool:
-            statuses = list(pool.map(rehearse, folders, ["smoke,recipes/gpu_8gb", ",".join(PEERS)]))
+        statuses = list(map(rehearse, folders, ["smoke,recipes/gpu_8gb", ",".join(PEERS)]))
         yield SimpleNamespace(
             suite=folders[0],
             statuses=statuses,

@@ -120,7 +120,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(run, tmp_path, monkeypa
     assert not all(same) and all(s or is_sampled for s, is_sampled in zip(same, sampled, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_real_kill(run, tmp_path):
     """SIGKILL at any moment; the same command then ends as the one that was never stopped."""
     command = [sys.executable, "-m", "apo_lora.commands.main", "eval", "--batch-size", "4", "--samples", "2",

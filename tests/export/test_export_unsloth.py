@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT
-from unsloth_on_cpu import ENVIRONMENT
+from unsloth_on_cpu import environment
 
 from apo_lora.commands.main import main
 from apo_lora.export import by_unsloth as export_unsloth
@@ -119,12 +119,11 @@ def test_the_real_unsloth_exports(gguf_adapter, llama_cpp, llama_quantize, as_pr
     for part in ("conversion", "gguf-py"):
         shutil.copytree(llama_cpp / part, home / part)
     shutil.copy(llama_quantize / "llama-quantize", home)
-    for name, value in ENVIRONMENT.items():
+    for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(home))
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", str(home))
     monkeypatch.syspath_prepend(str(PROJECT))
-    monkeypatch.setenv("PYTHONPATH", f"{PROJECT}:{PROJECT / 'tests' / 'support'}")
     as_program(PROJECT / "tests" / "support" / "unsloth_gguf.py")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     out = tmp_path / "out"

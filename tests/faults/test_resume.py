@@ -155,7 +155,7 @@ def test_minutes_save_between_the_steps_of_save_steps(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.matrix), signal.SIGINT])
 def test_a_signal_stops_in_order_and_says_how_to_go_on(tmp_path, whole, number):
     """As a supervisor sees it: the shell's exit code of that signal, one line, a checkpoint."""
     command = [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "train.save_steps=6")]

@@ -65,20 +65,10 @@ def whole(tmp_path_factory):
     return RunDir(folder / "run")
 
 
-def assert_same_end(run: RunDir, whole: RunDir) -> None:
-    weights = "adapter_model.safetensors"
-    assert (run.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
-    assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6]
-    assert steady_rows(run.metrics) == steady_rows(whole.metrics) and steady_rows(run.completions) == steady_rows(
-        whole.completions
-    )
-    assert not list(run.path.rglob(".*"))
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_killed_process_ends_the_run_with_one_line_and_it_goes_on(tmp_path, whole, rank):
-    process = start(tmp_path)
-    wait_for_step(tmp_path, 3, process)
+def kill(rank: int, folder: Path, step: int) -> None:
+    """Goes on with the run to this step, and kills one of its processes there."""
+    process = start(folder)
+    wait_for_step(folder, step, process)
     os.kill(process_of_rank(rank, process), signal.SIGKILL)
     killed = time.monotonic()
     code, output = finish(process)
@@ -87,39 +77,42 @@ def test_one_killed_process_ends_the_run_with_one_line_and_it_goes_on(tmp_path, 
     assert code != 0 and seconds < MOST_SECONDS
     assert "another process of this run has ended, so this one stops" in output, output[-4000:]
     assert "continue with the same number of processes and --resume auto" in output
-    run = RunDir(tmp_path / "run")
-    assert run.valid_checkpoints()
-    code, output = finish(start(tmp_path))
-    assert code == 0 and "Continuing from" in output, output[-4000:]
-    assert_same_end(run, whole)
+    assert RunDir(folder / "run").valid_checkpoints()
 
 
-def test_ctrl_c_in_the_launcher_saves_once_and_goes_on(tmp_path, whole):
+def interrupt(folder: Path, step: int) -> None:
     """The launcher passes the signal on to its processes, and ends them after 30 s whatever they do."""
-    process = start(tmp_path, "train.save_steps=6")
-    wait_for_step(tmp_path, 2, process)
+    process = start(folder, "train.save_steps=6")
+    wait_for_step(folder, step, process)
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
-    run = RunDir(tmp_path / "run")
-    steps = [row["step"] for row in steady_rows(run.metrics)]
-    assert code != 0 and [path.name for path in run.valid_checkpoints()] == [f"checkpoint-{steps[-1]}"], output[-4000:]
+    run = RunDir(folder / "run")
+    last = steady_rows(run.metrics)[-1]["step"]
+    assert code != 0 and [path.name for path in run.valid_checkpoints()] == [f"checkpoint-{last}"], output[-4000:]
     assert output.count("Stopping after this step and saving a checkpoint") == 1
-    assert f"after step {steps[-1]} of 6; a checkpoint is saved, continue with --resume auto" in output
+    assert f"after step {last} of 6; a checkpoint is saved, continue with --resume auto" in output
+
+
+def test_a_run_that_is_interrupted_and_killed_ends_as_the_whole_one_and_goes_on_alone(tmp_path, whole):
+    interrupt(tmp_path, step=1)
+    kill(0, tmp_path, step=3)
+    kill(1, tmp_path, step=5)
     code, output = finish(start(tmp_path))
-    assert code == 0, output[-4000:]
-    assert_same_end(run, whole)
+    assert code == 0 and "Continuing from" in output, output[-4000:]
+    run, weights = RunDir(tmp_path / "run"), "adapter_model.safetensors"
+    assert (run.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+    assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6]
+    for record in ("metrics", "completions"):
+        assert steady_rows(getattr(run, record)) == steady_rows(getattr(whole, record))
+    assert not list(run.path.rglob(".*"))
 
-
-def test_fewer_processes_go_on_and_say_what_changes(tmp_path):
-    code, output = finish(start(tmp_path, "train.max_steps=2"))
-    assert code == 0, output[-4000:]
-    finished = subprocess.run(
-        [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "output.mirror=[]")],
+    alone = subprocess.run(
+        [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "train.max_steps=7")],
         capture_output=True, text=True, cwd=PROJECT,
     )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "Changed since the run started: processes from 2 to 1" in finished.stdout
-    assert [row["step"] for row in steady_rows(RunDir(tmp_path / "run").metrics)] == [1, 2, 3, 4, 5, 6]
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert "Changed since the run started: processes from 2 to 1" in alone.stdout
+    assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_what_a_lost_process_raises_is_told_from_other_errors(monkeypatch):

@@ -119,23 +119,6 @@ def test_the_record_is_whole(run_of_two):
 
 
 @pytest.mark.slow
-def test_a_continued_run_of_two_equals_the_uninterrupted_one(run_of_two, tmp_path):
-    from safetensors.torch import load_file
-
-    target = f"output.dir={tmp_path}/run"
-    short = ("-m", "apo_lora.train", *TINY, target, "train.evaluate=false")
-    succeeded(launch(2, *short, "train.max_steps=2"))
-    assert {p.name for p in (tmp_path / "run/checkpoints/checkpoint-2").glob("rng_state*")} == {
-        "rng_state_0.pth", "rng_state_1.pth",
-    }  # fmt: skip
-    succeeded(launch(2, *short, "train.max_steps=3", "--resume", "auto"))
-    whole, halves = (
-        load_file(folder / "run/adapter/adapter_model.safetensors") for folder in (run_of_two[0], tmp_path)
-    )
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
-
-
-@pytest.mark.slow
 def test_what_cannot_be_shared_out_is_one_line_of_each_process(tmp_path):
     """Without the launcher around it, which has many words of its own."""
     command = [

@@ -1,7 +1,7 @@
 """Unsloth's real code on a host without a GPU. For tests only; it refuses to run where there is a GPU.
 
-Unsloth patches torch, transformers and TRL for the whole process, so a test starts a script in a fresh interpreter
-with `run_script`, and the script begins with
+Unsloth patches torch, transformers and TRL for the whole process, so a test runs a script in a process of its own with
+`run_script`, and the script begins with
 
     from unsloth_on_cpu import load_tiny, start
     start()                                      # before transformers, trl and apo_lora.trainer are imported
@@ -18,7 +18,11 @@ import types
 from pathlib import Path
 from typing import Any
 
+from unsloth_forks import forks_address
+
 PROJECT = Path(__file__).parents[2]
+
+_started = False
 
 ENVIRONMENT = {
     "UNSLOTH_ALLOW_CPU": "1",  # import without a GPU; it also leaves TRL alone, which start() makes up for
@@ -30,16 +34,30 @@ ENVIRONMENT = {
 
 
 def run_script(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    """Runs it with `folder` as working directory: Unsloth writes its compiled cache there."""
-    command = [sys.executable, str(script), *arguments]
-    # benchmarks/ is not installed.
-    search = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": search}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    """Runs it with `folder` as working directory, in a fork of a process that has called `start`."""
+    code = "import sys, unsloth_forks; sys.exit(unsloth_forks.run_in_fork(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, forks(), str(script), *arguments]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment()}, capture_output=True, text=True)
+
+
+def forks() -> str:
+    """The address of that process."""
+    return forks_address(**environment())
+
+
+def environment() -> dict[str, str]:
+    search = [str(PROJECT), str(PROJECT / "tests" / "support")]  # benchmarks/ is not installed
+    return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([*search, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def start() -> None:
-    """Imports Unsloth, lets it rewrite TRL's trainers, and makes our engine "unsloth" acceptable without a GPU."""
+    """Imports Unsloth, lets it rewrite TRL's trainers, and makes our engine "unsloth" acceptable without a GPU.
+
+    Does nothing where that is done already: in a fork.
+    """
+    global _started
+    if _started:
+        return
     import torch
 
     if torch.cuda.is_available():
@@ -64,6 +82,7 @@ def start() -> None:
     import apo_lora.policy.loading
 
     apo_lora.policy.loading.choose_engine = lambda requested, has_gpu: "unsloth"
+    _started = True
 
 
 def _without_offload(cls: type, name: str) -> None:
