@@ -5,6 +5,8 @@
     DADS        w_i = 1 - exp(-e a)   where A_i > 0, else 1               a = the group's accuracy
     loss        mean over tokens of -min(rho A, clip(rho, 1-eps, 1+eps) A)  +  beta * mean over sequences of w_i KL_i
 
+The tables REWARD_SCALES, RATIOS and NORMALIZATIONS hold what may stand in for the deviation, rho and the first mean.
+
 Shape suffixes: N prompts, G generations per prompt, B = sequences of one micro-batch, T completion tokens.
 Float tensors in, tensors out; nothing is written in place, and nothing here knows a model, a config or a file.
 Where the paper is silent, this follows what the authors' released code does; the keyword arguments that depart from it
@@ -12,6 +14,7 @@ say so.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +39,26 @@ DADS_SHAPES = {
 }
 
 
+REWARD_SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    # GRPO (arXiv 2402.03300) and APO as released: the group's own deviation
+    "group": lambda rewards_NG, eps: rewards_NG.std(dim=-1, keepdim=True) + eps,
+    # Lite PPO (arXiv 2508.08221): one deviation for the rollout: a group with little variance is not blown up
+    "batch": lambda rewards_NG, eps: rewards_NG.std() + eps,
+    # Dr. GRPO (arXiv 2503.20783): no division, which favours very easy and very hard prompts
+    "none": lambda rewards_NG, eps: torch.ones_like(rewards_NG),
+}
+"""What the centred rewards of a rollout are divided by."""
+
+
 def without_variance(rewards_NG: Tensor) -> Tensor:
     """Which groups earned the same throughout, and so teach nothing but the KL. Returns (N,), bool."""
     return (rewards_NG == rewards_NG[:, :1]).all(dim=-1)
 
 
-def group_advantages(rewards_NG: Tensor, eps: float = 1e-9) -> Tensor:
+def group_advantages(rewards_NG: Tensor, eps: float = 1e-9, scale: str = "group") -> Tensor:
     """Rewards standardised within each group, with the unbiased deviation (divisor G-1). Returns (N, G).
 
+    `scale` is a key of REWARD_SCALES: what the rewards are divided by once the group's mean is subtracted.
     A group without variance has no signal: its advantages are exactly 0. Raises ValueError for G < 2.
     """
     if rewards_NG.shape[-1] < 2:
@@ -51,7 +66,7 @@ def group_advantages(rewards_NG: Tensor, eps: float = 1e-9) -> Tensor:
     centred_NG = rewards_NG - rewards_NG.mean(dim=-1, keepdim=True)
     # Equal rewards can leave a rounding residue in both the mean and the deviation; eps is too small to hide it.
     constant_N1 = without_variance(rewards_NG).unsqueeze(-1)
-    return torch.where(constant_N1, 0.0, centred_NG / (rewards_NG.std(dim=-1, keepdim=True) + eps))
+    return torch.where(constant_N1, 0.0, centred_NG / REWARD_SCALES[scale](rewards_NG, eps))
 
 
 def dads_kl_weights(correct_NG: Tensor, advantages_NG: Tensor, shape: str = "complement_exp") -> Tensor:
@@ -102,15 +117,17 @@ def assign_credit(
     stcr_base: float = 1.00001,
     dads_shape: str = "complement_exp",
     stcr_amplify_positive: bool = True,
+    scale_rewards: str = "group",
     eps: float = 1e-9,
 ) -> Credit:
     """Turns a rollout's rewards, correctness (0 or 1) and lengths (tokens), each (N, G), into its credit.
 
     With dads=stcr=False this is plain GRPO: group advantages and weights of 1. STCR multiplies whatever sign A_i has,
     as released: a wrong answer with a positive advantage (format right, in a group with few right answers) is
-    amplified too if it is long. stcr_amplify_positive=False leaves those unchanged.
+    amplified too if it is long. stcr_amplify_positive=False leaves those unchanged. `scale_rewards` is a key of
+    REWARD_SCALES; it changes no advantage's sign, so that DADS and STCR pick the same completions under each.
     """
-    advantages_NG = group_advantages(rewards_NG, eps)
+    advantages_NG = group_advantages(rewards_NG, eps, scale_rewards)
     multipliers_NG = torch.ones_like(advantages_NG)
     if stcr:
         multipliers_NG = stcr_multipliers(correct_NG, lengths_NG, stcr_base)
@@ -131,6 +148,44 @@ def token_kl(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
     return torch.exp(log_ratio_BT) - log_ratio_BT - 1.0
 
 
+def _sequence_means(values_BT: Tensor, inside_BT: Tensor) -> Tensor:
+    """Mean over each sequence's tokens, of values that are 0 elsewhere. Returns (B,).
+
+    A sequence without a token (a masked truncation) gives 0; the clamp keeps its division finite.
+    """
+    return values_BT.sum(dim=-1) / inside_BT.sum(dim=-1).clamp(min=1)
+
+
+RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # PPO, GRPO and APO as released: each token's own
+    "token": lambda log_ratio_BT, inside_BT: log_ratio_BT,
+    # GSPO (arXiv 2507.18071): one for a sequence, the geometric mean of its tokens'
+    "sequence": lambda log_ratio_BT, inside_BT: _sequence_means(log_ratio_BT, inside_BT).unsqueeze(-1),
+}
+"""The log of the ratio to the old policy that is clipped: (B, T), or (B, 1) where a sequence's tokens share it."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the WHOLE optimizer step trains on, over all micro-batches and processes."""
+
+    tokens: float | Tensor
+    sequences: float | Tensor
+    max_tokens: int
+    """A completion's most tokens, whatever it really has."""
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, StepTotals], Tensor]] = {
+    # APO as released, and DAPO (arXiv 2503.14476): every token counts alike, so that a long completion counts more
+    "tokens": lambda values_BT, inside_BT, step: values_BT.sum() / step.tokens,
+    # GRPO (arXiv 2402.03300) and GSPO: every completion counts alike, so that a token of a long one counts less
+    "sequences": lambda values_BT, inside_BT, step: _sequence_means(values_BT, inside_BT).sum() / step.sequences,
+    # Dr. GRPO (arXiv 2503.20783): sums, over a number that no length changes
+    "constant": lambda values_BT, inside_BT, step: values_BT.sum() / (step.sequences * step.max_tokens),
+}
+"""A micro-batch's share of the surrogate's mean over the step, of (B, T) values that are 0 outside the completions."""
+
+
 def apo_loss(
     logps_BT: Tensor,
     old_logps_BT: Tensor,
@@ -143,6 +198,10 @@ def apo_loss(
     epsilon: float,
     num_tokens: float | Tensor,
     num_sequences: float | Tensor,
+    epsilon_high: float | None = None,
+    ratio: str = "token",
+    normalization: str = "tokens",
+    max_tokens: int | None = None,
     entropies_BT: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,9 +211,16 @@ def apo_loss(
     num_tokens and num_sequences count the WHOLE optimizer step (all micro-batches, all processes), so that any split
     gives the same gradient. entropies_BT with entropy_coef > 0 adds an entropy bonus, mean over tokens.
 
+    What departs from APO's own loss: `epsilon_high` clips the ratio at 1 + epsilon_high instead of 1 + epsilon (DAPO's
+    clip-higher), `ratio` is a key of RATIOS, and `normalization` one of NORMALIZATIONS, of which "constant" needs
+    `max_tokens`, the most tokens that a completion may have. The KL stays a mean over sequences under each.
+
     Returns (loss, metrics): scalars, each this micro-batch's share of a step-wide mean over the same mask
-    (`policy_loss`, `kl_loss` as weighted in the loss, `kl` unweighted per token, `clip_fraction`).
+    (`policy_loss`, `kl_loss` as weighted in the loss, `kl` unweighted per token, `clip_fraction`). Raises KeyError for
+    a name that is in no table, ValueError where max_tokens is missing.
     """
+    if normalization == "constant" and not max_tokens:
+        raise ValueError('apo_loss: normalization="constant" divides by max_tokens, which is missing; give it')
     inside_BT = mask_BT.bool()
 
     def masked(values_BT: Tensor) -> Tensor:
@@ -164,15 +230,16 @@ def apo_loss(
     logps_BT, old_logps_BT, ref_logps_BT = masked(logps_BT), masked(old_logps_BT), masked(ref_logps_BT)
     advantages_B1 = advantages_B.unsqueeze(-1)
 
-    ratio_BT = torch.exp((logps_BT - old_logps_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    log_ratio_BT = RATIOS[ratio](logps_BT - old_logps_BT, inside_BT)
+    ratio_BT = torch.exp(log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    highest = 1.0 + (epsilon if epsilon_high is None else epsilon_high)
     unclipped_BT = ratio_BT * advantages_B1
-    clipped_BT = ratio_BT.clamp(1.0 - epsilon, 1.0 + epsilon) * advantages_B1
-    policy_loss = masked(-torch.minimum(unclipped_BT, clipped_BT)).sum() / num_tokens
+    clipped_BT = ratio_BT.clamp(1.0 - epsilon, highest) * advantages_B1
+    step = StepTotals(num_tokens, num_sequences, max_tokens or 0)
+    policy_loss = NORMALIZATIONS[normalization](masked(-torch.minimum(unclipped_BT, clipped_BT)), inside_BT, step)
 
     kl_BT = masked(token_kl(logps_BT, ref_logps_BT))
-    # A sequence without a token (a masked truncation) has no KL; the clamp keeps its division finite.
-    kl_B = kl_BT.sum(dim=-1) / inside_BT.sum(dim=-1).clamp(min=1)
-    kl_loss = (kl_weights_B * kl_B).sum() / num_sequences
+    kl_loss = (kl_weights_B * _sequence_means(kl_BT, inside_BT)).sum() / num_sequences
 
     loss = policy_loss + beta * kl_loss
     if entropy_coef:

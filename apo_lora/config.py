@@ -9,14 +9,18 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from apo_lora.apo import DADS_SHAPES
+from apo_lora.apo import DADS_SHAPES, RATIOS, REWARD_SCALES
 
-ZERO_VARIANCE = ("keep", "skip", "resample")
+ONE_OF = {
+    "zero_variance_groups": ("keep", "skip", "resample"),
+    "scale_rewards": tuple(REWARD_SCALES),
+    "importance_sampling_level": tuple(RATIOS),
+}
+
+LOSS_TYPES = {"dapo": "tokens", "grpo": "sequences", "dr_grpo": "constant"}
+"""TRL's names for apo.NORMALIZATIONS."""
 
 FIXED: dict[str, Any] = {
-    "loss_type": "grpo",
-    "scale_rewards": "group",
-    "importance_sampling_level": "token",
     "multi_objective_aggregation": "sum_then_normalize",
     "use_bias_correction_kl": False,
     "vllm_importance_sampling_correction": False,
@@ -48,9 +52,17 @@ class APOConfig(GRPOConfig):
     | argument                            | TRL    | here   | why                                                    |
     |-------------------------------------|--------|--------|--------------------------------------------------------|
     | beta                                | 0.0    | 1e-3   | DADS weighs the KL to the reference                    |
-    | loss_type                           | "dapo" | "grpo" | token mean of the surrogate, sequence mean of the KL   |
     | use_bias_correction_kl              | True   | False  | the released KL has no correction factor               |
     | vllm_importance_sampling_correction | True   | False  | it multiplies TRL's loss, which does not run       |
+
+    Of TRL's own, these choose among the tables of apo.py, as they do in TRL:
+
+    epsilon_high                 upper clip range, DAPO's clip-higher; None is epsilon
+    loss_type                    normalisation of the surrogate: dapo is a mean over tokens (as released), grpo over
+                                 sequences, dr_grpo over sequences x max_completion_length. The KL is a mean over
+                                 sequences under each. Any other loss of TRL's is replaced by dapo, with a warning
+    scale_rewards                deviation that advantages are divided by: group (as released), batch, none
+    importance_sampling_level    ratio to the old policy: token (as released), sequence (GSPO, with loss_type="grpo")
 
     The arguments in FIXED have only one valid value; any other is replaced, with a warning.
     Raises ValueError for an invalid value of the arguments above.
@@ -74,7 +86,7 @@ class APOConfig(GRPOConfig):
     )
 
     beta: float = field(default=1e-3, metadata={"help": "Weight of the KL to the base without its adapter."})
-    loss_type: str = field(default="grpo", metadata={"help": "Fixed: APO has its own normalisation."})
+    loss_type: str = field(default="dapo", metadata={"help": "Normalisation of the surrogate: dapo, grpo, dr_grpo."})
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Fixed: APO's KL has no correction factor."})
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "Fixed: applies only to TRL's loss."}
@@ -86,9 +98,11 @@ class APOConfig(GRPOConfig):
             raise ValueError(f"APOConfig: dads={self.dads!r} must be one of {', '.join(DADS_SHAPES)}, or None")
         if self.stcr is not None and not self.stcr > 1:
             raise ValueError(f"APOConfig: stcr={self.stcr!r} must be above 1, for instance 1.00001; None is off")
-        if self.zero_variance_groups not in ZERO_VARIANCE:
-            given, allowed = self.zero_variance_groups, ", ".join(ZERO_VARIANCE)
-            raise ValueError(f"APOConfig: zero_variance_groups={given!r} must be one of {allowed}")
+        for name, allowed in ONE_OF.items():
+            if (given := getattr(self, name)) not in allowed:
+                raise ValueError(f"APOConfig: {name}={given!r} must be one of {', '.join(allowed)}")
+        if self.epsilon_high is not None and not self.epsilon_high > 0:
+            raise ValueError(f"APOConfig: epsilon_high={self.epsilon_high!r} must be above 0; None is epsilon")
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"APOConfig: steps_per_generation={self.steps_per_generation} must be a multiple of "
@@ -96,11 +110,19 @@ class APOConfig(GRPOConfig):
                 "one rollout, since APO's loss is divided by the step's counts"
             )
         without_effect = [name for name, value in FIXED.items() if getattr(self, name) != value]
-        if self.epsilon_high not in (None, self.epsilon):
-            without_effect.append("epsilon_high")
+        if self.loss_type not in LOSS_TYPES:
+            without_effect.append("loss_type")
         if without_effect:
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in without_effect)
             warnings.warn(f"APOConfig: {given}: ignored, because APO has its own loss", UserWarning, stacklevel=3)
         for name, value in FIXED.items():
             setattr(self, name, value)
-        self.epsilon_high = self.epsilon
+        if self.loss_type not in LOSS_TYPES:
+            self.loss_type = "dapo"
+        if self.loss_type == "dr_grpo" and not self.max_completion_length:
+            raise ValueError("APOConfig: loss_type='dr_grpo' divides by max_completion_length, which is None; give it")
+
+    @property
+    def normalization(self) -> str:
+        """A key of apo.NORMALIZATIONS."""
+        return LOSS_TYPES[self.loss_type]

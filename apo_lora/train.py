@@ -81,7 +81,8 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     ):
         finite = FiniteRewards()
         # A user's own function fails here, before the model is loaded.
-        rewards = [finite.watching(function) for function in reward_functions(recipe.rewards, verifier)]
+        functions = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
+        rewards = [finite.watching(function) for function in functions]
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
@@ -250,10 +251,16 @@ def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> tuple["Loaded", 
 def _plan(recipe: Recipe, num_prompts: int) -> str:
     grpo = recipe.grpo
     processes = f" of each of {ranks.num_processes()} processes" if ranks.num_processes() > 1 else ""
+    is_on_policy = recipe.steps_per_rollout == 1 and (grpo.epsilon_high is not None or grpo.ratio != "token")
+    unclipped = (
+        "\ngrpo.ratio and grpo.epsilon_high change nothing here: each rollout feeds one step, and all ratios are 1; "
+        "raise grpo.prompts_per_rollout or grpo.num_iterations"
+    ) * is_on_policy
     return (
         f"{recipe.method}: {recipe.total_steps(num_prompts)} steps of {grpo.prompts_per_step} prompts "
         f"x {grpo.num_generations} completions, "
         f"{grpo.completions_per_pass} per pass{processes}, at most {grpo.max_completion_length} tokens each"
+        f"{unclipped}"
     )
 
 

@@ -7,7 +7,8 @@ from apo_lora.data.inputs import open_inputs
 from apo_lora.data.report import report
 from apo_lora.errors import printable
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rewards.check import check_rows, table
+from apo_lora.rewards.check import table
+from apo_lora.rewards.check_functions import check_functions
 from apo_lora.rewards.verifier import Verifier
 
 
@@ -18,11 +19,14 @@ def check_data(recipe: Recipe) -> None:
 
 
 def check_rewards(recipe: Recipe) -> bool:
-    """Prints how each row's gold answer and a wrong one are scored. True if all are as expected. Raises UserError."""
+    """Prints how each row's gold answer and a wrong one are scored by each built-in reward of the recipe.
+
+    True if all are as expected. Raises UserError.
+    """
     loaded, _ = _training_rows(recipe)
     rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
-        checks = check_rows(rows, verifier.score)
+        checks = check_functions(rows, recipe.rewards, verifier, recipe.grpo.max_completion_length)
     print("\n".join([printable(loaded.summary()), *table(checks)]))
     return all(check.passed == check.checked for check in checks)
 

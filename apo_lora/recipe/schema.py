@@ -107,16 +107,37 @@ class DataSection(Section):
         return self.model_copy(update=dict.fromkeys(names))
 
 
+BUILT_IN_REWARDS = {"accuracy": 1.0, "relaxed": 1.0, "iou": 1.0, "format": 0.5, "overlong": 0.0, "repetition": 0.0}
+"""The rewards in the box, and the highest value of each."""
+
+
 class RewardsSection(Section):
     functions: tuple[str, ...] = ("accuracy", "format")
-    """Reward functions: `accuracy` (0 or 1), `format` (0 or 0.5), or your own as `module:function` or
-    `file.py:function`."""
+    """Reward functions: `accuracy` (0 or 1), `relaxed` (the same with a tolerance for numbers), `iou` (overlap of
+    boxes, 0 to 1), `format` (0 or 0.5), the penalties `overlong` and `repetition` (-1 to 0), or your own as
+    `module:function` or `file.py:function`."""
     weights: tuple[Number, ...] | None = None
     """One weight per function; null weights each by 1."""
     correct_by: str = "accuracy"
-    """The function whose value 1 marks a completion as correct, for DADS and STCR."""
+    """The function that decides which completions are correct, for DADS and STCR."""
+    correct_from: Positive = 1.0
+    """Smallest value of that function that counts as correct; for `iou`, 0.5 is usual."""
+    relaxed_tolerance: Annotated[Number, Field(ge=0, lt=1)] = 0.05
+    """How far from the gold number `relaxed` lets an answer be, relative to it: ChartQA's 5 %."""
+    boxes: Literal["pixels", "thousandths"] = "pixels"
+    """Unit of the boxes that `iou` compares, in the data as in completions: pixels of the image as the model sees it
+    (Qwen2.5-VL), or 0 to 1000 (Qwen3-VL), where larger numbers are no box."""
+    overlong_tokens: Count | None = None
+    """Last tokens before grpo.max_completion_length, over which the penalty of `overlong` grows from 0 to -1; null is
+    a fifth of them, as in DAPO."""
+    repetition_ngram: Count = 3
+    """Tokens in a row that `repetition` counts as repeated when they occur again."""
     seconds_per_item: Positive = 5.0
     """Time limit for verifying one completion; a completion that exceeds it earns 0, and the timeout is counted."""
+
+    def overlong_cache(self, max_tokens: int) -> int:
+        """The tokens below `max_tokens` that `overlong` punishes."""
+        return self.overlong_tokens or max(1, max_tokens // 5)
 
 
 class GrpoSection(Section):
@@ -149,7 +170,18 @@ class GrpoSection(Section):
     beta: NonNegative = 1e-3
     """Weight of the KL divergence to the frozen base."""
     epsilon: Annotated[Number, Field(gt=0, lt=1)] = 0.2
-    """Clip range of the probability ratio."""
+    """Clip range of the probability ratio. The ratio is 1, and nothing is clipped, where a rollout feeds one step."""
+    epsilon_high: Positive | None = None
+    """Upper clip range: DAPO's clip-higher, 0.28 there; null is equal to epsilon."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Probability ratio of each `token` (as released), or of a whole `sequence` (GSPO, with normalization
+    `sequences`)."""
+    normalization: Literal["tokens", "sequences", "constant"] = "tokens"
+    """Mean of the policy loss over `tokens` (as released, and DAPO), over `sequences` (GRPO), or over sequences x
+    max_completion_length, a `constant` (Dr. GRPO). The KL is a mean over sequences under each."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the rewards' standard deviation in their `group` (as released), in the whole rollout
+    (`batch`, Lite PPO), or not at all (`none`, Dr. GRPO)."""
 
 
 class RolloutSection(Section):
@@ -272,6 +304,7 @@ def differences(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
 def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str]:
     """Keys that are each valid but not together, or not with this many processes. Touches neither disk nor device."""
     grpo, apo, rewards = recipe.grpo, recipe.apo, recipe.rewards
+    length = grpo.max_completion_length
     share, rest = divmod(recipe.completions_per_step, num_processes)
     if rest:
         yield (
@@ -300,6 +333,15 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield "apo.dads: has no effect with grpo.beta = 0; set grpo.beta above 0, or apo.dads to null"
     if rewards.correct_by not in rewards.functions:
         yield f"rewards.correct_by: {rewards.correct_by!r} must be one of rewards.functions {list(rewards.functions)}"
+    elif BUILT_IN_REWARDS.get(rewards.correct_by, rewards.correct_from) < rewards.correct_from:
+        yield (
+            f"rewards.correct_by: {rewards.correct_by!r} is at most {BUILT_IN_REWARDS[rewards.correct_by]:g} and never "
+            f"reaches rewards.correct_from = {rewards.correct_from:g}; name another function"
+        )
+    if "overlong" in rewards.functions and rewards.overlong_cache(length) > length:
+        yield (
+            f"rewards.overlong_tokens: {rewards.overlong_tokens} must not exceed grpo.max_completion_length = {length}"
+        )
     if rewards.weights is not None and len(rewards.weights) != len(rewards.functions):
         yield (
             f"rewards.weights: {len(rewards.weights)} weights for {len(rewards.functions)} functions; "

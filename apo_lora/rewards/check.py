@@ -3,13 +3,16 @@
 Pure functions; `apo-lora check-rewards` shows their table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from apo_lora.rewards.answers.match import Gold, MathQuestion, describes_number, judge, read_gold
 from apo_lora.rewards.answers.text import FinalAnswer, last_box
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
+Try = tuple[str, float, str]
+"""What it is, its right reward, the completion."""
+TriesOf = Callable[[str, Sequence[str] | None], Iterable[Try]]
 
 _THINK = "<think>I look at the image and reason.</think>"
 _WORDS = ("banana", "none of these", "seventeen purple elephants")
@@ -92,18 +95,26 @@ def _is_wrong(text: str, gold: Gold | None) -> bool:
     return isinstance(verdict, MathQuestion) or not verdict
 
 
-def check_rows(rows: Sequence[tuple[str, Sequence[str] | None]], score: Score) -> list[CheckRow]:
-    """Score every row's gold in every format (must earn 1), a wrong answer and an empty one (must earn 0).
+def accuracy_tries(answer: str, choices: Sequence[str] | None) -> Iterator[Try]:
+    """The gold in every format (must earn 1), a wrong answer and an empty one (must earn 0)."""
+    for format, completion in _formats(answer, choices):
+        yield format, 1.0, completion
+    yield "a wrong answer", 0.0, wrong_answer(answer, choices)
+    yield "an empty answer", 0.0, in_answer("")
+    yield "an empty completion", 0.0, ""
+
+
+def check_rows(
+    rows: Sequence[tuple[str, Sequence[str] | None]], score: Score, tries_of: TriesOf = accuracy_tries
+) -> list[CheckRow]:
+    """Scores the tries of every row (answer, choices), and compares the rewards with the right ones.
 
     `score(completions, answers, choices)` is `Verifier.score` or anything like it. Rows count from 0.
     """
     tries: dict[tuple[str, float], list[tuple[int, str]]] = {}
     for index, (answer, choices) in enumerate(rows):
-        for format, completion in _formats(answer, choices):
-            tries.setdefault((format, 1.0), []).append((index, completion))
-        tries.setdefault(("a wrong answer", 0.0), []).append((index, wrong_answer(answer, choices)))
-        tries.setdefault(("an empty answer", 0.0), []).append((index, in_answer("")))
-        tries.setdefault(("an empty completion", 0.0), []).append((index, ""))
+        for format, expected, completion in tries_of(answer, choices):
+            tries.setdefault((format, expected), []).append((index, completion))
     table = [_check(format, expected, found, rows, score) for (format, expected), found in tries.items()]
     return sorted(table, key=lambda row: -row.expected)
 

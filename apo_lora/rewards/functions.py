@@ -3,8 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apo_lora.recipe.schema import RewardsSection
+from apo_lora.recipe.schema import GrpoSection, RewardsSection
+from apo_lora.rewards.boxes import iou_reward
+from apo_lora.rewards.relaxed import nearly_equal
 from apo_lora.rewards.scores import format_reward
+from apo_lora.rewards.shaping import overlong_punishment, repetition_penalty
 from apo_lora.rewards.verifier import Verifier
 
 RewardFunction = Callable[..., list[float]]
@@ -15,8 +18,13 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def reward_functions(rewards: RewardsSection, verifier: Verifier) -> list[RewardFunction]:
-    """One function per name in `rewards.functions`, in order; own ones are loaded. Raises RewardError."""
+def reward_functions(
+    rewards: RewardsSection, verifier: Verifier, max_tokens: int = GrpoSection().max_completion_length
+) -> list[RewardFunction]:
+    """One function per name in `rewards.functions`, in order; own ones are loaded. Raises RewardError.
+
+    `max_tokens` is the longest that a completion may be: what `overlong` punishes.
+    """
 
     def accuracy(completions: list, answer: list[str], choices: list, **columns: Any) -> list[float]:
         return verifier.score([completion_text(c) for c in completions], answer, choices)
@@ -24,7 +32,33 @@ def reward_functions(rewards: RewardsSection, verifier: Verifier) -> list[Reward
     def format_(completions: list, **columns: Any) -> list[float]:
         return [format_reward(completion_text(c)) for c in completions]
 
-    built_in = {"accuracy": accuracy, "format": format_}
+    def relaxed(completions: list, answer: list[str], choices: list, **columns: Any) -> list[float]:
+        exact = accuracy(completions, answer, choices)
+        rows = zip(exact, map(completion_text, completions), answer, choices, strict=True)
+        return [
+            right or float(not options and nearly_equal(text, gold, rewards.relaxed_tolerance))
+            for right, text, gold, options in rows
+        ]
+
+    def iou(completions: list, answer: list[str], **columns: Any) -> list[float]:
+        texts = map(completion_text, completions)
+        return [iou_reward(text, gold, rewards.boxes) for text, gold in zip(texts, answer, strict=True)]
+
+    def overlong(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        cache = rewards.overlong_cache(max_tokens)
+        return [overlong_punishment(len(ids), max_tokens, cache) for ids in completion_ids]
+
+    def repetition(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [repetition_penalty(ids, rewards.repetition_ngram) for ids in completion_ids]
+
+    built_in = {
+        "accuracy": accuracy,
+        "relaxed": relaxed,
+        "iou": iou,
+        "format": format_,
+        "overlong": overlong,
+        "repetition": repetition,
+    }
     functions = []
     for name in rewards.functions:
         function = built_in.get(name) or _with_message_lists(_load(name))

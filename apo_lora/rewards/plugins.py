@@ -13,11 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 from apo_lora.errors import RewardError
+from apo_lora.recipe.schema import BUILT_IN_REWARDS
 
 _FORM = 'write it as "module:function" or "path/to/file.py:function"'
-
-
-BUILT_IN = ("accuracy", "format")
 
 
 def find_rewards(names: Sequence[str]) -> None:
@@ -26,7 +24,7 @@ def find_rewards(names: Sequence[str]) -> None:
     A module that is not imported yet is only located, which imports its parent packages.
     """
     problems = []
-    for spec in (name for name in names if name not in BUILT_IN):
+    for spec in (name for name in names if name not in BUILT_IN_REWARDS):
         try:
             source, _ = _parts(spec)
             _file(spec, source) if _is_file(source) else _require_module(spec, source)
@@ -57,7 +55,7 @@ def load_reward(spec: str) -> Callable:
 def _parts(spec: str) -> tuple[str, str]:
     source, separator, name = str(spec).rpartition(":")
     if not separator or not source.strip() or not name.isidentifier():
-        near = difflib.get_close_matches(str(spec), BUILT_IN, n=1)
+        near = difflib.get_close_matches(str(spec), BUILT_IN_REWARDS, n=1)
         hint = f"did you mean {near[0]}? Otherwise " if near else ""
         raise RewardError(f"reward {spec!r} does not name a function; {hint}{_FORM}")
     return source, name

@@ -79,6 +79,7 @@ class CreditRule:
     dads: str | None
     stcr: float | None
     stcr_amplify_positive: bool
+    scale_rewards: str
 
     def __call__(self, rollout: Rollout) -> ScoredRollout:
         groups = (-1, self.num_generations)
@@ -93,6 +94,7 @@ class CreditRule:
             stcr=self.stcr is not None,
             stcr_base=self.stcr or 1.0,
             stcr_amplify_positive=self.stcr_amplify_positive,
+            scale_rewards=self.scale_rewards,
         )
         return ScoredRollout(rollout, rewards_NG, correct_NG, credit)
 
@@ -111,4 +113,5 @@ def credit_rule(config: APOConfig, reward_names: Sequence[str], weights_F: Tenso
         dads=config.dads,
         stcr=config.stcr,
         stcr_amplify_positive=config.stcr_amplify_positive,
+        scale_rewards=config.scale_rewards,
     )

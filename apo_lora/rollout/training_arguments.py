@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from apo_lora.config import APOConfig
+from apo_lora.config import LOSS_TYPES, APOConfig
 from apo_lora.errors import ModelError
 from apo_lora.machine import ranks
 from apo_lora.policy.loading import Policy
@@ -44,12 +44,12 @@ DEPENDED_ON = {
     "num_iterations", "max_completion_length", "mask_truncated_completions", "temperature", "top_p", "top_k",
     "min_p", "repetition_penalty", "generation_kwargs", "use_vllm", "vllm_mode",
     "vllm_importance_sampling_correction", "beta", "use_bias_correction_kl", "epsilon", "epsilon_high", "loss_type",
-    "scale_rewards", "reward_weights", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "gradient_checkpointing",
-    "use_cpu", "bf16", "fp16", "shuffle_dataset", "remove_unused_columns", "output_dir", "logging_steps",
-    "save_strategy", "save_steps", "save_total_limit",
-    "dads", "stcr", "stcr_amplify_positive", "correct_by", "entropy_coef", "shared_prompt", "zero_variance_groups",
-    "max_nonfinite_steps",
+    "importance_sampling_level", "scale_rewards", "reward_weights", "max_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "seed", "gradient_checkpointing", "use_cpu", "bf16", "fp16", "shuffle_dataset",
+    "remove_unused_columns", "output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
+    "dads", "stcr", "stcr_amplify_positive", "correct_by", "correct_from", "entropy_coef", "shared_prompt",
+    "zero_variance_groups", "max_nonfinite_steps",
 }  # fmt: skip
 """What a run's sampling, loss, optimisation or record depends on. The others may differ: Unsloth,
 for example, sets the precision of an evaluation that no run performs (bf16_full_eval, fp16_full_eval)."""
@@ -78,12 +78,17 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: 
         # credit and loss
         "reward_weights": list(recipe.rewards.weights) if recipe.rewards.weights else None,
         "correct_by": recipe.rewards.correct_by,
+        "correct_from": recipe.rewards.correct_from,
+        "scale_rewards": grpo.scale_rewards,
         "dads": recipe.apo.dads,
         "stcr": recipe.apo.stcr,
         "stcr_amplify_positive": recipe.apo.stcr_amplify_positive,
         "entropy_coef": recipe.apo.entropy_coef,
         "beta": grpo.beta,
         "epsilon": grpo.epsilon,
+        "epsilon_high": grpo.epsilon_high,
+        "importance_sampling_level": grpo.ratio,
+        "loss_type": next(name for name, value in LOSS_TYPES.items() if value == grpo.normalization),
         "shared_prompt": grpo.shared_prompt,
         # optimisation
         "max_steps": max_steps,
