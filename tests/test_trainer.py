@@ -1,9 +1,20 @@
 """APOTrainer on the tiny model: the same gradient for any split, the right reference, skipped NaN steps."""
 
+import itertools
+
 import pytest
 import torch
-from tiny_trainer import KeepGradients, adapter, largest_difference, logged, recipe_of
+from tiny_trainer import (
+    LOSSES,
+    KeepGradients,
+    adapter,
+    from_an_older_policy,
+    largest_difference,
+    logged,
+    recipe_of,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl import GRPOTrainer
 
 from apo_lora.apo import apo_loss
 
@@ -31,15 +42,60 @@ def test_any_micro_batch_split_gives_the_same_adapter(make_trainer):
 
 
 def test_step_gradient_is_the_sum_over_micro_batches(make_trainer):
-    gradients = []
-    for completions_per_pass in (8, 1, 4):
-        trainer = make_trainer(recipe_of(grpo={"completions_per_pass": completions_per_pass}, train={"max_steps": 1}))
-        keep = KeepGradients()
-        trainer.add_callback(keep)
-        trainer.train()
-        gradients.append(keep.gradient)
-    for other in gradients[1:]:
-        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+    """Under every loss, and each has a gradient of its own."""
+    gradients = {}
+    for name, options in LOSSES.items():
+        for completions_per_pass in (8, 1, 4) if name == "released" else (8, 2):
+            grpo = {"completions_per_pass": completions_per_pass, "num_iterations": 2, **options}
+            trainer = from_an_older_policy(make_trainer(recipe_of(grpo=grpo, train={"max_steps": 1})))
+            gradient = step_gradient(trainer)
+            whole = gradients.setdefault(name, gradient)
+            assert (gradient - whole).norm() < 1e-5 * whole.norm(), (name, completions_per_pass)
+            assert logged(trainer)[0]["clip_fraction"] > 0.05
+    for one, other in itertools.combinations(gradients, 2):
+        assert (gradients[one] - gradients[other]).norm() > 1e-2 * gradients[one].norm(), (one, other)
+
+
+def test_without_dads_every_loss_is_trls(make_trainer):
+    """TRL's own function on the same rollout and log-probs. Only with "grpo" is its KL a mean over sequences."""
+    grpo = {"num_iterations": 2, "temperature": 1.5}
+    trainer = from_an_older_policy(make_trainer(recipe_of(grpo=grpo, apo={"dads": None}, train={"max_steps": 1})))
+    trainer.train()  # a fresh adapter has no KL
+    trainer._step = 0
+    (batch,) = trainer._buffered_inputs
+    assert len(set(batch["completion_mask"].sum(1).tolist())) > 1  # or the normalisations are all alike
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (*trainer._score(batch), None)
+    trainer.aux_loss_enabled = False
+
+    def gradient():
+        found = torch.cat([p.grad.flatten() for p in trainer.trained_parameters])
+        trainer.model.zero_grad()
+        return found
+
+    trainer.model.zero_grad()
+    found = []
+    for loss_type, level, epsilon_high, beta in (
+        ("dapo", "token", None, 0.0),
+        ("grpo", "token", 0.4, 0.1),
+        ("grpo", "sequence", 0.05, 0.1),
+        ("dr_grpo", "token", 0.4, 0.0),
+        ("dr_grpo", "sequence", None, 0.0),
+    ):
+        chosen = {"loss_type": loss_type, "importance_sampling_level": level, "epsilon_high": epsilon_high}
+        for name, value in {**chosen, "beta": beta}.items():
+            setattr(trainer.args, name, value)
+            setattr(trainer, name, value)
+        trainer.epsilon_high = epsilon_high or trainer.args.epsilon
+        ours = trainer.compute_loss(trainer.model, batch).item()
+        our_gradient = gradient()
+        theirs = GRPOTrainer._compute_loss(trainer, trainer.model, {**batch, "ref_per_token_logps": batch["ref_logps"]})
+        theirs.backward()
+        their_gradient = gradient()
+        assert ours == pytest.approx(theirs.item(), rel=1e-5, abs=1e-7), chosen
+        assert (our_gradient - their_gradient).norm() < 1e-5 * their_gradient.norm(), chosen
+        found.append(our_gradient)
+    for one, other in itertools.combinations(found, 2):
+        assert (one - other).norm() > 1e-2 * one.norm()
 
 
 def test_plain_grpo_differs_from_apo(make_trainer):

@@ -19,12 +19,32 @@ SMALL = {
     "train": {"max_steps": 2, "learning_rate": 1e-2, "seed": 3},
 }  # fmt: skip
 
+LOSSES = {
+    "released": {},
+    "other": {"ratio": "sequence", "normalization": "sequences", "scale_rewards": "batch", "epsilon_high": 0.3},
+    "constant": {"normalization": "constant", "scale_rewards": "none"},
+}
+"""Options of `grpo` that give another loss each; tests/test_apo.py tries them one by one."""
+
 
 def recipe_of(**changes):
     tree = {section: dict(keys) for section, keys in SMALL.items()}
     for section, keys in changes.items():
         tree[section] = {**tree.get(section, {}), **keys}
     return Recipe.model_validate(tree)
+
+
+def from_an_older_policy(trainer):
+    """As if other weights had sampled, the same for a completion wherever it is scored. Needs num_iterations=2."""
+    score = trainer._score_frozen_policies
+
+    def scored(batch):
+        score(batch)
+        ids = (batch["completion_ids"] * batch["completion_mask"]).float()
+        batch["old_per_token_logps"] += 0.3 * torch.sin(ids) + 0.3 * torch.sin(ids.sum(dim=-1, keepdim=True))
+
+    trainer._score_frozen_policies = scored
+    return trainer
 
 
 def adapter(trainer):
