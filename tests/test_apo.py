@@ -1,11 +1,22 @@
 """The algorithm, against numbers worked by hand from the formulas in apo.py's header."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from apo_lora.apo import apo_loss, assign_credit, dads_kl_weights, group_advantages, stcr_multipliers, token_kl
+from apo_lora.apo import (
+    NORMALIZATIONS,
+    RATIOS,
+    REWARD_SCALES,
+    apo_loss,
+    assign_credit,
+    dads_kl_weights,
+    group_advantages,
+    stcr_multipliers,
+    token_kl,
+)
 
 F64 = torch.float64
 
@@ -48,6 +59,33 @@ def test_a_group_without_variance_has_no_advantage(reward, generations):
 def test_one_generation_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         group_advantages(torch.ones(4, 1))
+
+
+def test_what_advantages_are_divided_by():
+    # centred: +-1 and +-2. Deviation of a group of two: sqrt(2) and 2 sqrt(2). Of all four rewards 3, 1, 4, 0 (mean 2,
+    # squared deviations 1 + 1 + 4 + 4): sqrt(10 / 3).
+    rewards, half, whole = tensor([3.0, 1.0], [4.0, 0.0]), math.sqrt(0.5), math.sqrt(10 / 3)
+    for scale, expected in (
+        ("group", tensor([half, -half], [half, -half])),
+        ("batch", tensor([1 / whole, -1 / whole], [2 / whole, -2 / whole])),
+        ("none", tensor([1.0, -1.0], [2.0, -2.0])),
+    ):
+        torch.testing.assert_close(group_advantages(rewards, scale=scale), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("scale", REWARD_SCALES)
+def test_dads_and_stcr_combine_with_every_scale(scale):
+    """Both ask for signs, lengths and correctness, which no scale changes."""
+    correct = tensor([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0])
+    lengths = tensor([20.0, 20.0, 20.0, 30.0], [20.0, 20.0, 20.0, 30.0])
+    credit = assign_credit(correct, correct, lengths, stcr_base=1.1, scale_rewards=scale)
+    plain = group_advantages(correct, scale=scale)
+    torch.testing.assert_close(credit.advantages_NG[:, 3], plain[:, 3] * (2 - 1.1**-10))
+    torch.testing.assert_close(credit.advantages_NG[:, :3], plain[:, :3])
+    easy, hard = 1 - math.exp(-math.e * 0.75), 1 - math.exp(-math.e / 4)
+    torch.testing.assert_close(credit.kl_weights_NG, tensor([hard, 1.0, 1.0, 1.0], [easy, easy, easy, 1.0]))
+    uniform = torch.full((2, 7), 0.1)
+    assert torch.equal(group_advantages(uniform, scale=scale), torch.zeros(2, 7))
 
 
 # --- DADS ------------------------------------------------------------------------------------------------------------
@@ -201,6 +239,46 @@ def test_loss_worked_by_hand():
     assert loss.item() == pytest.approx(policy + 0.1 * kl, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # The ratios are exp(0.1), exp(0.3), both of an advantage of 1, and exp(-0.4) of an advantage of -2; clipped to
+        # 0.8..1.2. The sequences' own are exp(0.2) and exp(-0.4).
+        ({}, -(math.exp(0.1) + 1.2 - 2 * 0.8) / 3),
+        ({"normalization": "sequences"}, -((math.exp(0.1) + 1.2) / 2 - 2 * 0.8) / 2),
+        ({"normalization": "constant", "max_tokens": 5}, -(math.exp(0.1) + 1.2 - 2 * 0.8) / 10),
+        ({"epsilon_high": 0.5}, -(math.exp(0.1) + math.exp(0.3) - 2 * 0.8) / 3),
+        ({"epsilon_high": 0.05}, -(1.05 + 1.05 - 2 * 0.8) / 3),
+        ({"ratio": "sequence", "epsilon_high": 0.3}, -(2 * math.exp(0.2) - 2 * 0.8) / 3),
+        ({"ratio": "sequence", "epsilon_high": 0.3, "normalization": "sequences"}, -(math.exp(0.2) - 2 * 0.8) / 2),
+    ],
+)
+def test_other_losses_worked_by_hand(options, expected):
+    old, mask = tensor([-1.0, -2.0], [-0.5, -9.0]), tensor([1.0, 1.0], [1.0, 0.0])
+    logps = old + tensor([0.1, 0.3], [-0.4, 7.0])
+    advantages, weights = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([0.3, 1.0], dtype=F64)
+    loss, metrics = apo_loss(
+        logps, old, logps - 0.2, mask, advantages, weights, beta=0.1, epsilon=0.2, num_tokens=3, num_sequences=2,
+        **options,
+    )  # fmt: skip
+    assert metrics["policy_loss"].item() == pytest.approx(expected, rel=1e-9)
+    # The KL is the released one under each: k3 of -0.2 is 0.018730753, the same in both sequences.
+    assert (loss - metrics["policy_loss"]).item() == pytest.approx(0.1 * 0.018730753 * (0.3 + 1.0) / 2, rel=1e-7)
+
+
+def test_a_constant_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="divides by max_tokens"):
+        loss_of(random_inputs(), normalization="constant")
+
+
+LOSSES = [
+    {"ratio": ratio, "normalization": normalization, "epsilon_high": epsilon_high, "max_tokens": 7}
+    for ratio in RATIOS
+    for normalization in NORMALIZATIONS
+    for epsilon_high in (None, 0.4)
+]
+
+
 def random_inputs(batch=6, tokens=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(batch, tokens, generator=generator, dtype=F64) * 3
@@ -229,42 +307,56 @@ def test_gradient_is_that_of_the_formula():
     inputs = random_inputs()
     logps = inputs[0].clone().requires_grad_()
     entropies = torch.rand_like(inputs[0]).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, h: loss_of([x, *inputs[1:]], entropies_BT=h, entropy_coef=0.01), (logps, entropies)
-    )
+    for options in LOSSES:
+        assert torch.autograd.gradcheck(
+            lambda x, h, options=options: loss_of([x, *inputs[1:]], entropies_BT=h, entropy_coef=0.01, **options),
+            (logps, entropies),
+        )
 
 
+def test_every_loss_has_a_gradient_of_its_own():
+    gradients = []
+    for options in LOSSES:
+        inputs = random_inputs()
+        loss_of([inputs[0].requires_grad_(), *inputs[1:]], epsilon=0.05, **options).backward()
+        gradients.append(inputs[0].grad)
+    for one, other in itertools.combinations(gradients, 2):
+        assert (one - other).norm() > 1e-3 * one.norm()
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=str)
 @pytest.mark.parametrize("split", [[1] * 6, [2, 4], [3, 3], [5, 1]])
-def test_micro_batches_add_up(split):
+def test_micro_batches_add_up(split, options):
     inputs = random_inputs()
     whole = inputs[0].clone().requires_grad_()
-    loss_of([whole, *inputs[1:]]).backward()
+    loss_of([whole, *inputs[1:]], **options).backward()
 
     parts = inputs[0].clone().requires_grad_()
     start = 0
     for size in split:
         rows = slice(start, start + size)
         part = [parts[rows], *(t[rows] for t in inputs[1:])]
-        loss_of(part, num_tokens=inputs[3].sum().item(), num_sequences=6).backward()
+        loss_of(part, num_tokens=inputs[3].sum().item(), num_sequences=6, **options).backward()
         start += size
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=1e-15)
 
     # and a mean per micro-batch, which is what goes wrong elsewhere, would differ
     wrong = inputs[0].clone().requires_grad_()
-    (loss_of([wrong[:1], *(t[:1] for t in inputs[1:])]) / 2).backward()
-    (loss_of([wrong[1:], *(t[1:] for t in inputs[1:])]) / 2).backward()
+    (loss_of([wrong[:1], *(t[:1] for t in inputs[1:])], **options) / 2).backward()
+    (loss_of([wrong[1:], *(t[1:] for t in inputs[1:])], **options) / 2).backward()
     assert (wrong.grad - whole.grad).abs().max() > 1e-3 * whole.grad.abs().max()
 
 
+@pytest.mark.parametrize("options", LOSSES, ids=str)
 @pytest.mark.parametrize("rubbish", [0.0, 1e30, float("inf"), float("-inf"), float("nan")])
-def test_padding_does_not_matter(rubbish):
+def test_padding_does_not_matter(rubbish, options):
     inputs = random_inputs()
     padded = [torch.nn.functional.pad(t, (0, 3), value=rubbish) for t in inputs[:3]]
     padded += [torch.nn.functional.pad(inputs[3], (0, 3)), *inputs[4:]]
     padded[0].requires_grad_()
-    loss = loss_of(padded)
+    loss = loss_of(padded, **options)
     loss.backward()
-    torch.testing.assert_close(loss, loss_of(inputs), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, loss_of(inputs, **options), rtol=1e-12, atol=0)
     assert torch.isfinite(padded[0].grad).all() and (padded[0].grad[:, -3:] == 0).all()
 
 
@@ -299,22 +391,24 @@ def test_loss_of_credit_without_dads_and_stcr_is_the_grpo_loss():
     assert loss_of([logps, old, ref, mask, advantages, weights], beta=0.04).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_extreme_log_ratios_stay_finite():
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+def test_extreme_log_ratios_stay_finite(options):
     logps = torch.tensor([[-1e4, -1.0, -1e4]], requires_grad=True)
     other = torch.tensor([[-1.0, -1e4, -1e4]])
     loss, _ = apo_loss(
         logps, other, other, torch.ones(1, 3), torch.tensor([-1.0]), torch.ones(1), beta=1.0, epsilon=0.2,
-        num_tokens=3, num_sequences=1,
+        num_tokens=3, num_sequences=1, **options,
     )  # fmt: skip
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
 
 
-def test_all_masked_batch_is_zero_and_finite():
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+def test_all_masked_batch_is_zero_and_finite(options):
     inputs = random_inputs()
     inputs[3] = torch.zeros_like(inputs[3])
     logps = inputs[0].clone().requires_grad_()
-    loss = loss_of([logps, *inputs[1:]], num_tokens=1, num_sequences=1)
+    loss = loss_of([logps, *inputs[1:]], num_tokens=1, num_sequences=1, **options)
     loss.backward()
     assert loss.item() == 0 and (logps.grad == 0).all()
 

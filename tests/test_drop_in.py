@@ -7,6 +7,9 @@ import sys
 import pytest
 from conftest import PROJECT
 
+from apo_lora.apo import NORMALIZATIONS
+from apo_lora.config import LOSS_TYPES
+
 NAMES = {"GRPOConfig": "APOConfig", "GRPOTrainer": "APOTrainer"}
 
 HEAD = """
@@ -116,7 +119,7 @@ def test_chats_with_images_and_an_evaluation(tmp_path):
 
 @pytest.mark.slow
 def test_an_unsloth_notebook_with_images(tmp_path):
-    """Unsloth's rewritten trainer below ours; its notebooks' other loss is named, and replaced."""
+    """Unsloth's rewritten trainer below ours, with its notebooks' other loss."""
     import torch
     from unsloth_on_cpu import run_script
 
@@ -126,7 +129,7 @@ def test_an_unsloth_notebook_with_images(tmp_path):
         pytest.skip("Unsloth on a CPU is for hosts without a GPU")
     finished = run_script(PROJECT / "tests" / "support" / "unsloth_drop_in.py", str(BASE_DIR), folder=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "loss_type='dr_grpo', importance_sampling_level='sequence'" in finished.stderr
+    assert "APO has its own loss" not in finished.stderr
 
 
 def test_the_first_rollout_copies_no_keys_whoever_loaded_the_model(text_model, tmp_path, monkeypatch):
@@ -165,11 +168,21 @@ def config(tmp_path, **changes):
 
 
 def test_what_only_trls_loss_knows_is_named_and_replaced(tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"loss_type='dr_grpo', importance_sampling_level='sequence'.*ignored, because"
-    ):
-        made = config(tmp_path, loss_type="dr_grpo", importance_sampling_level="sequence")
-    assert made.loss_type == "grpo" and made.importance_sampling_level == "token"
+    with pytest.warns(UserWarning, match=r"delta=2.0, loss_type='cispo': ignored, because"):
+        made = config(tmp_path, loss_type="cispo", delta=2.0)
+    assert made.loss_type == "dapo" and made.delta is None
+
+
+@pytest.mark.filterwarnings("error:APOConfig")
+def test_trls_names_choose_the_loss(tmp_path):
+    released = config(tmp_path)
+    assert (released.normalization, released.scale_rewards, released.epsilon_high) == ("tokens", "group", None)
+    chosen = {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "epsilon_high": 0.28}
+    made = config(tmp_path, scale_rewards=False, **chosen)
+    assert made.normalization == "constant" and made.scale_rewards == "none"
+    assert {name: getattr(made, name) for name in chosen} == chosen
+    assert config(tmp_path, loss_type="grpo").normalization == "sequences"
+    assert set(LOSS_TYPES.values()) == set(NORMALIZATIONS)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +191,10 @@ def test_what_only_trls_loss_knows_is_named_and_replaced(tmp_path):
         ({"dads": "linear"}, "dads='linear' must be one of complement_exp"),
         ({"stcr": 1.0}, "stcr=1.0 must be above 1"),
         ({"zero_variance_groups": "drop"}, "zero_variance_groups='drop'"),
+        ({"scale_rewards": "std"}, "scale_rewards='std' must be one of group, batch, none"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level='word' must be one of token, sequence"),
+        ({"epsilon_high": 0.0}, "epsilon_high=0.0 must be above 0"),
+        ({"loss_type": "dr_grpo", "max_completion_length": None}, "'dr_grpo' divides by max_completion_length"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "must be a multiple of"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT
+from tiny_trainer import LOSSES
 from two_ranks import GENERATIONS, PROMPTS
 
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
@@ -41,16 +42,16 @@ def succeeded(run: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """(of one process, [of each of two])."""
+    """By loss: (of one process, [of each of two])."""
     folder = tmp_path_factory.mktemp("gradients")
     for processes in (1, 2):
         (folder / str(processes)).mkdir()
         succeeded(launch(processes, SCRIPT, "gradient", folder / str(processes)))
 
-    def facts(processes, rank):
-        return torch.load(folder / str(processes) / f"facts-{processes}-{rank}.pt", weights_only=True)
+    def facts(loss, processes, rank):
+        return torch.load(folder / str(processes) / f"{loss}-{processes}-{rank}.pt", weights_only=True)
 
-    return facts(1, 0), [facts(2, rank) for rank in range(2)]
+    return {loss: (facts(loss, 1, 0), [facts(loss, 2, rank) for rank in range(2)]) for loss in LOSSES}
 
 
 def relative(one, other):
@@ -58,8 +59,10 @@ def relative(one, other):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(steps):
-    one, two = steps
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_have_the_gradient_of_one(steps, loss):
+    one, two = steps[loss]
+    assert all(relative(steps[other][0]["gradient"], one["gradient"]) > 1e-2 for other in steps if other != loss)
     assert PROMPTS * GENERATIONS // 2 % GENERATIONS  # a group is split between them
     for process in two:
         assert relative(process["alone"], one["gradient"]) > 0.1  # neither has it without the other,
@@ -68,8 +71,10 @@ def test_two_processes_have_the_gradient_of_one(steps):
 
 
 @pytest.mark.slow
-def test_two_processes_record_the_figures_of_one(steps):
-    one, (main, _) = steps
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_record_the_figures_of_one(steps, loss):
+    one, (main, _) = steps[loss]
+    assert main["log"]["clip_fraction"] > 0.05
     assert main["log"]["dads_weight_positives"] < 0.99 and main["log"]["stcr_multiplier"] > 1.01
     for name, value in one["log"].items():
         if not name.startswith(("seconds", "tokens_per", "peak", "total_flos", "step_time")):

@@ -14,8 +14,28 @@ PROMPTS, GENERATIONS, MAX_TOKENS = 3, 6, 24  # on two processes, the second grou
 
 
 def gradient(folder: Path) -> None:
+    from tiny_trainer import LOSSES
+
+    from apo_lora.machine import ranks
+
+    with ranks.joined():
+        for name, options in LOSSES.items():
+            save(gradient_of(folder / f"{name}-{ranks.rank()}", options), folder, name)
+
+
+def save(facts: dict, folder: Path, name: str) -> None:
+    import torch
+
+    from apo_lora.machine import ranks
+
+    torch.save(facts, folder / f"{name}-{ranks.num_processes()}-{ranks.rank()}.pt")
+
+
+def gradient_of(folder: Path, options: dict) -> dict:
+    """One step's gradient and figures, with these options of `grpo`, from an older policy's completions."""
     import torch
     from stirred_adapters import stir
+    from tiny_trainer import from_an_older_policy
     from transformers import TrainerCallback
 
     from apo_lora.data.examples import load_examples, prompt_dataset
@@ -32,7 +52,7 @@ def gradient(folder: Path) -> None:
             "rewards": {"functions": ("accuracy",)},
             "grpo": {
                 "num_generations": GENERATIONS, "prompts_per_step": PROMPTS, "completions_per_pass": 3,
-                "max_completion_length": MAX_TOKENS, "beta": 0.1,
+                "max_completion_length": MAX_TOKENS, "beta": 0.1, "num_iterations": 2, **options,
             },
             "apo": {"dads": "complement_exp", "stcr": 1.05},
             "train": {"max_steps": 1, "learning_rate": 1e-2},
@@ -46,40 +66,42 @@ def gradient(folder: Path) -> None:
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
-    with ranks.joined():
-        policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
-        stir(policy.model, scale=0.1)  # a fresh adapter has no KL
-        run_dir = RunDir(folder / f"run-{ranks.rank()}")
-        run_dir.create()
-        examples = load_examples("boards", recipe.data, split="train", limit=PROMPTS).examples
-        watch = Watch()
-        trainer = APOTrainer(
-            policy.model,
-            [accuracy],
-            training_arguments(recipe, policy, run_dir.checkpoints, 1),
-            processing_class=policy.processor,
-            train_dataset=prompt_dataset(examples, recipe.data),
-            callbacks=[watch],
-        )
-        generate = trainer._generate_single_turn
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
+    stir(policy.model, scale=0.1)  # a fresh adapter has no KL
+    run_dir = RunDir(folder)
+    run_dir.create()
+    examples = load_examples("boards", recipe.data, split="train", limit=PROMPTS).examples
+    watch = Watch()
+    trainer = APOTrainer(
+        policy.model,
+        [accuracy],
+        training_arguments(recipe, policy, run_dir.checkpoints, 1),
+        processing_class=policy.processor,
+        train_dataset=prompt_dataset(examples, recipe.data),
+        callbacks=[watch],
+    )
+    from_an_older_policy(trainer)
+    generate = trainer._generate_single_turn
 
-        def same_everywhere(prompt_ids, *arguments, **options):
-            """Completions by their place in the rollout."""
-            output = list(generate(prompt_ids, *arguments, **options))
-            first = ranks.rank() * len(prompt_ids)
-            output[0] = [completion(first + place, trainer.eos_token_ids) for place in range(len(prompt_ids))]
-            return tuple(output)
+    def same_everywhere(prompt_ids, *arguments, **options):
+        """Completions by their place in the rollout."""
+        output = list(generate(prompt_ids, *arguments, **options))
+        first = ranks.rank() * len(prompt_ids)
+        output[0] = [completion(first + place, trainer.eos_token_ids) for place in range(len(prompt_ids))]
+        return tuple(output)
 
-        def remember(parameters):
-            watch.alone = torch.cat([p.grad.flatten() for p in parameters])
-            sum_gradients(parameters)
+    def remember(parameters):
+        watch.alone = torch.cat([p.grad.flatten() for p in parameters])
+        sum_gradients(parameters)
 
-        trainer._generate_single_turn = same_everywhere
-        sum_gradients, ranks.sum_gradients = ranks.sum_gradients, remember
+    trainer._generate_single_turn = same_everywhere
+    sum_gradients, ranks.sum_gradients = ranks.sum_gradients, remember
+    try:
         trainer.train()
+    finally:
+        ranks.sum_gradients = sum_gradients
     log = next(log for log in trainer.state.log_history if "reward" in log)
-    facts = {"gradient": watch.gradient, "alone": watch.alone, "log": log}
-    torch.save(facts, folder / f"facts-{ranks.num_processes()}-{ranks.rank()}.pt")
+    return {"gradient": watch.gradient, "alone": watch.alone, "log": log}
 
 
 def completion(place: int, ends: list[int]) -> list[int]:

@@ -41,6 +41,7 @@ trainer.train()
 
 logs = [log for log in trainer.state.log_history if "policy_loss" in log]
 assert APOTrainer.__mro__[1].__name__ == "UnslothGRPOTrainer", APOTrainer.__mro__
-assert trainer.args.loss_type == "grpo" and trainer.args.beta == 1e-3
+assert trainer.args.normalization == "constant" and trainer.args.importance_sampling_level == "sequence"
+assert trainer.args.epsilon_high is None and trainer.args.beta == 1e-3
 assert len(logs) == 2 and logs[0]["kl"] == 0.0 < logs[1]["kl"], logs
 assert list(trainer.model.peft_config) == ["default"]
