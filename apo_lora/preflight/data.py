@@ -9,6 +9,7 @@ from apo_lora.errors import printable
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.check import table
 from apo_lora.rewards.check_functions import check_functions
+from apo_lora.rewards.plugins import find_rewards
 from apo_lora.rewards.verifier import Verifier
 
 
@@ -23,6 +24,7 @@ def check_rewards(recipe: Recipe) -> bool:
 
     True if all are as expected. Raises UserError.
     """
+    find_rewards(recipe.rewards.functions)
     loaded, _ = _training_rows(recipe)
     rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
