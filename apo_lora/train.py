@@ -65,8 +65,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
 
     import_engine(recipe.model)
     from apo_lora.evaluation.held_out import measure_held_out
-    from apo_lora.rewards.functions import reward_functions
-    from apo_lora.rewards.verifier import Verifier
+    from apo_lora.rewards.functions import reward_functions, verifier_of
     from apo_lora.run.callbacks import OrderlyStop
 
     loaded, held_out = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
@@ -76,7 +75,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         ranks.lost_process_as_one_line(kept),
         disk_errors_as_one_line(run_dir.path, kept),
         ranks.joined(),
-        Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier,
+        verifier_of(recipe.rewards) as verifier,
         trackers_in(run_dir),
     ):
         finite = FiniteRewards()

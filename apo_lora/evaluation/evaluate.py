@@ -72,7 +72,7 @@ def evaluate(
     from apo_lora.evaluation.answering import answer, policies
     from apo_lora.evaluation.folder import EvaluationFolder, fingerprint, planned
     from apo_lora.evaluation.measure import ITEMS_PER_BATCH
-    from apo_lora.rewards.verifier import Verifier
+    from apo_lora.rewards.functions import verifier_of
 
     opened = open_inputs(asked, train=False, held_out=sets)
     loaded = opened.fitting(load_processor(asked.model, asked.data), asked.data).held_out
@@ -97,7 +97,7 @@ def evaluate(
     todo = [batch for batch in wanted if batch.keys[0] not in done]
     if len(todo) < len(wanted):
         print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
-    with Verifier(seconds_per_item=asked.rewards.seconds_per_item) as verifier:
+    with verifier_of(asked.rewards) as verifier:
         switched = policies(asked, source, exported, {batch.model for batch in todo})
         answer(todo, wanted, switched, asked, verifier.score, record, run)
         if given_up := verifier.timeouts + verifier.crashes:

@@ -9,8 +9,8 @@ from apo_lora.errors import printable
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.check import table
 from apo_lora.rewards.check_functions import check_functions
+from apo_lora.rewards.functions import verifier_of
 from apo_lora.rewards.plugins import find_rewards
-from apo_lora.rewards.verifier import Verifier
 
 
 def check_data(recipe: Recipe) -> None:
@@ -27,7 +27,7 @@ def check_rewards(recipe: Recipe) -> bool:
     find_rewards(recipe.rewards.functions)
     loaded, _ = _training_rows(recipe)
     rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
-    with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
+    with verifier_of(recipe.rewards) as verifier:
         checks = check_functions(rows, recipe.rewards, verifier, recipe.grpo.max_completion_length)
     print("\n".join([printable(loaded.summary()), *table(checks)]))
     return all(check.passed == check.checked for check in checks)

@@ -134,6 +134,10 @@ class RewardsSection(Section):
     """Tokens in a row that `repetition` counts as repeated when they occur again."""
     seconds_per_item: Positive = 5.0
     """Time limit for verifying one completion; a completion that exceeds it earns 0, and the timeout is counted."""
+    accept_unevaluated: bool = False
+    """Accept arithmetic that is still to be done as a whole number: `10+2` for 12."""
+    convert_units: bool = False
+    """Accept the right quantity in another unit: 100 cm for 1 m, 1.5 hours for 90 min, radians for degrees."""
 
     def overlong_cache(self, max_tokens: int) -> int:
         """The tokens below `max_tokens` that `overlong` punishes."""

@@ -6,8 +6,9 @@ Pure functions; `apo-lora check-rewards` shows their table.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from apo_lora.rewards.answers.match import Gold, MathQuestion, describes_number, judge, read_gold
-from apo_lora.rewards.answers.text import FinalAnswer, last_box
+from apo_lora.rewards.answers.gold import Gold, describes_number, gold_itself, read_gold
+from apo_lora.rewards.answers.match import MathQuestion, judge
+from apo_lora.rewards.answers.text import FinalAnswer, after_answer_phrase, without_phrase
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
 Try = tuple[str, float, str]
@@ -40,7 +41,9 @@ def gold_in_other_formats(answer: str, choices: Sequence[str] | None = None) -> 
 
 
 def _formats(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]]:
-    value = last_box(answer) or answer
+    value = gold_itself(answer)
+    if after_answer_phrase(value) and value not in (choices or ()):
+        value = without_phrase(value).strip("* .")
     formats = [
         ("unchanged", in_answer(value)),
         ("spaces and full stop", in_answer(f" {value}. ")),
@@ -84,7 +87,7 @@ def _wrong_texts(answer: str, choices: Sequence[str] | None, gold: Gold | None) 
         return [chr(65 + (gold.index + step) % len(choices)) for step in range(1, len(choices))]
     number = describes_number(answer)
     near = [] if number is None else [str(number.value + 1), str(number.value * 10 + 7)]
-    return [*near, *(["B", "A"] if gold.letter else []), f"{gold.text} + 1", *_WORDS]
+    return [*near, *(["B", "A"] if gold.letters else []), f"{gold.text} + 1", *_WORDS]
 
 
 def _is_wrong(text: str, gold: Gold | None) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apo_lora.recipe.schema import GrpoSection, RewardsSection
+from apo_lora.rewards.answers.same import Rules
 from apo_lora.rewards.boxes import iou_reward
 from apo_lora.rewards.relaxed import nearly_equal
 from apo_lora.rewards.scores import format_reward
@@ -16,6 +17,12 @@ RewardFunction = Callable[..., list[float]]
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     """Stock TRL hands over message lists, Unsloth's trainer strings."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def verifier_of(rewards: RewardsSection) -> Verifier:
+    """The verifier that a recipe asks for; to be closed, or used in a `with`."""
+    rules = Rules(accept_unevaluated=rewards.accept_unevaluated, convert_units=rewards.convert_units)
+    return Verifier(seconds_per_item=rewards.seconds_per_item, rules=rules)
 
 
 def reward_functions(

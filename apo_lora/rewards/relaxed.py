@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
-from apo_lora.rewards.answers.match import describes_number, judge, read_gold
-from apo_lora.rewards.answers.text import final_answer, plain
+from apo_lora.rewards.answers.gold import describes_number, read_gold
+from apo_lora.rewards.answers.match import judge
+from apo_lora.rewards.answers.plain import plain
+from apo_lora.rewards.answers.text import final_answer
 
 _NUMERAL = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?(?![\d])")
 _MOST_NUMERALS = 8  # an answer with more is not one number

@@ -1,9 +1,11 @@
-"""Scoring with a worker process that can be killed: no completion can hang, crash or bloat the training process.
+"""Scoring with worker processes that can be killed: no completion can hang, crash or bloat the training process.
 
-Cheap comparison happens in the parent (`scores.quick_verdict`). What only mathematics can decide goes, one question
-at a time, as a JSON line to `python -m apo_lora.rewards.verifier`, which answers with a JSON line. A question that
-takes too long costs the completion its reward, and the worker is killed; the next question starts a new one. So a call
-of `score` with N completions takes at most (10 + N / 10) x seconds_per_item, the starts of new workers not counted.
+Cheap comparison happens in the parent (`scores.quick_verdict`). What only mathematics can decide is shared out among
+workers, one question at a time to each, as a JSON line to `python -m apo_lora.rewards.verifier`, which answers with a
+line. A question that takes too long costs the completion its reward, and the worker is killed; the next question
+starts a new one. So H hostile completions hold up a call of `score` for at most
+2 x seconds_per_item x ceil(H / workers), where the factor of 2 pays for the starts of new workers; after ten time-outs
+the others of the call get a tenth of the time.
 
 A plain subprocess and not `multiprocessing`: that would import the user's __main__ again (a notebook and a script
 from stdin have none to import), and would fork or share nothing good with a parent that has CUDA initialised.
@@ -21,16 +23,20 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from apo_lora.errors import RewardError
 from apo_lora.rewards.answers.match import MathQuestion
 from apo_lora.rewards.answers.mathematics import math_equal
+from apo_lora.rewards.answers.same import STRICT, Rules
 from apo_lora.rewards.scores import quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
 _MEMO_SIZE = 20_000
+_MAX_WORKERS = 16  # each holds 60 MB
 _PATIENCE = 10  # time-outs in one call of `score` before the questions after them get a tenth of the time
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)  # in names of environment variables
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -50,23 +56,38 @@ _REFUSED = (
 )
 
 
+def cores_of_this_process() -> int:
+    """The CPU cores that this process may use, shared fairly with the other processes of a launch on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
 class Verifier:
-    """Scores completions like `accuracy_reward`, with time and memory of the mathematics bounded.
+    """Scores completions like `accuracy_reward` under `rules`, with time and memory of the mathematics bounded.
 
     `timeouts` and `crashes` count the questions that were given up; `seconds_per_item` bounds each question,
-    `memory_mb` the worker's address space (Linux). Use as a context manager, or call `close()`.
+    `memory_mb` a worker's address space (Linux), `workers` their number (None: one per core, 16 at most); one starts
+    when a question needs it. Use as a context manager, or call `close()`.
     """
 
-    def __init__(self, seconds_per_item: float = 5.0, memory_mb: int = 2048):
+    def __init__(
+        self,
+        seconds_per_item: float = 5.0,
+        memory_mb: int = 2048,
+        workers: int | None = None,
+        rules: Rules = STRICT,
+    ):
         self.seconds_per_item = seconds_per_item
         self.memory_mb = memory_mb
+        self.rules = rules
         self.timeouts = 0
         self.crashes = 0
         self._command = [sys.executable, "-P", "-m", "apo_lora.rewards.verifier", str(memory_mb)]
-        self._worker: _Worker | None = None
+        self._workers: list[_Worker | None] = [None] * (workers or min(_MAX_WORKERS, cores_of_this_process()))
         self._memo: dict[MathQuestion, float] = {}
         self._timeouts_before = 0
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
 
     def __enter__(self) -> "Verifier":
         return self
@@ -75,10 +96,9 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        """End the worker. The next `score` would start a new one."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+        """End the workers. The next `score` would start new ones."""
+        for place in range(len(self._workers)):
+            self._give_up_worker(place)
 
     def score(
         self,
@@ -90,45 +110,58 @@ class Verifier:
         rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
         with self._lock:
             self._timeouts_before = self.timeouts
-            return [self._score_one(*row) for row in rows]
+            verdicts = [quick_verdict(*row, self.rules) for row in rows]
+            self._ask_all({verdict for verdict in verdicts if isinstance(verdict, MathQuestion)})
+            return [self._memo[v] if isinstance(v, MathQuestion) else float(v) for v in verdicts]
 
-    def _score_one(self, completion: str, answer: str, choices: Sequence[str] | None) -> float:
-        verdict = quick_verdict(completion, answer, choices)
-        if not isinstance(verdict, MathQuestion):
-            return 1.0 if verdict else 0.0
-        if verdict not in self._memo:  # a group's completions repeat each other, and each repeat would time out again
-            if len(self._memo) >= _MEMO_SIZE:
-                self._memo.clear()
-            self._memo[verdict] = self._ask(verdict)
-        return self._memo[verdict]
+    def _ask_all(self, questions: set[MathQuestion]) -> None:
+        """Put the replies into the memo: a group's completions repeat each other, and would time out again."""
+        if len(self._memo) + len(questions) > _MEMO_SIZE:
+            self._memo.clear()
+        todo = deque(sorted(questions - self._memo.keys(), key=str))
+        if not todo:
+            return
+        lanes = range(min(len(self._workers), len(todo)))
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            try:
+                list(pool.map(lambda place: self._work_off(todo, place), lanes))
+            finally:
+                todo.clear()  # an interrupt must not wait for the rest
 
-    def _ask(self, question: MathQuestion) -> float:
+    def _work_off(self, todo: "deque[MathQuestion]", place: int) -> None:
+        while True:
+            try:
+                question = todo.popleft()
+            except IndexError:
+                return
+            self._memo[question] = self._ask(question, place)
+
+    def _ask(self, question: MathQuestion, place: int = 0) -> float:
         line = json.dumps([question.answer, question.gold])
         for _ in range(2):  # a worker that died while idle is not this question's fault: ask once more
-            if self._worker is None:
-                self._worker = _Worker(self._command, self.memory_mb)
-            if self._worker.send(line):
+            worker = self._workers[place] = self._workers[place] or _Worker(self._command, self.memory_mb)
+            if worker.send(line):
                 break
-            self._give_up_worker()
-            self.crashes += 1
+            self._give_up_worker(place, crashes=1)
         else:
             return 0.0
         hurried = self.timeouts - self._timeouts_before >= _PATIENCE
         try:
-            reply = self._worker.read(self.seconds_per_item / (10 if hurried else 1))
+            reply = worker.read(self.seconds_per_item / (10 if hurried else 1))
         except queue.Empty:
-            self.timeouts += 1
-            self._give_up_worker()
+            self._give_up_worker(place, timeouts=1)
             return 0.0
         if reply is None:
-            self.crashes += 1
-            self._give_up_worker()
-            return 0.0
+            self._give_up_worker(place, crashes=1)
         return 1.0 if reply == "1" else 0.0
 
-    def _give_up_worker(self) -> None:
-        self._worker.kill()
-        self._worker = None
+    def _give_up_worker(self, place: int, *, timeouts: int = 0, crashes: int = 0) -> None:
+        with self._counting:
+            self.timeouts += timeouts
+            self.crashes += crashes
+        if worker := self._workers[place]:
+            worker.kill()
+        self._workers[place] = None
 
 
 class _Worker:

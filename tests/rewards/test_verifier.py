@@ -1,7 +1,11 @@
 """The verifier: same verdicts as the plain function, and a worker that may hang, die or grow without harm."""
 
+import math
+import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,8 +14,10 @@ from hostile_cases import HOSTILE
 from reward_cases import RIGHT, WHOLE, WRONG
 
 from apo_lora.errors import RewardError
+from apo_lora.recipe.schema import RewardsSection
+from apo_lora.rewards.functions import verifier_of
 from apo_lora.rewards.scores import accuracy_reward
-from apo_lora.rewards.verifier import Verifier
+from apo_lora.rewards.verifier import Verifier, cores_of_this_process
 
 ROOT = Path(__file__).parents[2]
 ASKS_MATH = ("\\boxed{x+1}", "1+x")  # nothing cheaper can decide these
@@ -30,7 +36,7 @@ for line in sys.stdin:
 
 
 def stubbed(seconds=0.5):
-    verifier = Verifier(seconds_per_item=seconds)
+    verifier = Verifier(seconds_per_item=seconds, workers=1)
     verifier._command = [sys.executable, "-c", STUB]
     return verifier
 
@@ -80,17 +86,78 @@ def test_a_worker_that_dies_is_replaced_and_counted():
 def test_a_worker_that_died_between_questions_costs_no_reward():
     with stubbed() as verifier:
         assert score(verifier, ["q+1"]) == [0.0]
-        verifier._worker._process.wait()
+        verifier._workers[0]._process.wait()
         assert score(verifier, ["x+1"]) == [1.0]
         assert verifier.crashes == 1
+
+
+class Hangs:
+    """A worker that answers nothing, in step with the others: each round of questions is one time-out long."""
+
+    def __init__(self, in_step: threading.Barrier, waited: list[float]):
+        self.in_step, self.waited = in_step, waited
+
+    def send(self, line):
+        return True
+
+    def read(self, seconds):
+        self.in_step.wait(timeout=20)  # breaks, and fails the test, where fewer workers are at work
+        self.waited.append(seconds)
+        raise queue.Empty
+
+    def kill(self):
+        pass
+
+
+@pytest.mark.parametrize(("workers", "hostile"), [(1, 6), (4, 12), (4, 40), (16, 64)])
+def test_hostile_questions_cost_no_more_than_the_stated_bound(workers, hostile, monkeypatch):
+    waited: list[float] = []
+    in_step = threading.Barrier(workers)
+    monkeypatch.setattr("apo_lora.rewards.verifier._Worker", lambda *_: Hangs(in_step, waited))
+    verifier = Verifier(seconds_per_item=5.0, workers=workers)
+    assert score(verifier, [f"h+{n}" for n in range(hostile)]) == [0.0] * hostile
+    assert verifier.timeouts == len(waited) == hostile
+    rounds = [max(waited[start : start + workers]) for start in range(0, hostile, workers)]
+    assert len(rounds) == math.ceil(hostile / workers)
+    assert max(rounds) == 5.0 and sum(rounds) <= 5.0 * len(rounds)  # the bound is twice that: workers must start, too
+    assert sum(rounds) < 2 * 5.0 * math.ceil(hostile / workers)
+    if hostile > workers + 10:
+        assert rounds[-1] == 0.5  # after ten time-outs there is no patience left
+
+
+def test_questions_are_shared_out_among_workers_and_each_keeps_its_own():
+    with stubbed(seconds=20) as verifier:
+        verifier._workers = [None] * 3
+        assert score(verifier, ["x+1", "d+1", "y+1", "z+1", "x +1", "1+x+0"]).count(1.0) == 1
+        assert (verifier.timeouts, verifier.crashes) == (0, 1)
+        workers = [worker for worker in verifier._workers if worker]
+        assert len({worker._process.pid for worker in workers}) == len(workers) >= 1
+    assert verifier._workers == [None] * 3
+
+
+def test_a_launch_shares_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cores_of_this_process() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores_of_this_process() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert cores_of_this_process() == 1
+
+
+def test_the_recipe_sets_the_rules():
+    with verifier_of(RewardsSection()) as strict, verifier_of(RewardsSection(accept_unevaluated=True)) as loose:
+        assert strict.score(["\\boxed{7+2}"], ["9"]) == [0.0] and loose.score(["\\boxed{7+2}"], ["9"]) == [1.0]
+    with verifier_of(RewardsSection(convert_units=True)) as converts:
+        assert converts.score(["\\boxed{500 cm}"], ["5 m"]) == [1.0]
 
 
 def test_no_worker_is_started_before_it_is_needed_and_none_is_left():
     verifier = Verifier()
     assert verifier.score(["\\boxed{5}", "no"], ["5", "5"], [None, None]) == [1.0, 0.0]
-    assert verifier._worker is None
+    assert not any(verifier._workers)
     assert verifier.score([ASKS_MATH[0]], [ASKS_MATH[1]], [None]) == [1.0]
-    process = verifier._worker._process
+    process = verifier._workers[0]._process
     verifier.close()
     assert process.poll() is not None
     assert verifier.score(["\\boxed{1+x+0}"], ["1+x"], [None]) == [1.0]  # usable again
@@ -112,7 +179,7 @@ def test_the_workers_memory_is_bounded(verifier):
     verifier.score([ASKS_MATH[0]], [ASKS_MATH[1]], [None])
     verifier._memo.clear()
     verifier.score([ASKS_MATH[0]], [ASKS_MATH[1]], [None])  # the worker runs now
-    limits = Path(f"/proc/{verifier._worker._process.pid}/limits").read_text()
+    limits = Path(f"/proc/{verifier._workers[0]._process.pid}/limits").read_text()
     assert str(2048 * 2**20) in next(line for line in limits.splitlines() if "address space" in line)
 
 

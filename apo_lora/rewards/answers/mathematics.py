@@ -10,6 +10,8 @@ import logging
 import re
 import threading
 
+from apo_lora.rewards.answers.lists import in_brackets, split_list
+
 MAX_MATH_CHARS = 400  # the longest answers worth parsing (lists of tuples) stay well below
 _MAX_DEPTH = 8  # the parser's time grows steeply with nesting: 30 deep parentheses take 5 seconds
 _MAX_DIGITS = 30
@@ -17,6 +19,7 @@ _MAX_EXPONENT = 1000  # the product of all exponents, as towers multiply
 _MAX_SIMPLIFY_EXPONENT = 20  # what Math-Verify may have to expand
 _MAX_FACTORIAL = 200
 _MAX_FUNCTIONS = 12
+_MAX_PARTS = 20
 
 _FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd det"
 _COMMAND_NAMES = """
@@ -115,16 +118,36 @@ def math_equal(answer: str, gold: str) -> bool:
 
     with _LOCK:
         try:
-            return _parsed_equal(answer, gold)
+            return _equal_parts(answer, gold)
         except Exception:  # sympy raises nearly everything there is; an answer it cannot compare is not right
             return False
+
+
+def _equal_parts(answer: str, gold: str) -> bool:
+    """Bare lists have the same parts in any order, each as often; tuples have them in the same order."""
+    parts, wanted = in_brackets(answer), in_brackets(gold)
+    if parts and wanted:
+        return len(parts) == len(wanted) and all(map(_equal_parts, parts, wanted))
+    parts, left = split_list(answer), split_list(gold)
+    if len(parts) == len(left) == 1 or max(len(parts), len(left)) > _MAX_PARTS:
+        return _parsed_equal(answer, gold)
+    if len(parts) != len(left) and re.search(r"=|\\(?:pm|mp|in|cup)(?![a-z])|[(\[]", answer + gold):
+        return _parsed_equal(answer, gold)  # "x = 1, y = 2" and "(1, 2)"
+    for part in parts:
+        found = next((index for index, wanted in enumerate(left) if _equal_parts(part, wanted)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
 
 
 def _parsed_equal(answer: str, gold: str) -> bool:
     a, b = _parse(answer), _parse(gold)
     if a is None or b is None:
         return False
-    by_value = _compare_values(a, b)
+    # A letter under a root is a length or the like: a\sqrt{2} is \sqrt{2a^2}.
+    positive = all("\\sqrt" in side and not re.search(r"\||vert", side) for side in (answer, gold))
+    by_value = _compare_values(a, b, positive)
     if by_value is not None:
         return by_value
     if a == b:
@@ -134,6 +157,12 @@ def _parsed_equal(answer: str, gold: str) -> bool:
     from math_verify import verify
 
     return bool(verify(b, a, timeout_seconds=None))
+
+
+def degrees_to_radians(text: str, everywhere: bool) -> str:
+    """The degrees in "\\sin(90° - x)" as what they are; elsewhere a degree sign is a unit, unless asked for."""
+    inside = everywhere or any(f"\\{name}" in text for name in ("sin", "cos", "tan", "cot", "sec", "csc"))
+    return re.sub(r"(\d+(?:\.\d+)?)\s*°", r"(\\frac{\1\\pi}{180})", text) if inside else text
 
 
 def _parse(text: str):
@@ -146,24 +175,26 @@ def _parse(text: str):
     return found[0] if found else None
 
 
-def _compare_values(a, b) -> bool | None:
+def _compare_values(a, b, positive: bool) -> bool | None:
     """Compare two expressions by their values, at several points if they have variables; None for sets and the like.
 
     Math-Verify would `simplify` the difference of unequal expressions: seconds for nested roots, hours for powers of
     sums. Expressions that agree at points chosen without regard to them are equal for every practical purpose.
     """
-    from sympy import Eq, Expr, Float
+    from sympy import Eq, Expr, Float, I
 
     if isinstance(a, Eq) and isinstance(b, Expr):
         a = a.rhs  # "x = 5" for 5; a gold equation is left to Math-Verify
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
         return None
+    a, b = (side.subs({symbol: I for symbol in side.free_symbols if symbol.name == "i"}) for side in (a, b))
     if a.free_symbols != b.free_symbols:
         return _same_name(a, b)
     tolerance = _REL_DECIMAL if a.has(Float) or b.has(Float) else _REL_EXACT
     symbols = sorted(a.free_symbols, key=str)
-    for shift in range(len(_POINTS) if symbols else 1):
-        point = {symbol: _POINTS[(shift + i) % len(_POINTS)] for i, symbol in enumerate(symbols)}
+    points = [abs(point) for point in _POINTS] if positive else _POINTS
+    for shift in range(len(points) if symbols else 1):
+        point = {symbol: points[(shift + i) % len(points)] for i, symbol in enumerate(symbols)}
         x, y = (complex(side.evalf(25, subs=point)) for side in (a, b))
         if not (cmath.isfinite(x) and cmath.isfinite(y)):
             return a == b  # an overflow is within any tolerance of any other

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from apo_lora.rewards.answers.units import in_base_units, same_unit, unit_after
+
 _REL_TOLERANCE = Fraction(1, 10**6)
 _LONG_DECIMALS = 6  # from here on a decimal is taken as a rounded value, below as written
 _MAX_DIGITS = 40
@@ -35,12 +37,16 @@ _READERS = tuple((kind, re.compile(pattern)) for kind, pattern in (
 ))  # fmt: skip
 
 _COUNTING = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty"""
+    seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTING.split())}
-_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NUMBER_WORDS |= {word: 10 * tens for tens, word in enumerate(_TENS.split(), start=2)}
+_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "만": 10**4, "亿": 10**8, "億": 10**8, "억": 10**8}  # fmt: skip
 
 _LEAD = re.compile(
-    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|\\approx|~|=|:|rs\.?|usd|us)\s*", re.IGNORECASE
+    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|大?约|\\approx|~|=|:|rs\.?|usd|us)\s*",
+    re.IGNORECASE,
 )
 _DIGITS_GO_ON = re.compile(r"[\d.]\d|,\d|[\^_/!]")
 _CURRENCY = re.compile(r"^([-+]?)\s*[€£¥₹$₽₩]\s*")
@@ -55,11 +61,9 @@ def parse_number(text: str, gold: bool = False) -> Number | None:
     text = _CURRENCY.sub(r"\1", text.rstrip("€£¥₹$₽₩ "))
     if len(text) > 200:
         return None
-    if text.startswith("(") and text.endswith(")") and text.count("(") == 1:
-        text = text[1:-1].strip()
-    word = re.match(r"([a-z]+)\b", text.lower())
-    if word and word.group(1) in _NUMBER_WORDS:
-        text = str(_NUMBER_WORDS[word.group(1)]) + text[word.end() :]
+    if text.startswith("(") and text.endswith(")") and text.count("(") == 1 and "," not in text:
+        text = text[1:-1].strip()  # "(4,7)" is a pair
+    text = _digits_for_words(text)
     sign = re.match(r"[-+]?\s*", text).group()
     body = text[len(sign) :]
     for kind, pattern in _READERS:
@@ -67,6 +71,26 @@ def parse_number(text: str, gold: bool = False) -> Number | None:
         if match and len(match.group()) <= 2 * _MAX_DIGITS and not _DIGITS_GO_ON.match(body, match.end()):
             return _read(kind, match, -1 if "-" in sign else 1, body[match.end() :], gold)
     return None
+
+
+def _digits_for_words(text: str) -> str:
+    """ "twenty-five apples" to "25 apples"."""
+    total = current = end = 0
+    for match in re.finditer(r"(?:\s*-?\s*(?:\band\s+)?)\b([a-z]+)\b", text.lower()):
+        word = match.group(1)
+        value = _NUMBER_WORDS.get(word)
+        if match.start() != end:
+            break
+        if value is not None and (not current % 100 or current % 100 >= 20 > 10 > value and not current % 10):
+            current += value
+        elif word == "hundred" and 0 < current < 10:
+            current *= 100
+        elif word in ("thousand", "million") and current:
+            total, current = total + current * _MULTIPLIERS[word], 0
+        else:
+            break
+        end = match.end()
+    return f"{total + current}{text[end:]}" if end else text
 
 
 def _read(kind: str, match: re.Match, sign: int, rest: str, gold: bool) -> Number | None:
@@ -103,13 +127,23 @@ def _decimal(text: str) -> Fraction:
     return Fraction(re.sub(r"[,\s+]", "", text))
 
 
-def same_number(a: Number, b: Number) -> bool:
-    """Equal in value and not contradicting in unit. Percent: 50% = 0.5, and the sign itself may be missing."""
-    if not same_unit(a.unit, b.unit):
-        return False
-    if a.percent == b.percent or _same_value(a, b, a.value, b.value):
+def same_number(a: Number, b: Number, convert: bool = False) -> bool:
+    """Equal in value and not contradicting in unit. 50% is 0.5 and, its sign forgotten, 50; but 0.8 is not 0.8%.
+
+    `convert`: 100 cm is 1 m as well.
+    """
+    if a.percent != b.percent:
+        share, bare = (a, b) if a.percent else (b, a)
+        if bare.unit and not bare.unit.startswith("#"):
+            return False  # 25% and 25 degrees
+        forgotten = abs(bare.value) > 1 and _same_value(a, b, share.value, bare.value)
+        return forgotten or _same_value(a, b, share.value / 100, bare.value)
+    if same_unit(a.unit, b.unit):
         return _same_value(a, b, a.value, b.value)
-    return _same_value(a, b, a.value / 100 if a.percent else a.value, b.value / 100 if b.percent else b.value)
+    if not convert or "#" in a.unit + b.unit:
+        return False
+    (x, base_a), (y, base_b) = in_base_units(a.unit), in_base_units(b.unit)
+    return base_a == base_b and _same_value(a, b, a.value * x, b.value * y)
 
 
 def _same_value(a: Number, b: Number, x: Fraction, y: Fraction) -> bool:
@@ -120,91 +154,34 @@ def _same_value(a: Number, b: Number, x: Fraction, y: Fraction) -> bool:
     return abs(x - y) <= _REL_TOLERANCE * max(abs(x), abs(y))
 
 
-_UNIT_TABLE = """cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|dm decimeter
-in inch inches|ft foot feet|yd yard|mi mile|g gram|kg kilogram|mg milligram|lb lbs pound|oz ounce|ton tonne
-s sec second|min minute|h hr hour|day|week|month|yr year|l liter litre|ml milliliter millilitre|deg degree °
-rad radian|dollar|euro|cent|yuan|rupee rs|mph mi/h mileperhour mileanhour|km/h kmh kph kmph kilometerperhour
-m/s mps meterpersecond|n newton|j joule|w watt|v volt|a amp ampere|ohm|hz hertz|pa pascal|k kelvin
-celsius °c c degreecelsius|fahrenheit °f f degreefahrenheit|mol mole""".replace("\n", "|")
-_UNITS = {alias: row.split()[0] for row in _UNIT_TABLE.split("|") for alias in row.split()}
-_LETTER_UNITS = "msghl"  # "5m" is a length in an answer; "5n" and "5x" are algebra
-_NOTHING = {"unit", "u", "time", "th", "st", "nd", "rd", "point", "number", "total", "intotal", "altogether", "each"}
-_POWER_WORDS = (("square", "2"), ("sq", "2"), ("cubic", "3"), ("cu", "3"))
-# Words after a number that change its value or say that there is more than one answer.
-_NO_UNIT_WORDS = """
-    or and not to if than but over plus minus divided is are was equals half halves third thirds quarter quarters
-    fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth
-    hundredths thousandths squared cubed factorial pi root modulo mod sin cos tan log ln sqrt frac either maybe
-    isn neither nor unless except instead wrong incorrect"""
-_NO_UNIT = set(_NO_UNIT_WORDS.split())
-
-
 def _read_rest(rest: str, gold: bool) -> tuple[int, bool, str] | None:
     """(multiplier, is percent, unit) from what follows the digits; None if that is not a unit."""
     attached = bool(rest) and not rest[0].isspace()
-    rest = rest.strip().rstrip(".").strip("{} ")
+    rest = rest.strip().rstrip(".").strip("{} " if "^" not in rest else " ")
     factor = 1
-    word = re.match(r"([a-z]+)\b\s*", rest.lower())
-    if word and word.group(1) in _MULTIPLIERS:
-        factor, rest = _MULTIPLIERS[word.group(1)], rest[word.end() :]
+    word = re.match(r"([a-z]+)\b\s*|[万萬亿億만억]|[千百](?!米|克|瓦|伏|帕|焦|卡|升|赫)", rest.lower())
+    if word and word.group().strip() in _MULTIPLIERS:
+        factor, rest = _MULTIPLIERS[word.group().strip()], rest[word.end() :]
     percent = re.match(r"(?:%|percent(?:age)?\b|pct\b|per cent\b)\s*", rest, re.IGNORECASE)
     if percent:
         rest = rest[percent.end() :]
     if not rest:
         return factor, bool(percent), ""
-    if attached and len(rest) == 1 and rest.isalpha() and (gold or rest.lower() not in _LETTER_UNITS):
-        return None
-    unit = _unit(rest)
+    unit = unit_after(rest, attached, gold)
     return None if unit is None else (factor, bool(percent), unit)
 
 
-def _unit(text: str) -> str | None:
-    """Canonical unit: a known one ("cm^2"), "" for a mere counter ("units"), "#..." for other words, None for none."""
-    known = _known_unit(re.sub(r"[{}\s.\\]", "", text).lower())
-    if known is not None:
-        return known
-    words = re.sub(r"[^a-z\s]", " " if re.fullmatch(r"[A-Za-z\s',.()-]+", text) else "0", text.lower()).split()
-    if not 1 <= len(words) <= 10 or any(not w.isalpha() or w in _NO_UNIT for w in words):
+_BASES = {word: value for word, value in _NUMBER_WORDS.items() if 2 <= value <= 16}
+_IN_BASE = re.compile(
+    r"\(?([0-9][0-9A-Fa-f]*)\)?(?:_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?|\s*(?:in\s+)?\(?base[\s-]+(\d{1,2}|[a-z]+)\)?)"
+)
+
+
+def read_base(text: str) -> tuple[str, int] | None:
+    """(digits, base) of "1011_2" or "23 base five"; None for anything else."""
+    match = _IN_BASE.fullmatch(text.strip())
+    if match is None:
         return None
-    first = _known_unit(words[0])
-    if first is not None and len(words) > 1:
-        return first  # "5 cm long"
-    if len(words) > 1 and words[0] in ("square", "cubic", "sq") and _known_unit("".join(words[:2])) is not None:
-        return _known_unit("".join(words[:2]))
-    if len(words[0]) < 3 and words[0] not in ("of", "in", "on", "at"):
-        return None
-    return "#" + " ".join(word.rstrip("s") for word in words)
-
-
-def _known_unit(key: str) -> str | None:
-    if key in ("am", "pm"):
-        return key
-    power = re.search(r"\^?([23])$", key)
-    power_text = power.group(1) if power else ""
-    name = key[: power.start()] if power else key
-    for word, digit in _POWER_WORDS:
-        if name.startswith(word) and len(name) > len(word):
-            name, power_text = name[len(word) :], digit
-    for candidate in (name, name.removesuffix("s"), name.removesuffix("es"), name.replace("sper", "per")):
-        if candidate in _NOTHING:
-            return ""
-        if candidate in _UNITS:
-            return _UNITS[candidate] + ("^" + power_text if power_text else "")
-    return None
-
-
-def same_unit(a: str, b: str) -> bool:
-    """A missing unit never contradicts; two known units must be the same; other words must overlap."""
-    if not a or not b or a == b:
-        return True
-    if a.startswith("#") and b.startswith("#"):
-        return bool(set(a[1:].split()) <= set(b[1:].split()) or set(b[1:].split()) <= set(a[1:].split()))
-    return False
-
-
-def strip_unit(text: str) -> str:
-    """`text` without a known unit at its end: "6\\sqrt{2} cm" to "6\\sqrt{2}". Degree signs go too."""
-    match = re.fullmatch(r"(.*?[\d})!]|.*?\\pi)(\s+)([a-zA-Z][a-zA-Z/ ]*(?:\^\{?[23]\}?)?)", text)
-    if match and _known_unit(re.sub(r"[{}\s]", "", match.group(3)).lower()) is not None:
-        text = match.group(1)
-    return text.replace("°", "").strip()
+    base = match.group(2) or match.group(3)
+    number = int(base) if base.isdigit() else _BASES.get(base, 0)
+    return (match.group(1).upper().lstrip("0") or "0", number) if number else None
