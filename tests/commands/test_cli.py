@@ -26,7 +26,7 @@ def test_help_is_quick_and_imports_nothing_heavy(verb):
     assert "usage" in finished.stdout
 
 
-@pytest.mark.parametrize("module", ["apo_lora", "apo_lora.commands.main"])
+@pytest.mark.parametrize("module", ["apo_lora", "apo_lora.cli"])
 def test_the_package_runs_as_a_module(module):
     finished = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
     assert finished.stdout == f"apo-lora {__version__}\n", finished.stderr
