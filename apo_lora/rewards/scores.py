@@ -20,16 +20,25 @@ FORMAT_REWARD = 0.5
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def accuracy_reward(completion: str, answer: str, choices: Sequence[str] | None = None) -> float:
+def accepted(answer: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts that are each right: one, or those of a list."""
+    return (answer,) if isinstance(answer, str) else tuple(answer)
+
+
+def accuracy_reward(completion: str, answer: str | Sequence[str], choices: Sequence[str] | None = None) -> float:
     """1.0 if the completion's final answer is the gold `answer`, else 0.0.
 
-    `answer` may be a choice's letter or its text, and so may the completion's answer. Gold that `gold_is_parsable`
+    `answer` may be a choice's letter or its text, and so may the completion's answer; of several answers, each is right,
+    and of the `choices`, an empty one is a letter that is not in use. Gold that `gold_is_parsable`
     rejects earns nothing, whatever the completion says.
     """
-    verdict = quick_verdict(completion, answer, choices)
-    if isinstance(verdict, MathQuestion):
-        verdict = math_equal(verdict.answer, verdict.gold)
-    return 1.0 if verdict else 0.0
+    for text in accepted(answer):
+        verdict = quick_verdict(completion, text, choices)
+        if isinstance(verdict, MathQuestion):
+            verdict = math_equal(verdict.answer, verdict.gold)
+        if verdict:
+            return 1.0
+    return 0.0
 
 
 def quick_verdict(completion: str, answer: str, choices: Sequence[str] | None = None) -> bool | MathQuestion:
@@ -51,6 +60,6 @@ def format_reward(completion: str) -> float:
     return FORMAT_REWARD if re.search(r"</think>\s*<answer>", text) else 0.0
 
 
-def gold_is_parsable(answer: str, choices: Sequence[str] | None = None) -> bool:
+def gold_is_parsable(answer: str | Sequence[str], choices: Sequence[str] | None = None) -> bool:
     """False for gold that no completion can match: empty, only punctuation, a letter or a text outside the choices."""
-    return isinstance(answer, str) and read_gold(answer, tuple(choices or ())) is not None
+    return any(isinstance(a, str) and read_gold(a, tuple(choices or ())) is not None for a in accepted(answer))

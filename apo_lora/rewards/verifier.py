@@ -27,7 +27,7 @@ from pathlib import Path
 from apo_lora.errors import RewardError
 from apo_lora.rewards.answers.match import MathQuestion
 from apo_lora.rewards.answers.mathematics import math_equal
-from apo_lora.rewards.scores import quick_verdict
+from apo_lora.rewards.scores import accepted, quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
 _MEMO_SIZE = 20_000
@@ -83,14 +83,17 @@ class Verifier:
     def score(
         self,
         completions: Sequence[str],
-        answers: Sequence[str],
+        answers: Sequence[str | Sequence[str]],
         choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[float]:
-        """One 0.0 or 1.0 per completion. Whatever a completion does, the others are scored."""
+        """One 0.0 or 1.0 per completion; of an answer that is a list, each text is right. Whatever a completion does, the others are scored."""
         rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
         with self._lock:
             self._timeouts_before = self.timeouts
-            return [self._score_one(*row) for row in rows]
+            return [
+                float(any(self._score_one(completion, text, of) for text in accepted(answer)))
+                for completion, answer, of in rows
+            ]
 
     def _score_one(self, completion: str, answer: str, choices: Sequence[str] | None) -> float:
         verdict = quick_verdict(completion, answer, choices)

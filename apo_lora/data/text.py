@@ -1,0 +1,39 @@
+"""Scalars of a data set as text, and the exception for a row that cannot be used."""
+
+import math
+from typing import Any
+
+from apo_lora.errors import printable
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `reason` is counted, `detail` says what was found, in one short line."""
+
+    def __init__(self, reason: str, detail: str):
+        self.reason, self.detail = reason, _one_line(detail)
+        super().__init__(f"{reason}: {self.detail}")
+
+
+def as_text(value: Any) -> str:
+    """Text of a scalar: 3.0 is "3", what holds nothing (None, NaN) is "", bytes are UTF-8. Raises BadRow."""
+    if hasattr(value, "read"):  # a Cell: bytes in a table on disk
+        value = value.read()
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise BadRow("not text", f"bytes that are not UTF-8: {short(value)}") from None
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return "" if value is None else str(value)
+
+
+def short(value: Any) -> str:
+    return _one_line(repr(value), 60)
+
+
+def _one_line(text: str, most: int = 300) -> str:
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
