@@ -8,8 +8,8 @@ from typing import Any, TextIO
 import torch
 
 from apo_lora.chat.columns import Column, SideBySide
-from apo_lora.data.examples import Example
 from apo_lora.data.columns import Columns
+from apo_lora.data.examples import Example
 from apo_lora.data.formats import IMAGE_MARK, read_row
 from apo_lora.data.images import image_refs
 from apo_lora.data.text import BadRow

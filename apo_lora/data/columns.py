@@ -78,7 +78,7 @@ def find_columns(rows: Sequence[Row], data: DataSection, source: str) -> Columns
             f"data.columns.{field}: no column {name!r} with values in {source}; found: {_list(names)}"
             for name in missing
         ]
-    is_off, given = found["choices"] == (OFF,), data.columns.choices
+    is_off = found["choices"] == (OFF,)
     columns = Columns(
         problem=next(iter(found["problem"]), None),
         answer=next(iter(found["answer"]), None),

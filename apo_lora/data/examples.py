@@ -1,15 +1,15 @@
 """Examples: what a data set becomes before it is trained on or measured.
 
 `load_examples` reads any source (sources.py) in any format (columns.py, formats.py), decides what its gold answers name
-(golds.py), drops and counts the rows that cannot be used, and leaves images undecoded (images.py). `drop_long_prompts` counts tokens without decoding,
-and `prompt_dataset` hands TRL items whose images are decoded on access.
+(golds.py), drops and counts the rows that cannot be used, and leaves images undecoded (images.py). `drop_long_prompts`
+counts tokens without decoding, and `prompt_dataset` hands TRL items whose images are decoded on access.
 """
 
 import os
 import random
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from apo_lora.data.images import ImageRef, image_refs
 from apo_lora.data.notices import row_numbers, unused_columns, unusual_golds
 from apo_lora.data.sources import open_source
 from apo_lora.data.text import BadRow
-from apo_lora.errors import DataError
+from apo_lora.errors import DataError, printable
 from apo_lora.machine import ranks
 from apo_lora.recipe.schema import ColumnsSection, DataSection
 
@@ -112,7 +112,7 @@ class Loaded:
 
     def lines(self) -> list[str]:
         """The summary, and a line for each warning."""
-        return [self.summary(), *(f"warning: {warning}" for warning in self.warnings)]
+        return [self.summary(), *(f"warning: {warning}" for warning in map(printable, self.warnings))]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -153,13 +153,15 @@ def load_examples(
     made = _usable(read, lambda number, row: _example(number, row, reading, folders, correct_gold), dropped)
     examples = [example for _, example in made]
     dropped = {reason: sorted(found) for reason, found in dropped.items()}
-    warnings = (*unused_columns(columns, source.rows, source.name), *unusual_golds(examples, columns, source.name))
+    warnings = [
+        *unused_columns(columns, source.rows, named=bool(data.columns.image)),
+        *unusual_golds(examples, columns),
+    ]
+    warnings = tuple(f"{source.name}: {warning}" for warning in warnings)
     loaded = Loaded(source.name, examples, dropped, len(source.rows), warnings)
-    _refuse_mostly_bad(loaded, f"(read {columns}); fix them, or name the columns in data.columns{_OFF_REMEDY}")
+    remedy = "fix them, or name the columns in data.columns (choices: none for open questions)"
+    _refuse_mostly_bad(loaded, f"(read {columns}); {remedy}")
     return loaded
-
-
-_OFF_REMEDY = " (choices: none for open questions)"
 
 
 def _usable(

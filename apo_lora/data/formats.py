@@ -68,9 +68,9 @@ def read_row(row: Any, columns: Columns) -> Fields:
     chat = read_problem(pick(row, columns.problem))
     choices = read_choices(pick_choices(row, columns.choices))
     images = chat.images or tuple(pick(row, name) for name in columns.image)
-    if not chat.images and (media := next((name for name in columns.media if holds(row, name)), None)):
-        if not any(holds(row, name) for name in columns.image):
-            raise BadRow("video or sound", f"the row has {media!r} and no image; the model is shown only images")
+    media = next((name for name in columns.media if holds(row, name)), None)
+    if media and not chat.images and not any(holds(row, name) for name in columns.image):
+        raise BadRow("video or sound", f"the row has {media!r} and no image; the model is shown only images")
     gold = pick(row, columns.answer)
     gold = chat.reply if gold is None else gold
     fields = Fields(
@@ -94,7 +94,7 @@ def read_row(row: Any, columns: Columns) -> Fields:
     if found := next((token for token in reserved_tokens() if token in shown), None):
         raise BadRow("reserved token", f"the text contains {found}")
     try:  # JSON can encode half a character (\ud800), which neither a tokenizer nor a file accepts
-        "".join(texts).encode()
+        "".join([texts, *fields.gold, fields.category or ""]).encode()
     except UnicodeEncodeError:
         raise BadRow("broken text", "an unpaired surrogate character") from None
     return fields

@@ -20,7 +20,7 @@ Reading = Mapping[str, str]
 _WHOLE = re.compile(r"-?\d{1,9}(?:\.0+)?")
 _ONE_NUMBER = re.compile(r"\D*?(-?\d+(?:\.\d+)?)\D*")
 _CONTRADICTION = 10
-"""A reading must explain this many times the rows that it leaves to another one; the few are then errors in the data."""
+"""A reading must explain this many times the rows that it leaves to another; those few are then errors in the data."""
 
 
 def _by_label(gold: str, choices: Choices) -> int | None:

@@ -4,6 +4,7 @@ An ImageRef holds a path, or a place in an Arrow table on disk; never the bytes 
 """
 
 import base64
+import hashlib
 import io
 import os
 import warnings
@@ -60,6 +61,13 @@ class ImageRef:
         """False for images of the built-in task, which are pixels already."""
         return not isinstance(self.source, Image.Image)
 
+    def digest(self) -> str:
+        """Equal for images of the same file content, wherever they are."""
+        if isinstance(self.source, Image.Image):
+            return hashlib.sha256(self.source.tobytes()).hexdigest()
+        content = self.source.read_bytes() if isinstance(self.source, Path) else _bytes_of(self.source)
+        return hashlib.sha256(content).hexdigest()
+
     def open(self) -> Image.Image:
         """The image, decoded now: RGB, upright, transparent parts white, of an animation the first frame."""
         try:
@@ -72,7 +80,7 @@ class ImageRef:
 
 
 def image_refs(values: Sequence[Any], *, folders: Sequence[Path], row: int) -> tuple[ImageRef, ...]:
-    """References to the images of a row. Each value is a path, bytes, a mapping with either, a Cell, or a list of these.
+    """References to the images of a row: each value a path, bytes, a mapping with either, a Cell, or a list of these.
 
     Paths are looked up in the folders, in their `images` and in archives beside them, and lead nowhere else.
     Raises BadRow.
@@ -122,38 +130,32 @@ def find_image(text: str, folders: Sequence[Path]) -> Path | Member:
     if not folders:
         raise BadRow("image missing", f"{text} is a path, but this data set has no folder; set data.image_folder")
     # An absolute path stands for itself.
-    paths = [Path(os.path.normpath(Path(os.path.abspath(folder)) / text)) for folder in folders]
+    paths = [Path(os.path.normpath(os.path.abspath(folder / text))) for folder in folders]
+    within_images = [folder / "images" / text for folder in folders]
     try:
-        inside = [path for path in paths if _is_inside_any(path, folders)]
-        if not inside:
+        if not any(_is_inside(path, folders) for path in paths):
             raise BadRow(
                 "image outside the data folder",
                 f"{text} resolves to {paths[0].resolve()}, which is not in {folders[0]}; copy it there, or set "
                 "data.image_folder",
             )
+        found = next((p for p in (*paths, *within_images) if os.path.isfile(p) and _is_inside(p, folders)), None)
     except (OSError, ValueError, RuntimeError) as error:  # not a path: a NUL inside, a loop of links
         raise BadRow("image missing", f"{text!r} ({error})") from None
-    within_images = [folder / "images" / text for folder in folders]
-    found = next(
-        (path for path in (*inside, *within_images) if os.path.isfile(path) and _is_inside_any(path, folders)), None
-    )
     found = found or next((member for folder in folders if (member := find_member(text, folder))), None)
     if found is None:
         raise BadRow("image missing", f"no file {paths[0]}")
     return found
 
 
-def _is_inside_any(path: Path, folders: Sequence[Path]) -> bool:
-    return any(_is_inside(path, folder) for folder in folders)
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
+def _is_inside(path: Path, folders: Sequence[Path]) -> bool:
     """Links are followed: a data set from elsewhere may bring some. Those of the Hub's cache lead to its blobs."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    target, home = path.resolve(), folder.resolve()
+    target, homes = path.resolve(), [folder.resolve() for folder in folders]
     cache = Path(HF_HUB_CACHE).resolve()
-    return target.is_relative_to(home) or home.is_relative_to(cache) and target.is_relative_to(cache)
+    in_cache = any(home.is_relative_to(cache) for home in homes) and target.is_relative_to(cache)
+    return in_cache or any(target.is_relative_to(home) for home in homes)
 
 
 def _encoded_bytes(text: str) -> bytes | None:
@@ -185,16 +187,19 @@ def _checked_size(source: Path | bytes | Member, name: str) -> tuple[int, int]:
     return width, height
 
 
+def _bytes_of(source: bytes | Cell | Member) -> bytes:
+    content = source if isinstance(source, bytes) else source.read()
+    return content["bytes"] if isinstance(content, Mapping) else content
+
+
 def _opened(source: Path | bytes | Cell | Member | Image.Image) -> Image.Image:
     """The image with its header read; its pixels are decoded on use."""
     if isinstance(source, Image.Image):
         return source.copy()
-    if isinstance(source, Cell | Member):
-        content = source.read()
-        source = content["bytes"] if isinstance(content, Mapping) else content
+    file = source if isinstance(source, Path) else io.BytesIO(_bytes_of(source))
     # Pillow only warns between its limit and twice that; here one limit holds.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+    image = Image.open(file, formats=IMAGE_FORMATS)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise Image.DecompressionBombError(f"over {Image.MAX_IMAGE_PIXELS:,} pixels")

@@ -23,42 +23,48 @@ def row_numbers(numbers: Iterable[int]) -> str:
     return f"row{'s' * (len(numbers) > 1)} {named}{more}"
 
 
-def unused_columns(columns: Columns, rows: Sequence[tuple[int, Any]], source: str) -> Iterator[str]:
-    """Images, videos, sound and choices that a row has and no prompt will show."""
+def unused_columns(columns: Columns, rows: Sequence[tuple[int, Any]], *, named: bool) -> Iterator[str]:
+    """Images, videos, sound and choices that a row has and no prompt will show; several columns of images that will be,
+    unless `named` in the recipe."""
     mappings = [(number, row) for number, row in rows if isinstance(row, dict)]
     for name in columns.unused_images:
         if having := [number for number, row in mappings if looks_like_image(row.get(name))]:
             others = ", ".join([*columns.image, name])
             yield (
-                f"{source}: {len(having)} rows have an image in the column {name!r}, which is not read "
+                f"{len(having)} rows have an image in the column {name!r}, which is not read "
                 f"({row_numbers(having)}); to show it too, set data.columns.image to [{others}]"
             )
+    if len(columns.image) > 1 and not named:
+        yield (
+            f"the images of a row are those of the columns {', '.join(columns.image)}, in this order; set "
+            "data.columns.image if one should be left out"
+        )
     for name in columns.media:
         if having := [number for number, row in mappings if holds(row, name)]:
             yield (
-                f"{source}: {len(having)} rows have video or sound in the column {name!r}, which is not read "
+                f"{len(having)} rows have video or sound in the column {name!r}, which is not read "
                 f"({row_numbers(having)})"
             )
     if columns.unused_choices:
         having = [number for number, row in mappings if holds(row, columns.unused_choices)]
         yield (
-            f"{source}: {len(having)} rows have choices in the column {columns.unused_choices!r}, which are not read, as "
-            f"data.columns.choices is {OFF} ({row_numbers(having)})"
+            f"{len(having)} rows have choices in the column {columns.unused_choices!r}, which are not read, "
+            f"as data.columns.choices is {OFF} ({row_numbers(having)})"
         )
 
 
-def unusual_golds(examples: Sequence["Example"], columns: Columns, source: str) -> Iterator[str]:
+def unusual_golds(examples: Sequence["Example"], columns: Columns) -> Iterator[str]:
     """Gold that is a letter of options which the prompt does not show, and gold too long to be an answer."""
     lost = [e.row for e in examples if _is_letter(e.gold) and not e.choices and not _OPTIONS.search(e.problem)]
     if lost:
         name = f"{columns.unused_choices!r}" if columns.unused_choices else "the column that has them"
         yield (
-            f"{source}: {len(lost)} gold answers are a letter, but there are no choices ({row_numbers(lost)}); "
+            f"{len(lost)} gold answers are a letter, but there are no choices ({row_numbers(lost)}); "
             f"set data.columns.choices to {name}"
         )
     if long := [e.row for e in examples if len(e.gold) > LONGEST_GOLD and not re.search(r"####|\\boxed", e.gold)]:
         yield (
-            f"{source}: {len(long)} gold answers are longer than {LONGEST_GOLD} characters ({row_numbers(long)}); no "
+            f"{len(long)} gold answers are longer than {LONGEST_GOLD} characters ({row_numbers(long)}); no "
             "completion will match a proof: set data.columns.answer to a column of final answers, or remove the rows"
         )
 

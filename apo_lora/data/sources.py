@@ -160,7 +160,7 @@ _SPLIT_KEYS = "data.split or data.eval_split"
 
 
 def _splits_of(path: Path) -> set[str]:
-    """The splits that a file's name speaks of, else those of its folder: of `train-00000-of-00002`, `a_test`, `val/x`."""
+    """The splits that a file's name speaks of (`train-00000-of-00002`, `a_test`), else those that its folder does."""
     if shard := _SHARD.fullmatch(path.stem):
         return _words_of_split(shard[1]) or {shard[1]}
     return _words_of_split(path.stem) or _words_of_split(path.parent.name)

@@ -372,7 +372,7 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield f"lora.target_modules: {name} shares its weight with another layer and could not be merged; leave it out"
     for key in ("instruction", "system_prompt"):
         if found := next((token for token in reserved_tokens() if token in (getattr(recipe.data, key) or "")), None):
-            yield f"data.{key}: contains {found}, which the model reads as the start of a turn or an image; leave it out"
+            yield f"data.{key}: contains {found}, which would start a turn or an image; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):
         yield f"data.min_pixels: {recipe.data.min_pixels} must not exceed data.max_pixels = {recipe.data.max_pixels}"
 

@@ -28,9 +28,9 @@ def accepted(answer: str | Sequence[str]) -> tuple[str, ...]:
 def accuracy_reward(completion: str, answer: str | Sequence[str], choices: Sequence[str] | None = None) -> float:
     """1.0 if the completion's final answer is the gold `answer`, else 0.0.
 
-    `answer` may be a choice's letter or its text, and so may the completion's answer; of several answers, each is right,
-    and of the `choices`, an empty one is a letter that is not in use. Gold that `gold_is_parsable`
-    rejects earns nothing, whatever the completion says.
+    `answer` may be a choice's letter or its text, and so may the completion's; of several answers, each is right. An
+    empty choice is a letter that is not in use. Gold that `gold_is_parsable` rejects earns nothing, whatever the
+    completion says.
     """
     for text in accepted(answer):
         verdict = quick_verdict(completion, text, choices)

@@ -86,7 +86,10 @@ class Verifier:
         answers: Sequence[str | Sequence[str]],
         choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[float]:
-        """One 0.0 or 1.0 per completion; of an answer that is a list, each text is right. Whatever a completion does, the others are scored."""
+        """One 0.0 or 1.0 per completion; of an answer that is a list, each text is right.
+
+        Whatever a completion does, the others are scored.
+        """
         rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
         with self._lock:
             self._timeouts_before = self.timeouts

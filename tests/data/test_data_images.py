@@ -13,7 +13,7 @@ from apo_lora.data import images as data_images
 from apo_lora.data.examples import (
     drop_undecodable,
 )
-from apo_lora.data.formats import BadRow
+from apo_lora.data.text import BadRow
 from apo_lora.data.images import image_refs, to_rgb
 from apo_lora.errors import DataError
 
