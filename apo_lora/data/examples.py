@@ -9,7 +9,7 @@ import os
 import random
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +23,9 @@ from apo_lora.data.columns import find_columns
 from apo_lora.data.formats import IMAGE_MARK, Fields, read_row
 from apo_lora.data.golds import Answer, Reading, find_reading, resolve
 from apo_lora.data.images import ImageRef, image_refs
-from apo_lora.data.notices import row_numbers, unused_columns, unusual_golds
+from apo_lora.data.notices import unused_columns, unusual_golds
 from apo_lora.data.sources import open_source
-from apo_lora.data.text import BadRow
+from apo_lora.data.text import BadRow, row_numbers
 from apo_lora.errors import DataError, printable
 from apo_lora.machine import ranks
 from apo_lora.recipe.schema import ColumnsSection, DataSection
@@ -152,7 +152,7 @@ def load_examples(
     )
     made = _usable(read, lambda number, row: _example(number, row, reading, folders, correct_gold), dropped)
     examples = [example for _, example in made]
-    dropped = {reason: sorted(found) for reason, found in dropped.items()}
+    dropped = dict(sorted(dropped.items(), key=lambda found: found[1][0]))
     warnings = [
         *unused_columns(columns, source.rows, named=bool(data.columns.image)),
         *unusual_golds(examples, columns),

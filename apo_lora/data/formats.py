@@ -83,15 +83,8 @@ def read_row(row: Any, columns: Columns) -> Fields:
         system=chat.system,
     )
     fields = _with_marks(fields)
-    texts = (
-        fields.problem,
-        *fields.gold,
-        fields.system or "",
-        fields.category or "",
-        *(choices.texts if choices else ()),
-    )
-    shown = f"{fields.problem} {fields.system} {fields.choices}"
-    if found := next((token for token in reserved_tokens() if token in shown), None):
+    texts = "\n".join([fields.problem, fields.system or "", *(choices.texts if choices else ())])
+    if found := next((token for token in reserved_tokens() if token in texts), None):
         raise BadRow("reserved token", f"the text contains {found}")
     try:  # JSON can encode half a character (\ud800), which neither a tokenizer nor a file accepts
         "".join([texts, *fields.gold, fields.category or ""]).encode()
@@ -109,8 +102,8 @@ def _with_marks(fields: Fields) -> Fields:
     numbers = list(dict.fromkeys(int(number) for number in _NUMBERED_MARK.findall(problem)))
     if not numbers:
         return fields
-    lists = [image if isinstance(image, list) else single_values(image) or [None] for image in fields.images]
-    images = [image for one in lists for image in one]
+    given = [item for value in fields.images for item in (value if isinstance(value, list) else [value])]
+    images = [image for item in given for image in single_values(item) or [None]]
     if absent := [n for n in numbers if not 1 <= n <= len(images) or images[n - 1] is None]:
         raise BadRow("image missing", f"the text refers to image {absent[0]}, which the row does not have")
     seen: set[str] = set()

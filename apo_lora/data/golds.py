@@ -72,8 +72,10 @@ def gold_items(value: Any, choices: Choices | None) -> tuple[str, ...]:
         value = value if listed is None or isinstance(listed, Mapping) else listed
     items = list(value) if isinstance(value, list | tuple) else [value]
     if odd := next((item for item in items if isinstance(item, Mapping | list | tuple)), None):
-        remedy = f"; name one of them, as in 'answer.{next(iter(odd), '')}'" if isinstance(odd, Mapping) else ""
-        raise BadRow("no answer", f"the answer is {short(odd)}{remedy}")
+        if not isinstance(odd, Mapping):
+            raise BadRow("no answer", f"the answer is a list of lists: {short(odd)}")
+        keys = ", ".join(odd) or "nothing"
+        raise BadRow("no answer", f"the answer is a mapping with {keys}; name one of them, as in 'answer.text'")
     texts = tuple(dict.fromkeys(text for item in items if (text := _untagged(as_text(item)))))
     if not texts:
         raise BadRow("no answer", "the answer is empty")

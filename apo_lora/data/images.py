@@ -97,7 +97,7 @@ def single_values(value: Any) -> list[Any]:
             return [replace(value, position=i) for i, item in enumerate(content) if item is not None]
         return [] if content is None else [value]
     if isinstance(value, list):
-        return [item for item in value if item is not None]
+        return [single for item in value for single in single_values(item)]
     return [] if value is None else [value]
 
 

@@ -1,26 +1,15 @@
 """What check-data and training warn of: data that can be read, but where an answer or an image may be lost."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from apo_lora.data.columns import OFF, Columns, holds, looks_like_image
-
-if TYPE_CHECKING:
-    from apo_lora.data.examples import Example
+from apo_lora.data.text import row_numbers
 
 LONGEST_GOLD = 200
 """Characters; a longer gold answer is a proof or a solution, which no completion will repeat."""
-_MAX_ROWS_NAMED = 10
 _OPTIONS = re.compile(r"(?<![A-Za-z])[(\[（]?A\s*[.):\]、．：）].*(?<![A-Za-z])[(\[（]?B\s*[.):\]、．：）]", re.DOTALL)
-
-
-def row_numbers(numbers: Iterable[int]) -> str:
-    """ "row 3", "rows 3, 5", of many "rows 1, 2, ... and 12 more"."""
-    numbers = list(numbers)
-    named = ", ".join(map(str, numbers[:_MAX_ROWS_NAMED]))
-    more = f" and {len(numbers) - _MAX_ROWS_NAMED} more" if len(numbers) > _MAX_ROWS_NAMED else ""
-    return f"row{'s' * (len(numbers) > 1)} {named}{more}"
 
 
 def unused_columns(columns: Columns, rows: Sequence[tuple[int, Any]], *, named: bool) -> Iterator[str]:
@@ -53,8 +42,8 @@ def unused_columns(columns: Columns, rows: Sequence[tuple[int, Any]], *, named: 
         )
 
 
-def unusual_golds(examples: Sequence["Example"], columns: Columns) -> Iterator[str]:
-    """Gold that is a letter of options which the prompt does not show, and gold too long to be an answer."""
+def unusual_golds(examples: Sequence[Any], columns: Columns) -> Iterator[str]:
+    """Examples whose gold is a letter of options that no prompt shows, or too long to be an answer."""
     lost = [e.row for e in examples if _is_letter(e.gold) and not e.choices and not _OPTIONS.search(e.problem)]
     if lost:
         name = f"{columns.unused_choices!r}" if columns.unused_choices else "the column that has them"

@@ -1,9 +1,12 @@
 """Scalars of a data set as text, and the exception for a row that cannot be used."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from apo_lora.errors import printable
+
+_MAX_ROWS_NAMED = 10
 
 
 class BadRow(Exception):
@@ -32,6 +35,14 @@ def as_text(value: Any) -> str:
 
 def short(value: Any) -> str:
     return _one_line(repr(value), 60)
+
+
+def row_numbers(numbers: Iterable[int]) -> str:
+    """ "row 3", "rows 3, 5", of many "rows 1, 2, ... and 12 more"."""
+    numbers = list(numbers)
+    named = ", ".join(map(str, numbers[:_MAX_ROWS_NAMED]))
+    more = f" and {len(numbers) - _MAX_ROWS_NAMED} more" if len(numbers) > _MAX_ROWS_NAMED else ""
+    return f"row{'s' * (len(numbers) > 1)} {named}{more}"
 
 
 def _one_line(text: str, most: int = 300) -> str:
