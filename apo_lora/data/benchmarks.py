@@ -60,19 +60,21 @@ def _mathvista(row: Row) -> dict[str, Any]:
 def _mathverse(row: Row) -> dict[str, Any]:
     """Where the question is only in the image (Vision Only), the official prompt says so."""
     problem = as_text(row["question"]).strip() or as_text(row.get("query_wo"))
-    return _converted(problem, row["answer"], lettered(problem), row["image"], row.get("problem_version"))
+    return _converted(problem, row["answer"], _listed(lettered(problem)), row["image"], row.get("problem_version"))
 
 
 def _mmk12(row: Row) -> dict[str, Any]:
     problem = as_text(row["question"])
-    return _converted(problem, row["answer"], lettered(problem), row["image"], row.get("subject"))
+    return _converted(problem, row["answer"], _listed(lettered(problem)), row["image"], row.get("subject"))
 
 
 def _mmstar(row: Row) -> dict[str, Any]:
     """Options follow the question on one line: "Options: A: one, B: two"."""
     problem = as_text(row["question"])
     _, _, options = problem.rpartition("Options:")
-    return _converted(problem, row["answer"], lettered(options, r"(?:^|,)\s*"), row["image"], row.get("category"))
+    return _converted(
+        problem, row["answer"], _listed(lettered(options, r"(?:^|,)\s*")), row["image"], row.get("category")
+    )
 
 
 def _mmmu(row: Row) -> dict[str, Any]:
@@ -80,6 +82,10 @@ def _mmmu(row: Row) -> dict[str, Any]:
     images = [row.get(f"image_{number}") for number in range(1, 8)]
     subject = re.sub(r"^[a-z]+_|_\d+$", "", as_text(row["id"]))
     return _converted(as_text(row["question"]), row["answer"], row["options"], images, subject)
+
+
+def _listed(options: dict[str, str] | None) -> list[str] | None:
+    return list(options.values()) if options else None
 
 
 def _converted(problem: str, answer: Any, choices: Any, images: Any, category: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.data.text import BadRow, as_text, short
+from apo_lora.data.text import BadRow, as_text, content, short
 
 MAX_CHOICES = 26
 _MAX_CHARS = 100_000
@@ -23,7 +23,7 @@ _WORD = r"(?:(?:option|choice|answer|选项)[\s_]*)?"
 _LABEL = rf"{_WORD}[(\[{{<【]?\s*([A-Za-z]{{1,4}}|\d{{1,2}}|[^\W\d_a-zA-Z])\s*"
 # After a label: a bracket, a stop, a colon (but "a:b" is a ratio), a dash before a word, or only space after a letter.
 _BEFORE_TEXT = re.compile(
-    rf"{_LABEL}(?:[)\]}}>】]\s*[.:]?|[.、。](?!\d)|(?<!\d):(?=\s|\S\S)|\s+[-–—]\s+(?=[^\W\d_]{{2}})|\t|(?<=[A-Z])\s(?=\S))\s*",
+    rf"{_LABEL}(?:[)\]}}>】]\s*[.:]?|[.、。](?!\d)|(?<!\d):(?=\s|\S\S)|\s+[-–—]\s+(?=[^\W\d_]{{2}})|\t|(?-i:(?<=[A-Z])\s(?=\w)))\s*",
     re.IGNORECASE,
 )
 _ENCLOSED = re.compile(r"\s*([①-ⓩ])\s*")
@@ -51,12 +51,13 @@ def read_choices(value: Any) -> Choices | None:
 
     Letters keep their places: of {"B": "dog", "C": "cow"}, and of a list with a hole, B is B. Raises BadRow.
     """
+    value = content(value)
     if isinstance(value, str):
         value = None if value.strip().lower() in _NOTHING else list_in_text(value)
     if value is None or isinstance(value, float):
         return None
     labels, texts = _labels_and_texts(value)
-    if odd := [text for text in texts if isinstance(text, Mapping | list | bytes)]:
+    if odd := [text for text in texts if isinstance(text, Mapping | list)]:
         raise BadRow("choices unreadable", f"a choice must be text, not {short(odd[0])}")
     raw = [text if (text := as_text(item).strip()) != "nan" else "" for item in texts]
     while raw and not raw[-1]:  # padding
@@ -110,7 +111,9 @@ def _split_label(text: str) -> tuple[str, str] | None:
 
 
 def _sequence(labels: Sequence[str]) -> Sequence[str] | None:
-    """The sequence that the labels go through without a gap."""
+    """The sequence that the labels go through, without a gap unless they are capital letters."""
+    if all(label in tuple(string.ascii_uppercase) for label in labels) and list(labels) == sorted(set(labels)):
+        return string.ascii_uppercase
     for sequence in _SEQUENCES:
         start = sequence.index(labels[0]) if labels[0] in tuple(sequence) else -1
         if start >= 0 and list(labels) == list(sequence[start : start + len(labels)]):
@@ -161,7 +164,9 @@ def list_in_text(text: str) -> list[Any] | Mapping[Any, Any]:
     if len(text) <= _MAX_CHARS:
         if (value := literal(text)) is not None:
             return value
-        if re.match(r"\(?A", text) and (options := lettered(text, r"(?:^|[,;\n]|\s)\s*")) is not None:
+        labels = ("[A-Z]", "[a-z]", r"\d{1,2}(?=\s*[.)、]\D)")
+        found = (lettered(text, r"(?<![A-Za-z\d])", label) for label in labels if re.match(rf"\(?{label}", text))
+        if (options := next(filter(None, found), None)) is not None:
             return options
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if len(lines) > 1 and text[0] not in "[{(":
@@ -194,15 +199,15 @@ def _python_literal(text: str) -> Any:
     return ast.literal_eval(re.sub(r"(?<=[\[,(])\s*nan\s*(?=[\],)])", "None", text.strip()))
 
 
-def lettered(text: str, before: str = r"^\s*") -> list[str] | None:
-    """The options of "A: one", "(B) two", one after the other from A on; None where that is not so."""
-    found = list(re.finditer(rf"{before}(?:\(([A-Z])\)|([A-Z])\s*[.:)、．：])\s*", text, re.MULTILINE))
-    letters = [match[1] or match[2] for match in found]
-    if len(found) < 2 or letters != list(string.ascii_uppercase[: len(found)]):
+def lettered(text: str, before: str = r"^\s*", label: str = "[A-Z]") -> dict[str, str] | None:
+    """The options of "A: one", "(B) two" by their labels, which count on from A; None where that is not so."""
+    found = list(re.finditer(rf"{before}(?:\(({label})\)|({label})\s*[.:)、．：）])\s*", text, re.MULTILINE))
+    labels = [(match[1] or match[2]).upper() for match in found]
+    if len(found) < 2 or labels not in [list(sequence[: len(labels)]) for sequence in _SEQUENCES]:
         return None
     ends = [match.start() for match in found[1:]] + [len(text)]
-    options = [text[match.end() : end].strip().rstrip(";") for match, end in zip(found, ends, strict=True)]
-    return options if all(options) else None
+    options = [text[match.end() : end].strip().rstrip(",; ") for match, end in zip(found, ends, strict=True)]
+    return dict(zip(labels, options, strict=True)) if all(options) else None
 
 
 # --- choices in the prompt -------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from apo_lora.data.text import content
 from apo_lora.errors import DataError
 from apo_lora.recipe.schema import DataSection
 
@@ -69,36 +70,39 @@ class Columns:
 def find_columns(rows: Sequence[Row], data: DataSection, source: str) -> Columns:
     """The columns that `rows` use: those named in the recipe, else by their usual names. Raises DataError."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    problems, found = [], {}
-    for field, usual in COLUMN_NAMES.items():
-        wanted = getattr(data.columns, field, None)
-        found[field] = (wanted,) if isinstance(wanted, str) else wanted or _by_usual_name(usual, names, rows)
-        missing = [name for name in found[field] if wanted not in (None, OFF) and not _count(rows, name)]
-        problems += [
-            f"data.columns.{field}: no column {name!r} with values in {source}; found: {_list(names)}"
-            for name in missing
-        ]
-    is_off = found["choices"] == (OFF,)
+    named = {field: (value,) if isinstance(value, str) else value or () for field, value in data.columns}
+    usual = {field: _by_usual_name(field, names, rows) for field in COLUMN_NAMES}
+    is_off = named["choices"] == (OFF,)
     columns = Columns(
-        problem=next(iter(found["problem"]), None),
-        answer=next(iter(found["answer"]), None),
-        image=found["image"] if data.columns.image else _with_numbered(found["image"], names, rows),
-        choices=() if is_off else found["choices"] or _columns_of_choices(names, rows),
-        category=next(iter(found["category"]), None),
+        problem=next(iter(named["problem"] or usual["problem"]), None),
+        answer=next(iter(named["answer"] or usual["answer"]), None),
+        image=named["image"] or _with_numbered(usual["image"], names, rows),
+        choices=() if is_off else named["choices"] or usual["choices"] or _columns_of_choices(names, rows),
+        category=next(iter(usual["category"]), None),
         media=tuple(name for name in names if _is_media(name, rows)),
-        unused_choices=next(iter(_by_usual_name(COLUMN_NAMES["choices"], names, rows)), None) if is_off else None,
+        unused_choices=next(iter(usual["choices"]), None) if is_off else None,
     )
+    columns = replace(columns, unused_images=tuple(_other_images(columns, names, rows)))
+    if problems := list(_column_problems(columns, named, names, rows, source)):
+        raise DataError(*problems)
+    return columns
+
+
+def _column_problems(
+    columns: Columns, named: Mapping[str, Sequence[str]], names: Sequence[str], rows: Sequence[Row], source: str
+) -> Iterator[str]:
+    for field, wanted in named.items():
+        for name in wanted:
+            if name != OFF and not _count(rows, name):
+                yield f"data.columns.{field}: no column {name!r} with values in {source}; found: {_list(names)}"
     is_chat = any(is_turns(pick(row, columns.problem)) for row in rows)
     for field in ("problem", "answer"):
         if getattr(columns, field) is None and not (field == "answer" and is_chat):
-            problems.append(f"{source}: no column for the {field}; set data.columns.{field} to one of: {_list(names)}")
-    unused = tuple(_other_images(columns, names, rows))
+            yield f"{source}: no column for the {field}; set data.columns.{field} to one of: {_list(names)}"
     # Without this, an image column with an unusual name would silently make a text-only data set.
-    if unused and not columns.image and not (is_chat and _turns_bring_images(rows, columns.problem)):
-        problems.append(f"{source}: column {unused[0]!r} seems to contain images; set data.columns.image to its name")
-    if problems:
-        raise DataError(*problems)
-    return Columns(**{**vars(columns), "unused_images": unused})
+    if columns.unused_images and not columns.image and not (is_chat and _turns_bring_images(rows, columns.problem)):
+        found = _list([repr(name) for name in columns.unused_images])
+        yield f"{source}: column {found} seems to contain images; set data.columns.image to its name"
 
 
 def pick(row: Row, name: str | None) -> Any:
@@ -106,7 +110,7 @@ def pick(row: Row, name: str | None) -> Any:
     if name is None or name in row:
         return row.get(name) if name else None
     outer, dot, inner = name.partition(".")
-    inside = _content(row.get(outer)) if dot else None
+    inside = content(row.get(outer)) if dot else None
     return pick(inside, inner) if isinstance(inside, Mapping) else None
 
 
@@ -139,7 +143,7 @@ def base64_bytes(text: str) -> bytes | None:
 
 def looks_like_image(value: Any) -> bool:
     """True for a path that ends like an image, and for an image's bytes, bare or in base64, in a list or a mapping."""
-    value = _content(value)
+    value = content(value)
     if isinstance(value, list):
         return bool(value) and looks_like_image(value[0])
     if isinstance(value, Mapping):
@@ -151,21 +155,16 @@ def looks_like_image(value: Any) -> bool:
 
 
 def holds(row: Row, name: str) -> bool:
-    return _content(pick(row, name)) not in (None, "", [])
-
-
-def _content(value: Any) -> Any:
-    """What a Cell holds (images.py); anything else is itself."""
-    return value.read() if hasattr(value, "read") else value
+    return content(pick(row, name)) not in (None, "", [])
 
 
 def _count(rows: Sequence[Row], name: str) -> int:
     return sum(pick(row, name) is not None for row in rows)
 
 
-def _by_usual_name(usual: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> tuple[str, ...]:
+def _by_usual_name(field: str, names: Sequence[str], rows: Sequence[Row]) -> tuple[str, ...]:
     """The first of the usual names that at least a twentieth as many rows fill as any other does."""
-    counts = {name: _count(rows, name) for name in usual if name.partition(".")[0] in names}
+    counts = {name: _count(rows, name) for name in COLUMN_NAMES[field] if name.partition(".")[0] in names}
     most = max(counts.values(), default=0)
     return next(((name,) for name, count in counts.items() if most and count * 20 >= most), ())
 

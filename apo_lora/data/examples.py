@@ -56,9 +56,14 @@ class Example:
     """System message that the row itself brought."""
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """Every text that is right."""
+        return (self.answer,) if isinstance(self.answer, str) else self.answer
+
+    @property
     def gold(self) -> str:
         """The answer as one text, for a reader."""
-        return self.answer if isinstance(self.answer, str) else " or ".join(self.answer)
+        return " or ".join(self.answers)
 
     def messages(self, data: DataSection) -> list[Message]:
         """Chat messages without image payloads: the system's (the recipe's, else the row's), then the user's parts."""
@@ -155,7 +160,7 @@ def load_examples(
     dropped = dict(sorted(dropped.items(), key=lambda found: found[1][0]))
     warnings = [
         *unused_columns(columns, source.rows, named=bool(data.columns.image)),
-        *unusual_golds(examples, columns),
+        *unusual_golds(examples),
     ]
     warnings = tuple(f"{source.name}: {warning}" for warning in warnings)
     loaded = Loaded(source.name, examples, dropped, len(source.rows), warnings)

@@ -25,6 +25,7 @@ from apo_lora.data.choices import Choices, letter, read_choices
 from apo_lora.data.columns import Columns, holds, is_turns, pick, pick_choices, role
 from apo_lora.data.golds import gold_items
 from apo_lora.data.images import single_values
+from apo_lora.data.notices import is_lost_letter
 from apo_lora.data.text import BadRow, as_text, short
 from apo_lora.family.lookup import reserved_tokens
 
@@ -82,6 +83,11 @@ def read_row(row: Any, columns: Columns) -> Fields:
         category=as_text(pick(row, columns.category)) or None,
         system=chat.system,
     )
+    off = columns.unused_choices
+    if off and holds(row, off) and is_lost_letter(", ".join(fields.gold), fields.problem):
+        raise BadRow(
+            "choices not read", f"the answer is a letter of {off!r}, which data.columns.choices=none leaves out"
+        )
     fields = _with_marks(fields)
     texts = "\n".join([fields.problem, fields.system or "", *(choices.texts if choices else ())])
     if found := next((token for token in reserved_tokens() if token in texts), None):

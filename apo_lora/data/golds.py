@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apo_lora.data.choices import Choices, label_of, letter, literal
-from apo_lora.data.text import BadRow, as_text, short
+from apo_lora.data.text import BadRow, as_text, content, short
 from apo_lora.errors import DataError
 
 Answer = str | tuple[str, ...]
@@ -65,8 +65,7 @@ def gold_items(value: Any, choices: Choices | None) -> tuple[str, ...]:
 
     A list of numbers in text ("[1, 2]") is one answer, as an interval or coordinates are, unless the row has choices.
     """
-    if hasattr(value, "read"):
-        value = value.read()
+    value = content(value)
     if isinstance(value, str) and (choices or re.match(r"\s*\[\s*['\"]", value)):
         listed = literal(value)
         value = value if listed is None or isinstance(listed, Mapping) else listed
@@ -176,8 +175,8 @@ def _place_of(item: str, choices: Choices, reading: Reading) -> int | None:
         raise BadRow(
             "unparsable gold", f"{item} is not a position among {len(choices.given)} choices, counted from {name[-1]}"
         )
-    if place is None and name in ("letter", "label"):
-        raise BadRow("unparsable gold", f"{item!r} among {[text for text in choices.texts if text]}")
+    if place is None and kind == "letter" and _label(item) in map(letter, range(len(choices.texts))):
+        raise BadRow("unparsable gold", f"the row has no choice {_label(item)}")
     return place
 
 

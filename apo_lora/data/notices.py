@@ -42,14 +42,12 @@ def unused_columns(columns: Columns, rows: Sequence[tuple[int, Any]], *, named: 
         )
 
 
-def unusual_golds(examples: Sequence[Any], columns: Columns) -> Iterator[str]:
+def unusual_golds(examples: Sequence[Any]) -> Iterator[str]:
     """Examples whose gold is a letter of options that no prompt shows, or too long to be an answer."""
-    lost = [e.row for e in examples if _is_letter(e.gold) and not e.choices and not _OPTIONS.search(e.problem)]
-    if lost:
-        name = f"{columns.unused_choices!r}" if columns.unused_choices else "the column that has them"
+    if lost := [e.row for e in examples if not e.choices and is_lost_letter(e.gold, e.problem)]:
         yield (
-            f"{len(lost)} gold answers are a letter, but there are no choices ({row_numbers(lost)}); "
-            f"set data.columns.choices to {name}"
+            f"{len(lost)} gold answers are a letter, but there are no choices ({row_numbers(lost)}); set "
+            "data.columns.choices to the column that has them"
         )
     if long := [e.row for e in examples if len(e.gold) > LONGEST_GOLD and not re.search(r"####|\\boxed", e.gold)]:
         yield (
@@ -58,5 +56,6 @@ def unusual_golds(examples: Sequence[Any], columns: Columns) -> Iterator[str]:
         )
 
 
-def _is_letter(gold: str) -> bool:
-    return bool(re.fullmatch(r"\(?[A-Z]\)?\.?(?:, [A-Z])*", gold.strip()))
+def is_lost_letter(gold: str, problem: str) -> bool:
+    """Whether the gold is a letter, or several, of options that the problem does not show."""
+    return bool(re.fullmatch(r"\(?[A-Z]\)?\.?(?:, [A-Z])*", gold.strip())) and not _OPTIONS.search(problem)

@@ -105,7 +105,7 @@ def report(loaded: Loaded, data: DataSection, processor: Any = None) -> DataRepo
 
 def answer_kind(example: Example) -> str:
     """One of ANSWER_KINDS, by the look of the gold answer."""
-    answer = (example.answer if isinstance(example.answer, str) else example.answer[0]).strip()
+    answer = example.answers[0].strip()
     letter = _LETTER.fullmatch(answer)
     if letter and (example.choices is None or ord(letter[1]) - ord("A") < len(example.choices)):
         return "choice letter"

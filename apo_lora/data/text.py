@@ -17,10 +17,14 @@ class BadRow(Exception):
         super().__init__(f"{reason}: {self.detail}")
 
 
+def content(value: Any) -> Any:
+    """What a Cell (images.py) has in its table on disk; anything else is itself."""
+    return value.read() if hasattr(value, "read") else value
+
+
 def as_text(value: Any) -> str:
     """Text of a scalar: 3.0 is "3", what holds nothing (None, NaN) is "", bytes are UTF-8. Raises BadRow."""
-    if hasattr(value, "read"):  # a Cell: bytes in a table on disk
-        value = value.read()
+    value = content(value)
     if isinstance(value, bytes):
         try:
             return value.decode()

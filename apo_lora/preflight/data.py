@@ -26,7 +26,7 @@ def check_rewards(recipe: Recipe) -> bool:
     """
     find_rewards(recipe.rewards.functions)
     loaded, _ = _training_rows(recipe)
-    rows = [(e.answer if isinstance(e.answer, str) else e.answer[0], list(e.choices) if e.choices else None) for e in loaded.examples]
+    rows = [(e.answers[0], list(e.choices) if e.choices else None) for e in loaded.examples]
     with Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier:
         checks = check_functions(rows, recipe.rewards, verifier, recipe.grpo.max_completion_length)
     print("\n".join([*map(printable, loaded.lines()), *table(checks)]))

@@ -28,6 +28,8 @@ Number = Annotated[float, BeforeValidator(_number_from_text)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One name, or a list of them."""
 
 
 class Section(BaseModel):
@@ -64,10 +66,10 @@ class LoraSection(Section):
 
 
 class ColumnsSection(Section):
-    image: str | tuple[str, ...] | None = None
+    image: Names | None = None
     problem: str | None = None
     answer: str | None = None
-    choices: str | tuple[str, ...] | None = None
+    choices: Names | None = None
 
 
 class DataSection(Section):

@@ -20,11 +20,6 @@ FORMAT_REWARD = 0.5
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def accepted(answer: str | Sequence[str]) -> tuple[str, ...]:
-    """The texts that are each right: one, or those of a list."""
-    return (answer,) if isinstance(answer, str) else tuple(answer)
-
-
 def accuracy_reward(completion: str, answer: str | Sequence[str], choices: Sequence[str] | None = None) -> float:
     """1.0 if the completion's final answer is the gold `answer`, else 0.0.
 
@@ -32,13 +27,12 @@ def accuracy_reward(completion: str, answer: str | Sequence[str], choices: Seque
     empty choice is a letter that is not in use. Gold that `gold_is_parsable` rejects earns nothing, whatever the
     completion says.
     """
-    for text in accepted(answer):
-        verdict = quick_verdict(completion, text, choices)
-        if isinstance(verdict, MathQuestion):
-            verdict = math_equal(verdict.answer, verdict.gold)
-        if verdict:
-            return 1.0
-    return 0.0
+    if not isinstance(answer, str):
+        return max(accuracy_reward(completion, one, choices) for one in answer)
+    verdict = quick_verdict(completion, answer, choices)
+    if isinstance(verdict, MathQuestion):
+        verdict = math_equal(verdict.answer, verdict.gold)
+    return 1.0 if verdict else 0.0
 
 
 def quick_verdict(completion: str, answer: str, choices: Sequence[str] | None = None) -> bool | MathQuestion:
@@ -62,4 +56,6 @@ def format_reward(completion: str) -> float:
 
 def gold_is_parsable(answer: str | Sequence[str], choices: Sequence[str] | None = None) -> bool:
     """False for gold that no completion can match: empty, only punctuation, a letter or a text outside the choices."""
-    return any(isinstance(a, str) and read_gold(a, tuple(choices or ())) is not None for a in accepted(answer))
+    if isinstance(answer, list | tuple):
+        return any(gold_is_parsable(one, choices) for one in answer)
+    return isinstance(answer, str) and read_gold(answer, tuple(choices or ())) is not None

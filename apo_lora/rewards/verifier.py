@@ -27,7 +27,7 @@ from pathlib import Path
 from apo_lora.errors import RewardError
 from apo_lora.rewards.answers.match import MathQuestion
 from apo_lora.rewards.answers.mathematics import math_equal
-from apo_lora.rewards.scores import accepted, quick_verdict
+from apo_lora.rewards.scores import quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
 _MEMO_SIZE = 20_000
@@ -93,12 +93,11 @@ class Verifier:
         rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
         with self._lock:
             self._timeouts_before = self.timeouts
-            return [
-                float(any(self._score_one(completion, text, of) for text in accepted(answer)))
-                for completion, answer, of in rows
-            ]
+            return [self._score_one(*row) for row in rows]
 
-    def _score_one(self, completion: str, answer: str, choices: Sequence[str] | None) -> float:
+    def _score_one(self, completion: str, answer: str | Sequence[str], choices: Sequence[str] | None) -> float:
+        if not isinstance(answer, str):
+            return max(self._score_one(completion, one, choices) for one in answer)
         verdict = quick_verdict(completion, answer, choices)
         if not isinstance(verdict, MathQuestion):
             return 1.0 if verdict else 0.0
