@@ -24,7 +24,7 @@ _CONTRADICTION = 10
 
 
 def _by_label(gold: str, choices: Choices) -> int | None:
-    label = _label(gold)
+    label = _label(gold) or gold.upper()
     return choices.labels.index(label) if label in choices.labels else None
 
 
@@ -80,6 +80,8 @@ def gold_items(value: Any, choices: Choices | None) -> tuple[str, ...]:
         raise BadRow("no answer", "the answer is empty")
     if len(texts) > 1 and not choices and not all(isinstance(item, str) for item in items):
         raise BadRow("several answers", f"{short(value)}; write one text, or a list of texts that are each right")
+    if len(texts) == 1 and choices and _by_text(texts[0], choices) is None:
+        return _several_labels(texts[0], choices) or texts
     return texts
 
 
@@ -153,8 +155,6 @@ def resolve(items: tuple[str, ...], choices: Choices | None, reading: Reading) -
     """
     if choices is None:
         return _open_answer(items)
-    if len(items) == 1 and _by_text(items[0], choices) is None:
-        items = _several_labels(items[0], choices) or items
     places = [_place_of(item, choices, reading) for item in items]
     if len(items) == 1:
         is_text = places[0] is None or _kind(items[0]) != "letter" and items[0] == choices.texts[places[0]]
@@ -166,7 +166,7 @@ def resolve(items: tuple[str, ...], choices: Choices | None, reading: Reading) -
 
 def _place_of(item: str, choices: Choices, reading: Reading) -> int | None:
     kind = _kind(item)
-    name = reading.get(kind)
+    name = reading.get(kind, "text")
     if kind is None:  # a text, or a label such as "ii" or "Б"
         by_text, by_label = _place("text", item, choices), _place("label", item, choices)
         return by_label if by_text is None else by_text
