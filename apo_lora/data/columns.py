@@ -164,7 +164,9 @@ def _count(rows: Sequence[Row], name: str) -> int:
 
 def _by_usual_name(field: str, names: Sequence[str], rows: Sequence[Row]) -> tuple[str, ...]:
     """The first of the usual names that at least a twentieth as many rows fill as any other does."""
-    counts = {name: _count(rows, name) for name in COLUMN_NAMES[field] if name.partition(".")[0] in names}
+    spelled = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
+    found = [spelled.get(name) or spelled.get(name.lower(), name) for name in COLUMN_NAMES[field]]
+    counts = {name: _count(rows, name) for name in found if name.partition(".")[0] in spelled}
     most = max(counts.values(), default=0)
     return next(((name,) for name, count in counts.items() if most and count * 20 >= most), ())
 
