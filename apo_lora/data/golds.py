@@ -29,11 +29,12 @@ def _by_label(gold: str, choices: Choices) -> int | None:
 
 
 def _by_text(gold: str, choices: Choices) -> int | None:
-    wanted = (gold, _number(gold))
-    found = [place for place, text in enumerate(choices.texts) if text and gold in (text, choices.raw[place])]
-    if not found and wanted[1] is not None:
-        found = [place for place, text in enumerate(choices.texts) if _number(text) == wanted[1]]
-    return found[0] if found else None
+    for place, text in enumerate(choices.texts):
+        if text and gold in (text, choices.raw[place]):
+            return place
+    number = _number(gold)
+    found = [place for place, text in enumerate(choices.texts) if number is not None and _number(text) == number]
+    return found[0] if len(found) == 1 else None
 
 
 def _by_letter(gold: str, choices: Choices) -> int | None:
@@ -66,9 +67,9 @@ def gold_items(value: Any, choices: Choices | None) -> tuple[str, ...]:
     A list of numbers in text ("[1, 2]") is one answer, as an interval or coordinates are, unless the row has choices.
     """
     value = content(value)
-    if isinstance(value, str) and (choices or re.match(r"\s*\[\s*['\"]", value)):
-        listed = literal(value)
-        value = value if listed is None or isinstance(listed, Mapping) else listed
+    if isinstance(value, str) and re.match(r"\s*\[" if choices else r"\s*\[\s*['\"]", value):
+        texts = ["".join(text.split()) for text in (choices.texts if choices else ())]
+        value = value if "".join(value.split()) in texts else literal(value) or value
     items = list(value) if isinstance(value, list | tuple) else [value]
     if odd := next((item for item in items if isinstance(item, Mapping | list | tuple)), None):
         if not isinstance(odd, Mapping):
@@ -116,18 +117,17 @@ def _decide(kind: str, golds: Sequence[tuple[int, str, bool, Choices]], names: S
     if max(explained.values()) * 2 < len(golds):
         return "text"  # "30" for "30 cm": the verifier knows more of texts than is known here
     fitting = [name for name in names if explained[name] and not any(_beats(places[o], places[name]) for o in names)]
-    best = next(iter(fitting), None)
-    rivals = [name for name in fitting if places[name] != places[best]]
+    best, *others = fitting or [name for name in names if explained[name]]
+    rivals = [name for name in others if places[name] != places[best]]
     is_plain = best == "label" or best == "text" and kind == "number" and all(typed for _, _, typed, _ in golds)
-    if best and (is_plain or not rivals):
+    if fitting and (is_plain or not rivals):
         return best
-    if not fitting:
-        rivals = [name for name in names if explained[name]]
-    number, gold, _, choices = golds[_first_difference(places, [best, *rivals] if best else rivals)]
-    ways = ", ".join(dict.fromkeys([*([best] if best else []), *rivals]))
+    ways = [best, *rivals]
+    first = next(i for i, found in enumerate(zip(*(places[w] for w in ways), strict=True)) if len(set(found)) > 1)
+    number, gold, _, choices = golds[first]
     raise DataError(
-        f"{source}: the answers may name choices in several ways ({ways}), which give other answers (row {number}: "
-        f"{gold!r} among {[text for text in choices.texts if text]}); set data.answer_as to the right one"
+        f"{source}: the answers may name choices in several ways ({', '.join(ways)}), which give other answers (row "
+        f"{number}: {gold!r} among {[text for text in choices.texts if text]}); set data.answer_as to the right one"
     )
 
 
@@ -141,11 +141,6 @@ def _beats(one: Sequence[int | None], other: Sequence[int | None]) -> bool:
     only_one = sum(a is not None and b is None for a, b in zip(one, other, strict=True))
     only_other = sum(a is None and b is not None for a, b in zip(one, other, strict=True))
     return only_one * _CONTRADICTION > only_other and only_one > 0
-
-
-def _first_difference(places: Mapping[str, Sequence[int | None]], names: Sequence[str]) -> int:
-    rows = list(zip(*(places[name] for name in names), strict=True))
-    return next((number for number, row in enumerate(rows) if len(set(row)) > 1), 0)
 
 
 def resolve(items: tuple[str, ...], choices: Choices | None, reading: Reading) -> Answer:
@@ -185,7 +180,7 @@ def _open_answer(items: tuple[str, ...]) -> Answer:
         return items[0]
     if all(re.fullmatch(r"\(?[A-Z]\)?\.?", item) for item in items):
         return ", ".join(sorted(label_of(item) for item in items))
-    numbers = [number for item in items if (number := _number(item)) is not None]
+    numbers = [float(item) for item in items if re.fullmatch(r"-?\d+(?:\.\d+)?", item)]
     if numbers and max(numbers) - min(numbers) > 0.01 * max(map(abs, numbers)):
         raise BadRow("several answers", f"{short(list(items))} are different numbers; if all are meant, write one text")
     return items

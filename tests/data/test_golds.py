@@ -36,6 +36,7 @@ def test_numbers_that_are_texts_stay_texts(tmp_path):
     assert golds(tmp_path, ("30", ["30", "40"]), ("2", ["1", "2"])) == ["30", "2"]
     assert golds(tmp_path, (30, [30, 40]), (1, [2, 1])) == ["30", "1"]
     assert golds(tmp_path, ("30", ["30 cm", "40 cm"]), ("2", ["2 cm", "1 cm"])) == ["A", "A"]
+    assert golds(tmp_path, ("[1, 2]", ["[1,2]", "[1, 3]"]), ("7", ["7 cm", "7 m"])) == ["[1, 2]", "7"]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,7 @@ def test_positions_of_several_choices(tmp_path):
         (["4", "4"], "4"),
         ([4], "4"),
         (["A", "C"], "A, C"),
+        (["Route 66", "I-66"], ("Route 66", "I-66")),
         ("[1, 2]", "[1, 2]"),
         ("[0, 5)", "[0, 5)"),
         (3.0, "3"),
