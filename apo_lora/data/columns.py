@@ -132,13 +132,10 @@ def role(turn: Row) -> str | None:
     return turn.get("role") or turn.get("from")
 
 
-def base64_bytes(text: str) -> bytes | None:
-    """The image in bare base64, which MMBench and many JSONL files hold; None where the text is none."""
-    head = re.sub(r"\s", "", text[:100]).replace("-", "+").replace("_", "/")
-    if len(head) < 64 or not re.fullmatch(r"[A-Za-z0-9+/]+", head) or not _MAGIC.match(base64.b64decode(head[:64])):
-        return None
-    text = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+def is_base64_image(text: str) -> bool:
+    """Whether a text begins as an image in bare base64 does, which MMBench and many JSONL files hold."""
+    head = "".join(text[:100].split())[:64]
+    return bool(re.fullmatch(r"[\w+/-]{64}", head, re.ASCII)) and bool(_MAGIC.match(base64.b64decode(head, "-_")))
 
 
 def looks_like_image(value: Any) -> bool:
@@ -150,12 +147,16 @@ def looks_like_image(value: Any) -> bool:
         return any(looks_like_image(value.get(key)) for key in ("bytes", "path", "url"))
     if isinstance(value, str):
         is_path = re.search(rf"{_IMAGE_SUFFIX}(?:\?|$)", value, re.IGNORECASE) and len(value.split()) == 1
-        return bool(is_path) or value.startswith("data:image/") or base64_bytes(value[:100]) is not None
+        return bool(is_path) or value.startswith("data:image/") or is_base64_image(value)
     return isinstance(value, bytes) and bool(_MAGIC.match(value))
 
 
 def holds(row: Row, name: str) -> bool:
-    return content(pick(row, name)) not in (None, "", [])
+    """Whether a column has more than a number or nothing."""
+    value = content(pick(row, name))
+    if isinstance(value, Mapping):
+        return any(inner is not None for inner in value.values())
+    return isinstance(value, str | bytes | list) and bool(value)
 
 
 def _count(rows: Sequence[Row], name: str) -> int:
@@ -203,15 +204,16 @@ def _with_numbered(found: tuple[str, ...], names: Sequence[str], rows: Sequence[
 
 
 def _is_media(name: str, rows: Sequence[Row]) -> bool:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return bool(values) and (bool(_MEDIA_NAME.fullmatch(name)) or any(_is_media_path(value) for value in values))
+    if _MEDIA_NAME.fullmatch(name):
+        return any(holds(row, name) for row in rows)
+    return any(_is_media_path(row.get(name)) for row in rows)
 
 
 def _is_media_path(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and _is_media_path(value[0])
     path = value.get("path") if isinstance(value, Mapping) else value
-    return isinstance(path, str) and len(path) < 500 and bool(re.search(rf"\S{_MEDIA_SUFFIX}$", path, re.IGNORECASE))
+    return isinstance(path, str) and bool(re.fullmatch(rf"\S{{1,500}}{_MEDIA_SUFFIX}", path, re.IGNORECASE))
 
 
 def _other_images(columns: Columns, names: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:

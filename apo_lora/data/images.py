@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags, Image, ImageOps
 
 from apo_lora.data.archives import Member, find_member
-from apo_lora.data.columns import base64_bytes
+from apo_lora.data.columns import is_base64_image
 from apo_lora.data.text import BadRow
 from apo_lora.errors import DataError
 from apo_lora.family.lookup import max_aspect_ratio
@@ -163,7 +163,10 @@ def _encoded_bytes(text: str) -> bytes | None:
     try:
         if text.startswith("data:"):
             return base64.b64decode(text.split(",", 1)[1], validate=True)
-        return base64_bytes(text)
+        if not is_base64_image(text):
+            return None
+        text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (IndexError, ValueError):
         raise BadRow("image unreadable", "invalid base64") from None
 

@@ -157,3 +157,9 @@ def test_golds_that_may_be_lost_are_counted(tmp_path):
     )
     assert proofs.startswith(f"{path}: 1 gold answers are longer than 200 characters (row 3); no completion")
     assert load(path).lines()[1:] == [f"warning: {letters}", f"warning: {proofs}"]
+
+
+def test_what_only_sounds_like_media_is_none(tmp_path):
+    rows = [{**ROW, "problem": "Which one plays a.mp4", "video": False, "audio": {"path": None}, "videos": []}] * 2
+    loaded = load(write_jsonl(tmp_path / "data.jsonl", rows))
+    assert len(loaded.examples) == 2 and not loaded.warnings
