@@ -292,11 +292,15 @@ def _blame_the_cache(error: BaseException | None) -> None:
     """Raises DataError where what went wrong is that the cache of `datasets` cannot be written."""
     import datasets
 
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
     while error is not None and getattr(error, "errno", None) not in _NOT_WRITABLE:
+        file = getattr(error, "filename", None)
+        if isinstance(file, str) and (cache.is_relative_to(file) or Path(file).is_relative_to(cache)):
+            break
         error = error.__cause__ or error.__context__
     if error is not None:
         raise DataError(
-            f"{datasets.config.HF_DATASETS_CACHE}: the cache of `datasets` cannot be written "
+            f"{cache}: the cache of `datasets` cannot be written "
             f"({_first_line(error)}); make room, or set HF_HOME or HF_DATASETS_CACHE to a folder that can be written"
         ) from error
 

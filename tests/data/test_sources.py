@@ -102,15 +102,16 @@ def test_names_of_classes_at_any_depth(tmp_path):
     assert [row for row, _ in loaded.dropped["no answer"]] == [2]
 
 
-def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["file", "file/cache"])
+def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(place, tmp_path, monkeypatch):
     import datasets
 
     path = set_of(tmp_path, "data.parquet") / "data.parquet"
     assert only(load(path)).answer == "data.parquet"
     (tmp_path / "file").touch()
     for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE"):
-        monkeypatch.setattr(datasets.config, name, tmp_path / "file" / "cache")
-    with pytest.raises(DataError, match="file/cache: the cache of `datasets` cannot be written .*set HF_HOME or"):
+        monkeypatch.setattr(datasets.config, name, tmp_path / place)
+    with pytest.raises(DataError, match=f"{place}: the cache of `datasets` cannot be written .*set HF_HOME or"):
         load(path)
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="data.parquet: cannot be read as Parquet"):
