@@ -20,6 +20,11 @@ FORMAT_REWARD = 0.5
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
+def accepted(answer: str | Sequence[str]) -> Sequence[str]:
+    """The texts that are each right: one, or those of a list."""
+    return (answer,) if isinstance(answer, str) else answer
+
+
 def accuracy_reward(completion: str, answer: str | Sequence[str], choices: Sequence[str] | None = None) -> float:
     """1.0 if the completion's final answer is the gold `answer`, else 0.0.
 

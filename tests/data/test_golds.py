@@ -163,3 +163,15 @@ def test_what_the_verifier_makes_of_it():
     assert [accuracy_reward(f"<answer>{text}</answer>", "B", own) for text in ("B", "kite", "C", "A", "drum")] == [
         *(1.0, 1.0, 0.0, 0.0, 0.0)
     ]
+
+
+def test_every_built_in_reward_takes_several_golds():
+    from apo_lora.recipe.schema import RewardsSection
+    from apo_lora.rewards.functions import reward_functions
+    from apo_lora.rewards.verifier import Verifier
+
+    rewards = RewardsSection(functions=("accuracy", "relaxed", "iou"), relaxed_tolerance=0.05)
+    said, golds = ["<answer>101</answer>", "<answer>[0, 0, 4, 4]</answer>"], [["square", "100"], ["no", "[0, 0, 4, 4]"]]
+    with Verifier() as verifier:
+        scored = [f(completions=said, answer=golds, choices=[None] * 2) for f in reward_functions(rewards, verifier)]
+    assert scored == [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]
