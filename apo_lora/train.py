@@ -33,7 +33,7 @@ from apo_lora.run.summary import closing_summary
 from apo_lora.run.trackers import require_trackers, trackers_in
 
 if TYPE_CHECKING:
-    from apo_lora.data.examples import Example, Loaded
+    from apo_lora.data.examples import Example
     from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
     from apo_lora.run.callbacks import OrderlyStop
@@ -68,8 +68,10 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.rewards.functions import reward_functions, verifier_of
     from apo_lora.run.callbacks import OrderlyStop
 
-    loaded, held_out = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
-    say(loaded.summary())
+    inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
+    loaded, held_out = inputs.train, {title: rows.examples for title, rows in inputs.held_out.items()}
+    eventful = [rows for rows in inputs.held_out.values() if rows.dropped or rows.warnings]
+    say("\n".join(line for rows in (loaded, *eventful) for line in rows.lines()))
     kept = f"Complete checkpoints in {run_dir.checkpoints} are kept"
     with (
         ranks.lost_process_as_one_line(kept),
@@ -240,11 +242,11 @@ def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
         ) from None
 
 
-def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
+def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> Inputs:
     """The opened rows whose prompt is not too long."""
     inputs = inputs.fitting(processor, recipe.data)
     require_trainable(inputs, recipe)
-    return inputs.train, {title: rows.examples for title, rows in inputs.held_out.items()}
+    return inputs
 
 
 def _plan(recipe: Recipe, num_prompts: int) -> str:
@@ -297,9 +299,9 @@ def run_preflight(recipe: Recipe) -> bool:
     import_engine(recipe.model)
     from apo_lora.preflight.checks import preflight
 
-    loaded, _ = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
+    inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
     policy = _load_policy(recipe)
-    checks, _ = preflight(policy, loaded.examples, recipe)
+    checks, _ = preflight(policy, inputs.train.examples, recipe)
     return not report_checks(checks)
 
 

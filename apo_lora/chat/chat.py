@@ -8,9 +8,11 @@ from typing import Any, TextIO
 import torch
 
 from apo_lora.chat.columns import Column, SideBySide
+from apo_lora.data.columns import Columns
 from apo_lora.data.examples import Example
-from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, read_row
+from apo_lora.data.formats import IMAGE_MARK, read_row
 from apo_lora.data.images import image_refs
+from apo_lora.data.text import BadRow
 from apo_lora.errors import DataError
 from apo_lora.policy.loading import Policy, reference_mode
 from apo_lora.policy.tuned import load_tuned
@@ -56,15 +58,15 @@ def example_of(question: str, image: str | None) -> Example:
     """Under the rules for a row of data: no reserved token, an image that can be read."""
     # A row must have a gold answer; this one is never used.
     row = {"problem": question, "answer": "0", "image": image and os.path.realpath(Path(image).expanduser())}
-    columns = Columns(problem="problem", answer="answer", image="image", choices=None, category=None)
+    columns = Columns(problem="problem", answer="answer", image=("image",))
     try:
         fields = read_row(row, columns)
-        images = image_refs(fields.images, folder=Path(row["image"] or ".").parent, row=1)
+        images = image_refs(fields.images, folders=[Path(row["image"] or ".").parent], row=1)
         if fields.problem.count(IMAGE_MARK) > len(images):
             raise BadRow("image missing", f"the question contains {IMAGE_MARK}; add --image FILE")
     except BadRow as error:
         raise DataError(f"chat: {error}") from None
-    return Example(1, fields.problem, fields.answer, None, images)
+    return Example(1, fields.problem, row["answer"], None, images)
 
 
 def _answer(policy: Policy, example: Example, recipe: Recipe, changes: dict[str, Any], column: Column) -> Completion:

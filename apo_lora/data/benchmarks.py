@@ -5,13 +5,13 @@ schemas are those of the data sets' cards and of their readers in lmms-eval (doc
 No torch.
 """
 
-import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apo_lora.data.formats import IMAGE_MARK, BadRow, as_text
+from apo_lora.data.choices import lettered
+from apo_lora.data.text import BadRow, as_text
 from apo_lora.errors import DataError
 
 Row = Mapping[str, Any]
@@ -60,73 +60,36 @@ def _mathvista(row: Row) -> dict[str, Any]:
 def _mathverse(row: Row) -> dict[str, Any]:
     """Where the question is only in the image (Vision Only), the official prompt says so."""
     problem = as_text(row["question"]).strip() or as_text(row.get("query_wo"))
-    return _converted(problem, row["answer"], _lettered(problem), row["image"], row.get("problem_version"))
+    return _converted(problem, row["answer"], _listed(lettered(problem)), row["image"], row.get("problem_version"))
 
 
 def _mmk12(row: Row) -> dict[str, Any]:
     problem = as_text(row["question"])
-    return _converted(problem, row["answer"], _lettered(problem), row["image"], row.get("subject"))
+    return _converted(problem, row["answer"], _listed(lettered(problem)), row["image"], row.get("subject"))
 
 
 def _mmstar(row: Row) -> dict[str, Any]:
     """Options follow the question on one line: "Options: A: one, B: two"."""
     problem = as_text(row["question"])
     _, _, options = problem.rpartition("Options:")
-    return _converted(problem, row["answer"], _lettered(options, r"(?:^|,)\s*"), row["image"], row.get("category"))
+    return _converted(
+        problem, row["answer"], _listed(lettered(options, r"(?:^|,)\s*")), row["image"], row.get("category")
+    )
 
 
 def _mmmu(row: Row) -> dict[str, Any]:
     """`<image 2>` in question and options names the column image_2; options are a list, written as text."""
-    options = _literal_list(row["options"])
-    answer = row["answer"]
-    if isinstance(answer, str) and answer.startswith("["):
-        answer = _literal_list(answer)  # several answers that are right; the reader of rows drops and counts those
-    question = as_text(row["question"])
-    if any(re.search(r"<image \d+>", option) for option in options):
-        question += "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(options))
-    names: list[str] = []
-
-    def mark(found: re.Match) -> str:
-        name = f"image_{found[1]}"
-        if name in names:
-            return f"image {found[1]}"  # mentioned before: an image is shown once
-        names.append(name)
-        return IMAGE_MARK
-
-    problem = re.sub(r"<image (\d+)>", mark, question)
-    images = [row.get(name) for name in names or ["image_1"]]
-    if names and any(image is None for image in images):
-        raise BadRow(
-            "image missing", f"the question refers to {names[images.index(None)]}, which the row does not have"
-        )
-    choices = [re.sub(r"<image \d+>", IMAGE_MARK, option) for option in options]
+    images = [row.get(f"image_{number}") for number in range(1, 8)]
     subject = re.sub(r"^[a-z]+_|_\d+$", "", as_text(row["id"]))
-    return _converted(problem, answer, choices or None, images, subject)
+    return _converted(as_text(row["question"]), row["answer"], row["options"], images, subject)
+
+
+def _listed(options: dict[str, str] | None) -> list[str] | None:
+    return list(options.values()) if options else None
 
 
 def _converted(problem: str, answer: Any, choices: Any, images: Any, category: Any) -> dict[str, Any]:
     return {"problem": problem, "answer": answer, "choices": choices, "images": images, "category": category}
-
-
-def _lettered(text: str, before: str = r"^\s*") -> list[str] | None:
-    """The options of "A: one", "B. two", one after the other from A on; None where that is not so."""
-    found = list(re.finditer(rf"{before}([A-Z])\s*[.:)]\s*", text, re.MULTILINE))
-    if len(found) < 2 or [match[1] for match in found] != [chr(65 + i) for i in range(len(found))]:
-        return None
-    ends = [match.start() for match in found[1:]] + [len(text)]
-    options = [text[match.end() : end].strip() for match, end in zip(found, ends, strict=True)]
-    return options if all(options) else None
-
-
-def _literal_list(value: Any) -> list[str]:
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)  # only literals: nothing is executed
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise BadRow("options unreadable", value) from None
-    if not isinstance(value, list | tuple):
-        raise BadRow("options unreadable", str(value))
-    return [as_text(item) for item in value]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """Examples: what a data set becomes before it is trained on or measured.
 
-`load_examples` reads any source (sources.py) in any format (formats.py), drops and counts the rows that
-cannot be used, and leaves images undecoded (images.py). `drop_long_prompts` counts tokens without decoding,
-and `prompt_dataset` hands TRL items whose images are decoded on access.
+`load_examples` reads any source (sources.py) in any format (columns.py, formats.py), decides what its gold answers name
+(golds.py), drops and counts the rows that cannot be used, and leaves images undecoded (images.py). `drop_long_prompts`
+counts tokens without decoding, and `prompt_dataset` hands TRL items whose images are decoded on access.
 """
 
 import os
 import random
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, choice_lines, find_columns, read_row
+from apo_lora.data.choices import choice_lines
+from apo_lora.data.columns import find_columns
+from apo_lora.data.formats import IMAGE_MARK, Fields, read_row
+from apo_lora.data.golds import Answer, Reading, find_reading, resolve
 from apo_lora.data.images import ImageRef, image_refs
+from apo_lora.data.notices import unused_columns, unusual_golds
 from apo_lora.data.sources import open_source
-from apo_lora.errors import DataError
+from apo_lora.data.text import BadRow, row_numbers
+from apo_lora.errors import DataError, printable
 from apo_lora.machine import ranks
-from apo_lora.recipe.schema import DataSection
+from apo_lora.recipe.schema import ColumnsSection, DataSection
 
 if TYPE_CHECKING:
     import datasets
@@ -31,9 +36,6 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Dropped = dict[str, list[tuple[int, str]]]
 """Reason -> (row, what was found) of each row dropped for it."""
-
-_COLUMN_SAMPLE = 100  # rows that decide which column is which
-_MAX_ROWS_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,24 @@ class Example:
     """Number in the source, from 1; of a JSONL file, the line."""
     problem: str
     """`<image>` marks where an image goes; images beyond the marks go first."""
-    answer: str
+    answer: Answer
+    """For the verifier: a text, or several that are each right."""
     choices: tuple[str, ...] | None
+    """By letter, from A on; "" for a letter that the row does not use."""
     images: tuple[ImageRef, ...]
     category: str | None = None
     system: str | None = None
     """System message that the row itself brought."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every text that is right."""
+        return (self.answer,) if isinstance(self.answer, str) else self.answer
+
+    @property
+    def gold(self) -> str:
+        """The answer as one text, for a reader."""
+        return " or ".join(self.answers)
 
     def messages(self, data: DataSection) -> list[Message]:
         """Chat messages without image payloads: the system's (the recipe's, else the row's), then the user's parts."""
@@ -85,6 +99,8 @@ class Loaded:
     examples: list[Example]
     dropped: Dropped
     num_rows: int
+    warnings: tuple[str, ...] = ()
+    """What was read but may not be meant, each with a count and rows."""
 
     @property
     def num_dropped(self) -> int:
@@ -92,15 +108,16 @@ class Loaded:
 
     def summary(self) -> str:
         """One line: "908 rows of data.jsonl; 3 dropped (2 prompt too long: rows 4, 9; 1 unparsable gold: row 7)"."""
-        reasons = [f"{len(rows)} {reason}: {_row_numbers(rows)}" for reason, rows in self.dropped.items()]
+        reasons = [
+            f"{len(rows)} {reason}: {row_numbers(number for number, _ in rows)}"
+            for reason, rows in self.dropped.items()
+        ]
         dropped = f"{self.num_dropped} dropped ({'; '.join(reasons)})" if reasons else "none dropped"
         return f"{self.num_rows} rows of {self.source}; {dropped}"
 
-
-def _row_numbers(rows: Sequence[tuple[int, str]]) -> str:
-    named = ", ".join(str(number) for number, _ in rows[:_MAX_ROWS_NAMED])
-    more = f" and {len(rows) - _MAX_ROWS_NAMED} more" if len(rows) > _MAX_ROWS_NAMED else ""
-    return f"row{'s' * (len(rows) > 1)} {named}{more}"
+    def lines(self) -> list[str]:
+        """The summary, and a line for each warning."""
+        return [self.summary(), *(f"warning: {warning}" for warning in map(printable, self.warnings))]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -114,7 +131,7 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     base_dir: Path | None = None,
-    correct_gold: Callable[[str, list[str] | None], bool] | None = None,
+    correct_gold: Callable[[Answer, list[str] | None], bool] | None = None,
 ) -> Loaded:
     """Reads the first `limit` rows of `spec` (see `DataSection.train` for its forms).
 
@@ -125,26 +142,42 @@ def load_examples(
         from apo_lora.rewards.scores import gold_is_parsable as correct_gold
 
     source = open_source(spec, split=split, limit=limit, seed=seed, base_dir=base_dir)
-    sample = [row for _, row in source.rows[:_COLUMN_SAMPLE] if isinstance(row, dict)]
-    if not sample:
+    rows = [row for _, row in source.rows if isinstance(row, Mapping)]
+    if not rows:
         raise DataError(f"{source.name}: {_no_rows(source.rows)}")
-    columns = find_columns(sample, data.without_columns() if source.own_columns else data, source.name)
-    folder = _image_folder(data) or source.folder
-    examples: list[Example] = []
+    own = {"columns": ColumnsSection(), "answer_as": None} if source.own_columns else {}
+    columns = find_columns(rows, data.model_copy(update=own), source.name)
+    folders = _image_folder(data) or source.folders
     dropped: Dropped = {}
-    for number, row in source.rows:
+    read = list(_usable(source.rows, lambda _, row: read_row(row, columns), dropped))
+    reading = find_reading(
+        [(number, row.gold, row.gold_is_text, row.choices) for number, row in read if row.choices],
+        source.name,
+        None if source.own_columns else data.answer_as,
+    )
+    made = _usable(read, lambda number, row: _example(number, row, reading, folders, correct_gold), dropped)
+    examples = [example for _, example in made]
+    dropped = dict(sorted(dropped.items(), key=lambda found: found[1][0]))
+    warnings = [
+        *unused_columns(columns, source.rows, named=bool(data.columns.image)),
+        *unusual_golds(examples),
+    ]
+    warnings = tuple(f"{source.name}: {warning}" for warning in warnings)
+    loaded = Loaded(source.name, examples, dropped, len(source.rows), warnings)
+    remedy = "fix them, or name the columns in data.columns (choices: none for open questions)"
+    _refuse_mostly_bad(loaded, f"(read {columns}); {remedy}")
+    return loaded
+
+
+def _usable(
+    rows: Iterable[tuple[int, Any]], use: Callable[[int, Any], Any], dropped: Dropped
+) -> Iterator[tuple[int, Any]]:
+    """(number, what `use` makes of the row); rows for which it raises BadRow go to `dropped`."""
+    for number, row in rows:
         try:
-            examples.append(_example(number, row, columns, folder, correct_gold))
+            yield number, use(number, row)
         except BadRow as bad:
             dropped.setdefault(bad.reason, []).append((number, bad.detail))
-    loaded = Loaded(source.name, examples, dropped, len(source.rows))
-    used = ", ".join(f"{field} from {column!r}" for field, column in vars(columns).items() if column)
-    _refuse_mostly_bad(
-        loaded,
-        f"(read {used}); fix them, or set data.image_column, data.problem_column, data.answer_column or "
-        "data.choices_column",
-    )
-    return loaded
 
 
 def _no_rows(rows: Sequence[Any]) -> str:
@@ -152,29 +185,34 @@ def _no_rows(rows: Sequence[Any]) -> str:
     return f"{found}; write a row for each problem, with its answer"
 
 
-def _image_folder(data: DataSection) -> Path | None:
+def _image_folder(data: DataSection) -> tuple[Path, ...]:
     if data.image_folder is None:
-        return None
+        return ()
     folder = Path(data.image_folder).expanduser().absolute()
     if not folder.is_dir():
         raise DataError(
             f"data.image_folder: no folder {folder}; give the folder that the image paths in the data start from"
         )
-    return folder
+    return (folder,)
 
 
 def _example(
-    number: int, row: Any, columns: Columns, folder: Path | None, correct_gold: Callable[[str, list[str] | None], bool]
+    number: int,
+    fields: Fields,
+    reading: Reading,
+    folders: tuple[Path, ...],
+    correct_gold: Callable[[Answer, list[str] | None], bool],
 ) -> Example:
-    fields = read_row(row, columns)
-    if not correct_gold(fields.answer, list(fields.choices) if fields.choices else None):
-        among = f" among {list(fields.choices)}" if fields.choices else ""
-        raise BadRow("unparsable gold", f"{fields.answer!r}{among}")
-    images = image_refs(fields.images, folder=folder, row=number)
+    choices = fields.choices.texts if fields.choices else None
+    answer = resolve(fields.gold, fields.choices, reading)
+    if not correct_gold(answer, list(choices) if choices else None):
+        among = f" among {[choice for choice in choices if choice]}" if choices else ""
+        raise BadRow("unparsable gold", f"{answer!r}{among}")
+    images = image_refs(fields.images, folders=folders, row=number)
     marks = fields.problem.count(IMAGE_MARK)
     if marks > len(images):
         raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem, but {len(images)} images")
-    return Example(number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system)
+    return Example(number, fields.problem, answer, choices, images, fields.category, fields.system)
 
 
 def _refuse_mostly_bad(loaded: Loaded, remedy: str) -> None:
@@ -295,7 +333,7 @@ def refuse_mixture(examples: Sequence[Example]) -> None:
     bare = [example.row for example in examples if not example.images]
     if bare and len(bare) < len(examples):
         raise DataError(
-            f"{len(bare)} of {len(examples)} examples have no image ({_row_numbers([(row, '') for row in bare])}); "
+            f"{len(bare)} of {len(examples)} examples have no image ({row_numbers(bare)}); "
             "train on examples with images and on examples without in separate runs"
         )
 
@@ -327,7 +365,7 @@ class _ItemsOnAccess:
         examples = [self._examples[index] for index in indices]
         items = {
             "prompt": [example.messages(self._data) for example in examples],
-            "answer": [example.answer for example in examples],
+            "answer": [e.answer if isinstance(e.answer, str) else list(e.answer) for e in examples],
             "choices": [list(example.choices) if example.choices else None for example in examples],
             "index": list(indices),
             "category": [example.category for example in examples],

@@ -4,17 +4,20 @@ An ImageRef holds a path, or a place in an Arrow table on disk; never the bytes 
 """
 
 import base64
+import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from apo_lora.data.formats import BadRow
+from apo_lora.data.archives import Member, find_member
+from apo_lora.data.columns import is_base64_image
+from apo_lora.data.text import BadRow
 from apo_lora.errors import DataError
 from apo_lora.family.lookup import max_aspect_ratio
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     import datasets
 
 # Listed, so that no rarely used decoder (EPS starts Ghostscript) opens a file from the internet.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,7 @@ class ImageRef:
     """The path as the data gives it, else "row 5 image 1" or "boards/train/17"."""
     size: tuple[int, int]
     """(width, height) as it will be opened, read only from the header."""
-    source: Path | bytes | Cell | Image.Image = field(repr=False, compare=False)
+    source: Path | bytes | Cell | Member | Image.Image = field(repr=False, compare=False)
 
     @property
     def path(self) -> Path | None:
@@ -57,6 +60,13 @@ class ImageRef:
     def needs_decoding(self) -> bool:
         """False for images of the built-in task, which are pixels already."""
         return not isinstance(self.source, Image.Image)
+
+    def digest(self) -> str:
+        """Equal for images of the same file content, wherever they are."""
+        if isinstance(self.source, Image.Image):
+            return hashlib.sha256(self.source.tobytes()).hexdigest()
+        content = self.source.read_bytes() if isinstance(self.source, Path) else _bytes_of(self.source)
+        return hashlib.sha256(content).hexdigest()
 
     def open(self) -> Image.Image:
         """The image, decoded now: RGB, upright, transparent parts white, of an animation the first frame."""
@@ -69,16 +79,17 @@ class ImageRef:
             ) from error
 
 
-def image_refs(value: Any, *, folder: Path | None, row: int) -> tuple[ImageRef, ...]:
-    """References to the images of a row: a path, bytes, a mapping with either, a Cell, or a list of these.
+def image_refs(values: Sequence[Any], *, folders: Sequence[Path], row: int) -> tuple[ImageRef, ...]:
+    """References to the images of a row: each value a path, bytes, a mapping with either, a Cell, or a list of these.
 
-    Paths are looked up in `folder` and in `folder`/images, and lead nowhere else. Raises BadRow.
+    Paths are looked up in the folders, in their `images` and in archives beside them, and lead nowhere else.
+    Raises BadRow.
     """
-    values = _single_values(value)
-    return tuple(_image_ref(item, folder, f"row {row} image {n}") for n, item in enumerate(values, start=1))
+    single = [item for value in values for item in single_values(value)]
+    return tuple(_image_ref(item, folders, f"row {row} image {n}") for n, item in enumerate(single, start=1))
 
 
-def _single_values(value: Any) -> list[Any]:
+def single_values(value: Any) -> list[Any]:
     """None -> [], one -> [one], a list (also one in a Cell) -> its members."""
     if isinstance(value, Cell) and value.position is None:
         content = value.read()
@@ -86,11 +97,11 @@ def _single_values(value: Any) -> list[Any]:
             return [replace(value, position=i) for i, item in enumerate(content) if item is not None]
         return [] if content is None else [value]
     if isinstance(value, list):
-        return [item for item in value if item is not None]
+        return [single for item in value for single in single_values(item)]
     return [] if value is None else [value]
 
 
-def _image_ref(value: Any, folder: Path | None, place: str) -> ImageRef:
+def _image_ref(value: Any, folders: Sequence[Path], place: str) -> ImageRef:
     if isinstance(value, ImageRef):
         return value
     content = value.read() if isinstance(value, Cell) else value
@@ -104,54 +115,63 @@ def _image_ref(value: Any, folder: Path | None, place: str) -> ImageRef:
         return ImageRef(place, _checked_size(content, place), source)
     if not isinstance(content, str) or not content.strip():
         raise BadRow("image missing", f"must be a path or bytes, not {type(content).__name__}")
-    if content.startswith("data:image/"):
-        name, source = place, _data_uri_bytes(content)
+    if (encoded := _encoded_bytes(content)) is not None:
+        name, source = place, encoded
     else:
-        name, source = content, find_image(content, folder)
+        name, source = content, find_image(content, folders)
     return ImageRef(name, _checked_size(source, name), source)
 
 
-def find_image(text: str, folder: Path | None) -> Path:
+def find_image(text: str, folders: Sequence[Path]) -> Path | Member:
     """The file of an image path. Data from elsewhere must not name files outside its own folder."""
     text = text.strip().removeprefix("file://")
     if "://" in text:
         raise BadRow("image is a URL", f"{text}; download it and give the path of the file")
-    if folder is None:
+    if not folders:
         raise BadRow("image missing", f"{text} is a path, but this data set has no folder; set data.image_folder")
-    folder = Path(os.path.abspath(folder))
-    path = Path(os.path.normpath(folder / text))  # an absolute path stands for itself
+    # An absolute path stands for itself.
+    paths = [Path(os.path.normpath(os.path.abspath(folder / text))) for folder in folders]
+    within_images = [folder / "images" / text for folder in folders]
     try:
-        is_inside = _is_inside(path, folder)
+        if not any(_is_inside(path, folders) for path in paths):
+            raise BadRow(
+                "image outside the data folder",
+                f"{text} resolves to {paths[0].resolve()}, which is not in {folders[0]}; copy it there, or set "
+                "data.image_folder",
+            )
+        found = next((p for p in (*paths, *within_images) if os.path.isfile(p) and _is_inside(p, folders)), None)
     except (OSError, ValueError, RuntimeError) as error:  # not a path: a NUL inside, a loop of links
         raise BadRow("image missing", f"{text!r} ({error})") from None
-    if not is_inside:
-        raise BadRow(
-            "image outside the data folder",
-            f"{text} resolves to {path.resolve()}, which is not in {folder}; copy it there, or set data.image_folder",
-        )
-    found = next((p for p in (path, folder / "images" / text) if os.path.isfile(p)), None)
+    found = found or next((member for folder in folders if (member := find_member(text, folder))), None)
     if found is None:
-        raise BadRow("image missing", f"no file {path}")
+        raise BadRow("image missing", f"no file {paths[0]}")
     return found
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def _is_inside(path: Path, folders: Sequence[Path]) -> bool:
     """Links are followed: a data set from elsewhere may bring some. Those of the Hub's cache lead to its blobs."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    target, home = path.resolve(), folder.resolve()
+    target, homes = path.resolve(), [folder.resolve() for folder in folders]
     cache = Path(HF_HUB_CACHE).resolve()
-    return target.is_relative_to(home) or home.is_relative_to(cache) and target.is_relative_to(cache)
+    in_cache = any(home.is_relative_to(cache) for home in homes) and target.is_relative_to(cache)
+    return in_cache or any(target.is_relative_to(home) for home in homes)
 
 
-def _data_uri_bytes(text: str) -> bytes:
+def _encoded_bytes(text: str) -> bytes | None:
+    """The image of a data URI or of bare base64; None where the text is neither."""
     try:
-        return base64.b64decode(text.split(",", 1)[1], validate=True)
+        if text.startswith("data:"):
+            return base64.b64decode(text.split(",", 1)[1], validate=True)
+        if not is_base64_image(text):
+            return None
+        text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (IndexError, ValueError):
-        raise BadRow("image unreadable", "a data URI with invalid base64") from None
+        raise BadRow("image unreadable", "invalid base64") from None
 
 
-def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
+def _checked_size(source: Path | bytes | Member, name: str) -> tuple[int, int]:
     """Width and height from the header, after rotation. Raises BadRow for what could not be used later."""
     try:
         with _opened(source) as image:
@@ -170,16 +190,19 @@ def _checked_size(source: Path | bytes, name: str) -> tuple[int, int]:
     return width, height
 
 
-def _opened(source: Path | bytes | Cell | Image.Image) -> Image.Image:
+def _bytes_of(source: bytes | Cell | Member) -> bytes:
+    content = source if isinstance(source, bytes) else source.read()
+    return content["bytes"] if isinstance(content, Mapping) else content
+
+
+def _opened(source: Path | bytes | Cell | Member | Image.Image) -> Image.Image:
     """The image with its header read; its pixels are decoded on use."""
     if isinstance(source, Image.Image):
         return source.copy()
-    if isinstance(source, Cell):
-        content = source.read()
-        source = content["bytes"] if isinstance(content, Mapping) else content
+    file = source if isinstance(source, Path) else io.BytesIO(_bytes_of(source))
     # Pillow only warns between its limit and twice that; here one limit holds.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+    image = Image.open(file, formats=IMAGE_FORMATS)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise Image.DecompressionBombError(f"over {Image.MAX_IMAGE_PIXELS:,} pixels")

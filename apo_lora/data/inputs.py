@@ -8,9 +8,11 @@ The others are counted, with the reason. 1 and 2 need no heavy library, so that 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from apo_lora.data.examples import Loaded, drop_long_prompts, drop_undecodable, load_examples, refuse_mixture
+from apo_lora.data.examples import Example, Loaded, drop_long_prompts, drop_undecodable, load_examples, refuse_mixture
+from apo_lora.data.text import row_numbers
 from apo_lora.errors import DataError
 from apo_lora.recipe.schema import DataSection, Recipe
 
@@ -51,10 +53,32 @@ def open_inputs(recipe: Recipe, *, train: bool = True, held_out: Mapping[str, Se
 
     if held_out is None:
         held_out = held_out_sets(recipe) if recipe.train.evaluate else {}
-    return Inputs(
-        opened(training_set(recipe)) if train else None,
-        {title: opened(rows) for title, rows in held_out.items()},
+    trained = opened(training_set(recipe)) if train else None
+    others = {title: opened(rows) for title, rows in held_out.items()}
+    return Inputs(trained, {title: _compared(other, trained) for title, other in others.items()} if trained else others)
+
+
+def _compared(held_out: Loaded, trained: Loaded) -> Loaded:
+    """With a warning where its rows are trained on as well: what is measured on those is memory."""
+    looks = {_look(example) for example in held_out.examples}
+    known = {(look, _pictures(e)) for e in trained.examples if (look := _look(e)) in looks}
+    both = [e.row for e in held_out.examples if (_look(e), _pictures(e)) in known]
+    if not both:
+        return held_out
+    warning = (
+        f"{held_out.source}: {len(both)} of {len(held_out.examples)} held-out rows are also in data.train "
+        f"({row_numbers(both)}); set data.eval or data.eval_split to rows that are not trained on"
     )
+    return replace(held_out, warnings=(*held_out.warnings, warning))
+
+
+def _look(example: Example) -> tuple[Any, ...]:
+    """What is cheap to compare of a question."""
+    return example.problem, example.choices, example.gold, tuple(image.size for image in example.images)
+
+
+def _pictures(example: Example) -> tuple[str, ...]:
+    return tuple(image.digest() for image in example.images)
 
 
 def training_set(recipe: Recipe) -> SetSpec:

@@ -50,6 +50,7 @@ class DataReport:
     num_too_long: int
     """Usable rows whose prompt is over the limit, where they have not been dropped yet."""
     dropped: Dropped
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as a table of aligned lines."""
@@ -71,11 +72,12 @@ class DataReport:
             over = f"{self.num_too_long:,} over the limit of {self.max_prompt_tokens:,}"
             table.append(("prompt tokens", f"{spread}; {over}"))
         width = max(len(label) for label, _ in table)
-        return [f"{label:<{width}}  {value}" for label, value in table] + self._dropped_lines()
+        return [f"{label:<{width}}  {value}" for label, value in table] + self._closing_lines()
 
-    def _dropped_lines(self) -> list[str]:
+    def _closing_lines(self) -> list[str]:
         bad = sorted((row, reason, detail) for reason, rows in self.dropped.items() for row, detail in rows)
-        return [f"dropped row {row}: {reason} ({detail})" for row, reason, detail in bad]
+        dropped = [f"dropped row {row}: {reason} ({detail})" for row, reason, detail in bad]
+        return dropped + [f"warning: {warning}" for warning in self.warnings]
 
 
 def report(loaded: Loaded, data: DataSection, processor: Any = None) -> DataReport:
@@ -97,12 +99,13 @@ def report(loaded: Loaded, data: DataSection, processor: Any = None) -> DataRepo
         max_prompt_tokens=data.max_prompt_tokens,
         num_too_long=sum(length > data.max_prompt_tokens for length in lengths),
         dropped=loaded.dropped,
+        warnings=loaded.warnings,
     )
 
 
 def answer_kind(example: Example) -> str:
     """One of ANSWER_KINDS, by the look of the gold answer."""
-    answer = example.answer.strip()
+    answer = example.answers[0].strip()
     letter = _LETTER.fullmatch(answer)
     if letter and (example.choices is None or ord(letter[1]) - ord("A") < len(example.choices)):
         return "choice letter"

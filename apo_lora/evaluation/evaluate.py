@@ -76,7 +76,7 @@ def evaluate(
 
     opened = open_inputs(asked, train=False, held_out=sets)
     loaded = opened.fitting(load_processor(asked.model, asked.data), asked.data).held_out
-    print("\n".join(of_set.summary() for of_set in loaded.values()), flush=True)
+    print("\n".join(line for of_set in loaded.values() for line in of_set.lines()), flush=True)
     batch_size = batch_size or min(ITEMS_PER_BATCH, asked.completions_per_step)
     settings = {
         "sets": {

@@ -109,7 +109,7 @@ def answer_rows(
                 "sample": sample,
                 "greedy": greedy,
                 "problem": example.problem,
-                "gold": example.answer,
+                "gold": example.gold,
                 "choices": list(example.choices) if example.choices else None,
                 "category": example.category,
                 "images": paths,

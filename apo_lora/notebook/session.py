@@ -63,7 +63,7 @@ class Session:
     def _configure(self, dataset: str, held_out: str, steps: int, num_generations: int, apo: bool) -> None:
         """The recipe with the form's changes. Raises RecipeError."""
         self.overrides = [
-            *([f"data.train={dataset}", "data.eval=null", "data.general=null"] if dataset else []),
+            *([f"data.train={dataset}", "data.eval=null", "data.general=null", "data.columns={}"] if dataset else []),
             *([f"data.eval={held_out}"] if held_out else []),
             *([f"train.max_steps={steps}"] if steps else []),
             *(self._group_size(num_generations) if num_generations else []),

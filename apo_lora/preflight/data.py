@@ -26,10 +26,10 @@ def check_rewards(recipe: Recipe) -> bool:
     """
     find_rewards(recipe.rewards.functions)
     loaded, _ = _training_rows(recipe)
-    rows = [(example.answer, list(example.choices) if example.choices else None) for example in loaded.examples]
+    rows = [(e.answers[0], list(e.choices) if e.choices else None) for e in loaded.examples]
     with verifier_of(recipe.rewards) as verifier:
         checks = check_functions(rows, recipe.rewards, verifier, recipe.grpo.max_completion_length)
-    print("\n".join([printable(loaded.summary()), *table(checks)]))
+    print("\n".join([*map(printable, loaded.lines()), *table(checks)]))
     return all(check.passed == check.checked for check in checks)
 
 

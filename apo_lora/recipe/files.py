@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from apo_lora.errors import RecipeError
-from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.recipe.schema import Recipe, Section, combination_problems
 
 
 def describe_keys() -> Iterator[str]:
@@ -25,6 +25,7 @@ def describe_keys() -> Iterator[str]:
 
 
 def _inline_yaml(value: Any) -> str:
+    value = value.model_dump() if isinstance(value, Section) else value
     return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
 
 
@@ -105,16 +106,18 @@ def read_yaml(path: Path, shape: str) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], text: str) -> str | None:
     """Sets one `section.key=value` in the tree (the value read as YAML); returns the problem, if any."""
     key, equals, value = text.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
+    section, *path = key.split(".")
+    if not (equals and path and section and all(path)):
         return f"override {text!r}: write it as section.key=value, for instance grpo.num_generations=4"
     try:
         parsed = yaml.load(value, Loader=_RecipeLoader)
     except (yaml.YAMLError, RecursionError):
         return f"override {text!r}: the value is not valid YAML; quote it"
-    if not isinstance(tree.get(section), dict):
-        tree[section] = {}
-    tree[section][name] = parsed
+    for name in [section, *path[:-1]]:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[path[-1]] = parsed
     return None
 
 
@@ -159,7 +162,9 @@ def _one_line(detail: Any) -> str:
     loc = [str(part) for part in detail["loc"]]
     key, kind = ".".join(loc), detail["type"]
     if kind == "extra_forbidden":
-        siblings = Recipe.model_fields if len(loc) == 1 else Recipe.model_fields[loc[0]].annotation.model_fields
+        siblings = Recipe.model_fields
+        for name in loc[:-1]:
+            siblings = siblings[name].annotation.model_fields
         return f"{key}: unknown key{_did_you_mean(loc[-1], siblings, prefix='.'.join([*loc[:-1], '']))}"
     if kind == "missing":
         return f"{key}: missing; it is required"

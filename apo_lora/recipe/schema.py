@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from apo_lora.family.lookup import reserved_tokens
 
 
 def _number_from_text(value: Any) -> Any:
@@ -26,6 +28,8 @@ Number = Annotated[float, BeforeValidator(_number_from_text)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One name, or a list of them."""
 
 
 class Section(BaseModel):
@@ -61,6 +65,13 @@ class LoraSection(Section):
     """Also adapt the linear layers of the vision tower."""
 
 
+class ColumnsSection(Section):
+    image: Names | None = None
+    problem: str | None = None
+    answer: str | None = None
+    choices: Names | None = None
+
+
 class DataSection(Section):
     train: str
     """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder with one, a Hugging Face id, or a
@@ -76,14 +87,13 @@ class DataSection(Section):
     """Split of the Hugging Face data set in `train`."""
     eval_split: str = "test"
     """Split of the Hugging Face data sets in `eval` and `general`."""
-    image_column: str | None = None
-    """Name of the image column, if it is not recognised (`apo-lora check-data` shows what was found)."""
-    problem_column: str | None = None
-    """Name of the column with the problem, if it is not recognised."""
-    answer_column: str | None = None
-    """Name of the column with the gold answer, if it is not recognised."""
-    choices_column: str | None = None
-    """Name of the column with the answer choices, if it is not recognised."""
+    columns: ColumnsSection = ColumnsSection()
+    """Columns by name: `{image: ..., problem: ..., answer: ..., choices: ...}`. null recognises the usual names
+    (`apo-lora check-data` shows what was found); a list takes several image or choice columns; `choices: none` asks
+    open questions though the data offer choices."""
+    answer_as: Literal["text", "label", "letter", "from_0", "from_1"] | None = None
+    """What a gold answer says of a choice, where the data leave it open: its text, its own label, the letter or the
+    number of its place. null finds out from all rows together."""
     image_folder: str | None = None
     """Folder that image paths start from; null is the folder of the data file. Paths that lead out are rejected."""
     system_prompt: str | None = None
@@ -101,10 +111,16 @@ class DataSection(Section):
     eval_limit: Count = 192
     """Use only this many rows of `eval` and of `general`, from the start."""
 
-    def without_columns(self) -> "DataSection":
-        """The same without the recipe's column names, for data that has other columns."""
-        names = ("image_column", "problem_column", "answer_column", "choices_column")
-        return self.model_copy(update=dict.fromkeys(names))
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_by_older_names(cls, section: Any) -> Any:
+        """`answer_column` and its like are read as `columns.answer`: recipes of earlier runs have them."""
+        if not isinstance(section, dict) or not isinstance(section.get("columns", {}), dict):
+            return section
+        older = {name: f"{name}_column" for name in ColumnsSection.model_fields}
+        named = {name: section[key] for name, key in older.items() if section.get(key) is not None}
+        rest = {key: value for key, value in section.items() if key not in older.values()}
+        return {**rest, "columns": {**named, **section.get("columns", {})}} if named else rest
 
 
 BUILT_IN_REWARDS = {"accuracy": 1.0, "relaxed": 1.0, "iou": 1.0, "format": 0.5, "overlong": 0.0, "repetition": 0.0}
@@ -360,6 +376,9 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield "lora.target_modules: must not be empty; name layers, or leave the key out to adapt all of them"
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):
         yield f"lora.target_modules: {name} shares its weight with another layer and could not be merged; leave it out"
+    for key in ("instruction", "system_prompt"):
+        if found := next((token for token in reserved_tokens() if token in (getattr(recipe.data, key) or "")), None):
+            yield f"data.{key}: contains {found}, which would start a turn or an image; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):
         yield f"data.min_pixels: {recipe.data.min_pixels} must not exceed data.max_pixels = {recipe.data.max_pixels}"
 

@@ -7,7 +7,7 @@ from apo_lora.recipe.schema import GrpoSection, RewardsSection
 from apo_lora.rewards.answers.same import Rules
 from apo_lora.rewards.boxes import iou_reward
 from apo_lora.rewards.relaxed import nearly_equal
-from apo_lora.rewards.scores import format_reward
+from apo_lora.rewards.scores import accepted, format_reward
 from apo_lora.rewards.shaping import overlong_punishment, repetition_penalty
 from apo_lora.rewards.verifier import Verifier
 
@@ -43,13 +43,15 @@ def reward_functions(
         exact = accuracy(completions, answer, choices)
         rows = zip(exact, map(completion_text, completions), answer, choices, strict=True)
         return [
-            right or float(not options and nearly_equal(text, gold, rewards.relaxed_tolerance))
+            right
+            or float(not options and any(nearly_equal(text, g, rewards.relaxed_tolerance) for g in accepted(gold)))
             for right, text, gold, options in rows
         ]
 
     def iou(completions: list, answer: list[str], **columns: Any) -> list[float]:
         texts = map(completion_text, completions)
-        return [iou_reward(text, gold, rewards.boxes) for text, gold in zip(texts, answer, strict=True)]
+        rows = zip(texts, answer, strict=True)
+        return [max(iou_reward(text, one, rewards.boxes) for one in accepted(gold)) for text, gold in rows]
 
     def overlong(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         cache = rewards.overlong_cache(max_tokens)

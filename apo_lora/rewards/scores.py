@@ -23,12 +23,22 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _FORMAT = re.compile(r"<think>\s*(?!</think>)\S.*</think>\s*<answer>\s*(?!</answer>)\S.*</answer>", re.DOTALL)
 
 
-def accuracy_reward(completion: str, answer: str, choices: Sequence[str] | None = None, rules: Rules = STRICT) -> float:
+def accepted(answer: str | Sequence[str]) -> Sequence[str]:
+    """The texts that are each right: one, or those of a list."""
+    return (answer,) if isinstance(answer, str) else answer
+
+
+def accuracy_reward(
+    completion: str, answer: str | Sequence[str], choices: Sequence[str] | None = None, rules: Rules = STRICT
+) -> float:
     """1.0 if the completion's final answer is the gold `answer`, else 0.0.
 
-    `answer` may be a choice's letter or its text, and so may the completion's answer. Gold that `gold_is_parsable`
-    rejects earns nothing, whatever the completion says.
+    `answer` may be a choice's letter or its text, and so may the completion's; of several answers, each is right. An
+    empty choice is a letter that is not in use. Gold that `gold_is_parsable` rejects earns nothing, whatever the
+    completion says.
     """
+    if not isinstance(answer, str):
+        return max(accuracy_reward(completion, one, choices, rules) for one in answer)
     verdict = quick_verdict(completion, answer, choices, rules)
     if isinstance(verdict, MathQuestion):
         verdict = math_equal(verdict.answer, verdict.gold)
@@ -53,6 +63,8 @@ def format_reward(completion: str) -> float:
     return FORMAT_REWARD if _FORMAT.fullmatch(completion.strip()) else 0.0
 
 
-def gold_is_parsable(answer: str, choices: Sequence[str] | None = None) -> bool:
+def gold_is_parsable(answer: str | Sequence[str], choices: Sequence[str] | None = None) -> bool:
     """False for gold that no completion can match: empty, only punctuation, a letter or a text outside the choices."""
+    if isinstance(answer, list | tuple):
+        return any(gold_is_parsable(one, choices) for one in answer)
     return isinstance(answer, str) and read_gold(answer, tuple(choices or ())) is not None

@@ -32,7 +32,7 @@ from apo_lora.errors import RewardError
 from apo_lora.rewards.answers.match import MathQuestion
 from apo_lora.rewards.answers.mathematics import math_equal
 from apo_lora.rewards.answers.same import STRICT, Rules
-from apo_lora.rewards.scores import quick_verdict
+from apo_lora.rewards.scores import accepted, quick_verdict
 
 START_SECONDS = 60.0  # importing sympy takes half a second, on a machine busy with other things many more
 _MEMO_SIZE = 20_000
@@ -103,16 +103,22 @@ class Verifier:
     def score(
         self,
         completions: Sequence[str],
-        answers: Sequence[str],
+        answers: Sequence[str | Sequence[str]],
         choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[float]:
-        """One 0.0 or 1.0 per completion. Whatever a completion does, the others are scored."""
+        """One 0.0 or 1.0 per completion; of an answer that is a list, each text is right.
+
+        Whatever a completion does, the others are scored.
+        """
         rows = zip(completions, answers, choices or [None] * len(completions), strict=True)
         with self._lock:
             self._timeouts_before = self.timeouts
-            verdicts = [quick_verdict(*row, self.rules) for row in rows]
-            self._ask_all({verdict for verdict in verdicts if isinstance(verdict, MathQuestion)})
-            return [self._memo[v] if isinstance(v, MathQuestion) else float(v) for v in verdicts]
+            verdicts = [
+                [quick_verdict(completion, one, options, self.rules) for one in accepted(answer)]
+                for completion, answer, options in rows
+            ]
+            self._ask_all({verdict for row in verdicts for verdict in row if isinstance(verdict, MathQuestion)})
+            return [max(self._memo[v] if isinstance(v, MathQuestion) else float(v) for v in row) for row in verdicts]
 
     def _ask_all(self, questions: set[MathQuestion]) -> None:
         """Put the replies into the memo: a group's completions repeat each other, and would time out again."""

@@ -20,7 +20,7 @@ class CompletionsWriter(APOCallback):
         rollout, credit = scored.rollout, scored.credit
         columns = {
             "completion": rollout.texts,
-            "gold": [self.examples[index].answer for index in rollout.indices],
+            "gold": [self.examples[index].gold for index in rollout.indices],
             "rewards": rollout.rewards_BF.tolist(),
             "reward": scored.rewards_NG.flatten().tolist(),
             "correct": scored.correct_NG.flatten().bool().tolist(),

@@ -170,16 +170,17 @@ def test_mmmu_rows_that_cannot_be_judged_are_counted(load):
         {**good, "question": "<image 1> and <image 3>?"},
         {**good, "options": "['a', 'b"},
     )
-    assert len(loaded.examples) == 4
+    assert [example.answer for example in loaded.examples] == ["1"] * 4 + [("1", "one")]
+    assert verdicts(loaded.examples[4], "1", "one", "2") == [1, 1, 0]
     reasons = {reason: [row for row, _ in rows] for reason, rows in loaded.dropped.items()}
-    assert reasons == {"several answers": [5], "image missing": [6], "options unreadable": [7]}
+    assert reasons == {"image missing": [6], "choices unreadable": [7]}
 
 
 def test_options_are_literals_and_never_run(load, tmp_path):
     target = tmp_path / "made"
     good = {"id": "validation_Math_1", "question": "?", "options": "['a', 'b']", "answer": "A", "image_1": png()}
     loaded = load("mmmu", good, {**good, "options": f"[open({str(target)!r}, 'w')]"})
-    assert "options unreadable" in loaded.dropped and not target.exists()
+    assert "choices unreadable" in loaded.dropped and not target.exists()
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

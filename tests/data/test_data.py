@@ -60,10 +60,10 @@ def test_unrecognised_columns_name_the_keys_to_set(folder):
     with pytest.raises(DataError) as caught:
         load(path)
     text = str(caught.value)
-    assert "no column for the problem; set data.problem_column to one of: picture, ask, reply" in text
-    assert "set data.answer_column" in text and "'picture' seems to contain images; set data.image_column" in text
-    data = section(problem_column="ask", answer_column="reply", image_column="pictures")
-    with pytest.raises(DataError, match="data.image_column: no column 'pictures' .*; found: picture, ask, reply"):
+    assert "no column for the problem; set data.columns.problem to one of: picture, ask, reply" in text
+    assert "set data.columns.answer" in text and "'picture' seems to contain images; set data.columns.image" in text
+    data = section(columns={"problem": "ask", "answer": "reply", "image": "pictures"})
+    with pytest.raises(DataError, match="data.columns.image: no column 'pictures' .*; found: picture, ask, reply"):
         load(path, data=data)
 
 

@@ -13,14 +13,14 @@ from apo_lora.data import images as data_images
 from apo_lora.data.examples import (
     drop_undecodable,
 )
-from apo_lora.data.formats import BadRow
 from apo_lora.data.images import image_refs, to_rgb
+from apo_lora.data.text import BadRow
 from apo_lora.errors import DataError
 
 
 def reason_of(value, folder) -> str:
     with pytest.raises(BadRow) as caught:
-        image_refs(value, folder=folder, row=1)
+        image_refs([value], folders=[folder], row=1)
     return caught.value.reason
 
 
@@ -37,12 +37,12 @@ def test_paths_stay_inside_the_data_folder(folder, tmp_path):
     for path in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png", "file:///etc/passwd"):
         assert reason_of(path, folder) == "image outside the data folder"
     for path in ("a.png", str(folder / "a.png"), f"file://{folder}/a.png", "x/../a.png"):
-        assert image_refs(path, folder=folder, row=1)[0].open().size == (60, 30)
+        assert image_refs([path], folders=[folder], row=1)[0].open().size == (60, 30)
     os.symlink(tmp_path, folder / "linked")  # a data set from elsewhere may bring such a link
     assert reason_of("linked/outside.png", folder) == "image outside the data folder"
     (folder / "images").mkdir()
     (folder / "images" / "c.png").write_bytes(png("green"))
-    assert image_refs("c.png", folder=folder, row=1)[0].open().getpixel((0, 0)) == (0, 128, 0)
+    assert image_refs(["c.png"], folders=[folder], row=1)[0].open().getpixel((0, 0)) == (0, 128, 0)
 
 
 def test_bad_images_have_their_reasons(folder, decodings):
@@ -68,7 +68,7 @@ def test_bad_images_have_their_reasons(folder, decodings):
     }
     assert {path: reason_of(path, folder) for path in reasons} == reasons
     with pytest.raises(BadRow, match="image unreadable: row 8 image 2 .not an image."):
-        image_refs([png(), b"bytes that are none"], folder=folder, row=8)
+        image_refs([png(), b"bytes that are none"], folders=[folder], row=8)
     assert reason_of(5, folder) == "image missing"
     assert decodings == []
 
@@ -109,26 +109,26 @@ def test_every_mode_becomes_rgb():
 def test_rotated_images_are_measured_as_they_are_opened(form, decodings):
     exif = Image.Exif()
     exif[0x0112] = 6
-    (image,) = image_refs(encoded(picture(size=(40, 20)), form, exif=exif), folder=None, row=1)
+    (image,) = image_refs([encoded(picture(size=(40, 20)), form, exif=exif)], folders=(), row=1)
     assert image.size == (20, 40) and decodings == []
     assert image.open().size == (20, 40)
 
 
 @pytest.mark.parametrize("form", data_images.IMAGE_FORMATS)
 def test_accepted_formats(form):
-    (image,) = image_refs(encoded(picture("white"), form), folder=None, row=1)
+    (image,) = image_refs([encoded(picture("white"), form)], folders=(), row=1)
     assert image.open().getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_other_formats_are_refused():
     with pytest.raises(BadRow, match="not an image"):  # its decoder would start Ghostscript
-        image_refs(encoded(picture(), "EPS"), folder=None, row=1)
+        image_refs([encoded(picture(), "EPS")], folders=(), row=1)
 
 
 def test_first_frame_of_an_animation():
     frames = [picture(color, size=(8, 8)) for color in ("red", "blue")]
     moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert image_refs(moving, folder=None, row=1)[0].open().getpixel((0, 0)) == (255, 0, 0)
+    assert image_refs([moving], folders=(), row=1)[0].open().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_loading_decodes_nothing(folder, decodings):

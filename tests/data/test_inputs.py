@@ -76,3 +76,18 @@ def test_too_few_rows_and_a_mixture_cannot_be_trained_on(image, prompts, says, o
     recipe = load_recipe(find_recipe("tiny_cpu"), [*overrides, f"grpo.prompts_per_step={prompts}"])
     with pytest.raises(DataError, match=says):
         require_trainable(open_inputs(recipe), recipe)
+
+
+@pytest.mark.parametrize("image", ["b.png", "copy.png"])
+def test_held_out_rows_that_are_trained_on_are_named(image, tmp_path, capsys):
+    for name, color in (("a.png", "red"), ("b.png", "blue"), ("copy.png", "red")):
+        (tmp_path / name).write_bytes(png(color))
+    row = {"problem": "Which color?", "answer": "3", "image": "a.png"}
+    train = write_jsonl(tmp_path / "train.jsonl", [row, {**row, "problem": "And this?"}])
+    others = [{**row, "answer": "4"}, {**row, "image": image}, {**row, "problem": "Which one?"}]
+    held_out = write_jsonl(tmp_path / "other.jsonl", others)
+    small = [f"data.train={train}", f"data.eval={held_out}", "data.general=null", f"output.dir={tmp_path}/out"]
+    small += ["grpo.prompts_per_step=2", "grpo.completions_per_pass=2"]
+    assert main(["train", "--dry-run", "--recipe", "tiny_cpu", *small]) == 0
+    warning = f"warning: {held_out}: 1 of 3 held-out rows are also in data.train (row 2); set data.eval"
+    assert (warning in capsys.readouterr().out) == (image == "copy.png")

@@ -4,9 +4,11 @@ import pytest
 import torch
 from other_family import OTHER_VL, RENAMED_TOKENS, make_base
 
+from apo_lora.data.columns import find_columns
 from apo_lora.data.examples import load_examples
-from apo_lora.data.formats import BadRow, find_columns, read_row
+from apo_lora.data.formats import read_row
 from apo_lora.data.images import image_refs
+from apo_lora.data.text import BadRow
 from apo_lora.errors import ModelError
 from apo_lora.export.image_limits import image_token_limits
 from apo_lora.family.lookup import FAMILIES, closest_family, family_of, family_of_base, find_shape
@@ -118,12 +120,12 @@ def test_data_keeps_to_every_family(monkeypatch):
     row = {"problem": "What is in <|picture_start|>?", "answer": "4", "image": png("red", size=(300, 10))}
     columns = find_columns([row], DATA, "a set")
     read_row(row, columns)
-    image_refs(row["image"], folder=None, row=0)
+    image_refs([row["image"]], folders=(), row=0)
     monkeypatch.setitem(FAMILIES, OTHER_VL.model_type, OTHER_VL)
     with pytest.raises(BadRow, match=r"the text contains <\|picture_start\|>"):
         read_row(row, columns)
     with pytest.raises(BadRow, match="aspect ratio allowed is 20:1"):
-        image_refs(row["image"], folder=None, row=0)
+        image_refs([row["image"]], folders=(), row=0)
 
 
 # --- which family ----------------------------------------------------------------------------------------------------

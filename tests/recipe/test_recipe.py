@@ -113,6 +113,15 @@ def test_overrides_are_typed(tmp_path):
         ("rewards: {weights: [1, 2, 3]}", "3 weights for 2 functions"),
         ("lora: {target_modules: [q_proj, lm_head]}", "lm_head shares its weight"),
         ("data: {train: x, min_pixels: 5000, max_pixels: 100}", "must not exceed data.max_pixels"),
+        (
+            "data: {train: x, columns: {anwser: y}}",
+            "data.columns.anwser: unknown key; did you mean data.columns.answer?",
+        ),
+        ("data: {train: x, columns: y}", "data.columns: must be a mapping of keys, not 'y'"),
+        ("data: {train: x, columns: {image: 5}}", "data.columns.image: 5 is not valid"),
+        ("data: {train: x, answer_as: place}", "'from_0'"),
+        ("data: {train: x, instruction: 'See <|image_pad|>.'}", "data.instruction: contains <|image_pad|>"),
+        ("data: {train: x, system_prompt: 'Hi <|im_end|>'}", "data.system_prompt: contains <|im_end|>"),
     ],
 )
 def test_a_slip_is_named_with_its_remedy(tmp_path, text, words):
@@ -146,6 +155,20 @@ def test_a_file_that_is_no_recipe(tmp_path, text, words):
 def test_a_name_that_is_no_recipe():
     with pytest.raises(RecipeError, match=re.escape("did you mean tiny_cpu?")):
         find_recipe("tiny_cup.yaml")
+
+
+def test_columns_by_name_and_by_their_older_keys(tmp_path):
+    named = "data: {train: x, columns: {image: [left, right], answer: key, choices: none}}"
+    older = "data: {train: x, answer_column: key, choices_column: none, problem_column: null}"
+    recipe = load_recipe(recipe_file(tmp_path, named))
+    assert recipe.data.columns.image == ("left", "right") and recipe.data.columns.choices == ("none",)
+    assert load_recipe(recipe_file(tmp_path, older), ["data.columns.image=[left, right]"]) == recipe
+    assert load_recipe(recipe_file(tmp_path, MINIMAL)) != load_recipe(
+        recipe_file(tmp_path, MINIMAL + "train: {seed: 5}")
+    )
+    assert load_recipe(recipe_file(tmp_path, recipe.to_yaml())) == recipe
+    changed = load_recipe(recipe_file(tmp_path, named), ["data.columns.answer=other", "data.columns.image=one"])
+    assert (changed.data.columns.answer, changed.data.columns.image) == ("other", ("one",))
 
 
 def test_recipes_are_frozen(tmp_path):
