@@ -110,7 +110,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
                 }
             )
 
-        evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
+        evaluation = json.loads(run_dir.evaluation.read_text(encoding="utf-8")) if run_dir.evaluation.exists() else {}
         if checkpoint is None:
             measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
@@ -224,7 +224,7 @@ def _close_run(
     from apo_lora.run.plots import write_plots
 
     plots = write_plots(run_dir)
-    versions = json.loads(run_dir.environment.read_text())
+    versions = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     write_atomically(run_dir.model_card, model_card(recipe, base_name, evaluation, steps, versions))
     say(closing_summary(run_dir, evaluation, plots, seconds, steps, troubles))
 

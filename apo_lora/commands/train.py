@@ -3,6 +3,7 @@
 from argparse import ArgumentParser
 
 from apo_lora.commands.arguments import add_recipe, load_named
+from apo_lora.machine.paths import at_home
 
 WHEN_STOPPED = "Stopped. Saved checkpoints are kept; continue with --resume auto."
 
@@ -12,6 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
+        type=at_home,
         help="continue the run from its last complete checkpoint, or from the one at PATH",
     )
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, print the plan and stop")

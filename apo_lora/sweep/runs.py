@@ -41,7 +41,7 @@ def state_of(run: PlannedRun) -> State:
 
 def is_finished(run_dir: RunDir) -> bool:
     """The model card is written last, and also by a run that stopped itself, which has no evaluation after training."""
-    return run_dir.model_card.is_file() and "after" in json.loads(run_dir.evaluation.read_text())
+    return run_dir.model_card.is_file() and "after" in json.loads(run_dir.evaluation.read_text(encoding="utf-8"))
 
 
 def states(runs: Iterable[PlannedRun]) -> dict[PlannedRun, State]:
