@@ -20,11 +20,12 @@ from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.machine.versions import environment
 from apo_lora.recipe.schema import Recipe, combination_problems
-from apo_lora.rewards.finite import FiniteRewards, RewardFunction
+from apo_lora.rewards.calls import RewardFunction
 from apo_lora.rewards.plugins import find_rewards
-from apo_lora.run.directory import RunDir
+from apo_lora.run.directory import RunDir, RunLock
 from apo_lora.run.disk import checkpoint_bytes, disk_errors_as_one_line, require_room
 from apo_lora.run.files import write_atomically, write_json
+from apo_lora.run.inputs import changes_of_inputs, inputs_of
 from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
 from apo_lora.run.recipes import fitted_as_before, record_recipes
@@ -47,9 +48,18 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     """
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
     recipe = recipe.in_run_dir(run_dir.path)
+    with RunLock(run_dir) as lock:
+        return _train(recipe, recipe_name, run_dir, resume, dry_run, lock)
+
+
+def _train(
+    recipe: Recipe, recipe_name: str, run_dir: RunDir, resume: str | None, dry_run: bool, lock: RunLock
+) -> RunDir:
     mirrors = Mirrors(recipe.output.mirror, run_dir)
     if resume == "auto" and run_dir.is_absent() and not dry_run:
         _restored(mirrors, run_dir)
+    if resume and not dry_run:
+        lock.take()
     checkpoint = checkpoint_to_continue(run_dir, recipe, resume)
     if checkpoint is None and ranks.is_main():
         mirrors.refuse_existing()
@@ -64,8 +74,9 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.policy.loading import import_engine, load_processor
 
     import_engine(recipe.model)
+    from apo_lora.data.examples import prompt_dataset
     from apo_lora.evaluation.held_out import measure_held_out
-    from apo_lora.rewards.functions import reward_functions
+    from apo_lora.rewards.functions import probe, reward_functions
     from apo_lora.rewards.verifier import Verifier
     from apo_lora.run.callbacks import OrderlyStop
 
@@ -79,10 +90,12 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         Verifier(seconds_per_item=recipe.rewards.seconds_per_item) as verifier,
         trackers_in(run_dir),
     ):
-        finite = FiniteRewards()
         # A user's own function fails here, before the model is loaded.
-        functions = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
-        rewards = [finite.watching(function) for function in functions]
+        rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
+        probe(rewards, prompt_dataset(loaded.examples[:1], recipe.data)[0], recipe.grpo.num_generations)
+        used = inputs_of(loaded, held_out, recipe.rewards.functions)
+        for line in changes_of_inputs(run_dir, used) if checkpoint else ():
+            say(line)
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
@@ -91,7 +104,9 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         wanted = fitted_as_before(recipe, run_dir) if checkpoint else recipe
         checks, fitted = _checked(policy, loaded.examples, wanted, run_dir)
         if ranks.is_main():
+            lock.make_and_take()
             _open_run(run_dir, recipe, fitted, checkpoint, resume, policy.engine)
+            write_json(run_dir.inputs, used)
             if checks:
                 write_json(run_dir.preflight, [asdict(check) for check in checks])
         ranks.wait()
@@ -106,7 +121,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
                 {
                     "verifier_timeouts": verifier.timeouts,
                     "verifier_crashes": verifier.crashes,
-                    "nonfinite_rewards": finite.replaced,
+                    "nonfinite_rewards": trainer.checked_rewards.replaced,
                 }
             )
 

@@ -20,8 +20,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(recipe: str, overrides: list[str], resume: str | None, dry_run: bool) -> int:
+    from apo_lora.recipe.files import find_recipe
+    from apo_lora.run.resume import of_its_run
     from apo_lora.train import train
 
     name, loaded = load_named(recipe, overrides)
+    if resume:
+        loaded = of_its_run(loaded, find_recipe(recipe), overrides)
     train(loaded, recipe_name=name, resume=resume, dry_run=dry_run)
     return 0

@@ -9,9 +9,9 @@ import os
 import random
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from apo_lora.data.formats import IMAGE_MARK, BadRow, Columns, choice_lines, find_columns, read_row
-from apo_lora.data.images import ImageRef, image_refs
+from apo_lora.data.images import Cell, ImageRef, image_refs
 from apo_lora.data.sources import open_source
 from apo_lora.errors import DataError
 from apo_lora.machine import ranks
@@ -50,6 +50,8 @@ class Example:
     category: str | None = None
     system: str | None = None
     """System message that the row itself brought."""
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What else is in the row, for the user's own rewards; no images."""
 
     def messages(self, data: DataSection) -> list[Message]:
         """Chat messages without image payloads: the system's (the recipe's, else the row's), then the user's parts."""
@@ -174,7 +176,12 @@ def _example(
     marks = fields.problem.count(IMAGE_MARK)
     if marks > len(images):
         raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem, but {len(images)} images")
-    return Example(number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system)
+    others = {
+        name: value for name, value in row.items() if name != columns.image and not isinstance(value, Cell | ImageRef)
+    }
+    return Example(
+        number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system, others
+    )
 
 
 def _refuse_mostly_bad(loaded: Loaded, remedy: str) -> None:
@@ -277,7 +284,8 @@ def training_order(num_examples: int, num_prompts: int, seed: int) -> list[int]:
 def prompt_dataset(
     examples: Sequence[Example], data: DataSection, order: Sequence[int] | None = None
 ) -> "datasets.Dataset":
-    """What TRL's GRPOTrainer reads: items `prompt`, `images`, `answer`, `choices`, `index`, `category`.
+    """What TRL's GRPOTrainer reads: items `prompt`, `images`, `answer`, `choices`, `index`, `category`, and the row's
+    other columns, None where a row lacks one.
 
     `order` says which example each item is (none: all, as they come).
     `index` is the position in `examples`, and all that is stored; the rest is made on access. A data set without any
@@ -300,6 +308,12 @@ def refuse_mixture(examples: Sequence[Example]) -> None:
         )
 
 
+_NOT_COLUMNS = {
+    "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+    "environment", "environments", "image", "images",
+}  # fmt: skip
+"""Names that mean something else to TRL."""
+
 _LIVE_ITEMS: weakref.WeakValueDictionary[str, "_ItemsOnAccess"] = weakref.WeakValueDictionary()
 
 
@@ -313,6 +327,8 @@ class _ItemsOnAccess:
 
     def __init__(self, examples: Sequence[Example], data: DataSection):
         self._examples, self._data = list(examples), data
+        names = {name for example in examples for name in example.columns}
+        self._columns = sorted(name for name in names - _NOT_COLUMNS if isinstance(name, str))
         self._decoded: dict[int, list[Image.Image]] = {}
         self._key = uuid.uuid4().hex
         _LIVE_ITEMS[self._key] = self
@@ -325,7 +341,7 @@ class _ItemsOnAccess:
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         indices = batch["index"]
         examples = [self._examples[index] for index in indices]
-        items = {
+        items = {name: [example.columns.get(name) for example in examples] for name in self._columns} | {
             "prompt": [example.messages(self._data) for example in examples],
             "answer": [example.answer for example in examples],
             "choices": [list(example.choices) if example.choices else None for example in examples],

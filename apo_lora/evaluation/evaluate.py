@@ -21,6 +21,7 @@ from apo_lora.recipe.schema import Recipe
 from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import write_json
+from apo_lora.run.inputs import fingerprint
 from apo_lora.run.recipes import trained_recipe
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def evaluate(
         raise ModelError(problem)
     import_engine(asked.model)
     from apo_lora.evaluation.answering import answer, policies
-    from apo_lora.evaluation.folder import EvaluationFolder, fingerprint, planned
+    from apo_lora.evaluation.folder import EvaluationFolder, planned
     from apo_lora.evaluation.measure import ITEMS_PER_BATCH
     from apo_lora.rewards.verifier import Verifier
 
@@ -90,14 +91,14 @@ def evaluate(
         **_fingerprint_of_tuned(source, exported),
     }
     record = EvaluationFolder(folder)
-    settings = record.open(settings)
-    plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
-    wanted = [batch for batch in plan if batch.model == "base" or not base]
-    done = record.drop_parts(plan)
-    todo = [batch for batch in wanted if batch.keys[0] not in done]
-    if len(todo) < len(wanted):
-        print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
-    with Verifier(seconds_per_item=asked.rewards.seconds_per_item) as verifier:
+    with record.locked(), Verifier(seconds_per_item=asked.rewards.seconds_per_item) as verifier:
+        settings = record.open(settings)
+        plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
+        wanted = [batch for batch in plan if batch.model == "base" or not base]
+        done = record.drop_parts(plan)
+        todo = [batch for batch in wanted if batch.keys[0] not in done]
+        if len(todo) < len(wanted):
+            print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
         switched = policies(asked, source, exported, {batch.model for batch in todo})
         answer(todo, wanted, switched, asked, verifier.score, record, run)
         if given_up := verifier.timeouts + verifier.crashes:

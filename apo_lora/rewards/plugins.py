@@ -8,7 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -75,22 +76,57 @@ def _file(spec: str, source: str) -> Path:
 
 
 def _from_file(spec: str, path: Path) -> ModuleType:
-    loaded = importlib.util.spec_from_file_location(f"apo_lora_user_{path.stem}", path)
+    loaded = importlib.util.spec_from_file_location(_module_name(path), path)
     if loaded is None:
         raise RewardError(f"reward {spec!r}: {str(path)!r} is not a Python file; give it the ending .py")
     module = importlib.util.module_from_spec(loaded)
     sys.modules[loaded.name] = module  # dataclasses and pickle look their module up by name
-    return _run(spec, lambda: loaded.loader.exec_module(module) or module)
+    with _modules_beside(path.resolve().parent):
+        return _run(spec, lambda: loaded.loader.exec_module(module) or module)
+
+
+def _module_name(path: Path) -> str:
+    return f"apo_lora_user_{path.stem}"
+
+
+@contextmanager
+def _modules_beside(folder: Path) -> Iterator[None]:
+    """What is imported inside may lie in `folder`, as in a program that Python is given; it stays on the path, behind
+    all libraries, for what functions import when they are called. No bytecode is written beside the user's files."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        sys.dont_write_bytecode = before
 
 
 def _from_module(spec: str, name: str) -> ModuleType:
     _require_module(spec, name)
-    return _run(spec, lambda: importlib.import_module(name))
+    with _modules_beside(Path.cwd()):
+        return _run(spec, lambda: importlib.import_module(name))
+
+
+def source_files(spec: str) -> list[Path]:
+    """The file of a loaded reward, then the files beside it that it has imported; none of a built-in one."""
+    if spec in BUILT_IN_REWARDS:
+        return []
+    source, _ = _parts(spec)
+    module = sys.modules.get(_module_name(_file(spec, source)) if _is_file(source) else source)
+    if not (path := getattr(module, "__file__", None)):
+        return []
+    own = Path(path).resolve()
+    files = {Path(file).resolve() for other in list(sys.modules.values()) if (file := getattr(other, "__file__", None))}
+    return [own, *sorted(file for file in files if file.parent == own.parent and file != own)]
 
 
 def _require_module(spec: str, name: str) -> None:
     try:
-        found = importlib.util.find_spec(name)
+        with _modules_beside(Path.cwd()):
+            found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         found = None
     if found is None:
@@ -125,8 +161,11 @@ def _check_signature(spec: str, function: Callable) -> None:
     except (TypeError, ValueError):  # builtins have none; the first call will tell
         return
     kinds = {p.kind for p in signature.parameters.values()}
-    try:
-        signature.bind(prompts=[], completions=[], answer=[], choices=[])
+    named = {
+        p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD
+    }
+    try:  # named parameters may be columns of the data, which is not here yet
+        signature.bind(**dict.fromkeys(named | {"prompts", "completions", "answer", "choices"}))
     except TypeError as error:
         remedy = "" if inspect.Parameter.VAR_KEYWORD in kinds else " (add **columns: every data column is passed)"
         raise RewardError(
