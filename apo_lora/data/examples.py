@@ -176,12 +176,10 @@ def _example(
     marks = fields.problem.count(IMAGE_MARK)
     if marks > len(images):
         raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem, but {len(images)} images")
-    others = {
+    own = {
         name: value for name, value in row.items() if name != columns.image and not isinstance(value, Cell | ImageRef)
     }
-    return Example(
-        number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system, others
-    )
+    return Example(number, fields.problem, fields.answer, fields.choices, images, fields.category, fields.system, own)
 
 
 def _refuse_mostly_bad(loaded: Loaded, remedy: str) -> None:

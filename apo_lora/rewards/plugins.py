@@ -119,8 +119,9 @@ def source_files(spec: str) -> list[Path]:
     if not (path := getattr(module, "__file__", None)):
         return []
     own = Path(path).resolve()
-    files = {Path(file).resolve() for other in list(sys.modules.values()) if (file := getattr(other, "__file__", None))}
-    return [own, *sorted(file for file in files if file.parent == own.parent and file != own)]
+    files = {Path(str(getattr(other, "__file__", ""))) for other in list(sys.modules.values())}
+    beside = {file.resolve() for file in files if file.is_absolute()} - {own}
+    return [own, *sorted(file for file in beside if file.parent == own.parent)]
 
 
 def _require_module(spec: str, name: str) -> None:
@@ -161,9 +162,7 @@ def _check_signature(spec: str, function: Callable) -> None:
     except (TypeError, ValueError):  # builtins have none; the first call will tell
         return
     kinds = {p.kind for p in signature.parameters.values()}
-    named = {
-        p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD
-    }
+    named = {p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     try:  # named parameters may be columns of the data, which is not here yet
         signature.bind(**dict.fromkeys(named | {"prompts", "completions", "answer", "choices"}))
     except TypeError as error:

@@ -130,7 +130,7 @@ class RunDir:
 
 
 class RunLock(ExitStack):
-    """Keeps a second process from writing into a run, from `take` to the end of the `with`. Only the main process asks."""
+    """Keeps other processes from writing into a run, from `take` to the end of the `with`. Only the main one asks."""
 
     def __init__(self, run_dir: RunDir):
         super().__init__()

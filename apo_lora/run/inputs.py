@@ -1,4 +1,4 @@
-"""inputs.json: what a run is trained and measured on, and the code of its own rewards, so that its parts are one run."""
+"""inputs.json: fingerprints of a run's data and of its own rewards, so that all its parts are one run."""
 
 import hashlib
 import json
@@ -65,6 +65,4 @@ def changes_of_inputs(run_dir: RunDir, now: Mapping[str, Any]) -> list[str]:
             *problems,
         )
     other = [name for name, here in now["rewards"].items() if rewards.get(name, here) != here]
-    return (
-        [f"Changed since the run started: the code of {', '.join(other)}. The run continues with it."] if other else []
-    )
+    return [f"Changed since the run started: the code of {name}. The run continues with it." for name in other]
