@@ -18,7 +18,7 @@ from apo_lora.evaluation.table import table
 from apo_lora.machine import ranks
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter
+from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter, on_its_base
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import write_json
 from apo_lora.run.inputs import fingerprint
@@ -61,6 +61,7 @@ def evaluate(
     asked = evaluation_recipe(run, recipe, overrides)
     sets = sets_to_measure(asked, data, split, limit)
     source = None if base or model else find_adapter(run.path)
+    asked = on_its_base(asked, source) if source else asked
     exported = _exported(model) if model and not base else None
     folder = run.evaluations / (name or default_name(recipe, sets if data else (), exported))
 

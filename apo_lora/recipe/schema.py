@@ -289,6 +289,10 @@ class Recipe(Section):
         """The same recipe with its run directory spelled out."""
         return self.model_copy(update={"output": self.output.model_copy(update={"dir": str(path)})})
 
+    def on_base(self, name: str) -> "Recipe":
+        """The same recipe with another model.name."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"name": name})})
+
     def to_yaml(self) -> str:
         """The resolved recipe, every key with its value; load_recipe reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
