@@ -139,11 +139,17 @@ def load_policy(
     return Policy(peft_model, processor, engine, dtype, base_path(model.name))
 
 
-def _adapter(base: nn.Module, model: ModelSection, lora: LoraSection) -> dict[str, Any]:
-    """What a recipe says of its adapter, as arguments of PEFT's LoraConfig. Raises ModelError."""
-    _require_layers(base, lora, model.name)
-    targets = closest_family(base).lora_targets(lora.target_modules, vision=lora.vision)
-    return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+def _adapter(
+    base: nn.Module, model: ModelSection, lora: LoraSection, given: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Arguments of PEFT's LoraConfig: the `given` ones, else what the recipe says. Raises ModelError."""
+    if given is None:
+        _require_layers(base, lora, model.name)
+        targets = closest_family(base).lora_targets(lora.target_modules, vision=lora.vision)
+        return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+    if not any(re.fullmatch(given["target_modules"], name) for name, _ in base.named_modules()):
+        raise ModelError(f"{model.name}: has none of the adapter's layers; use the base that it was trained on")
+    return given
 
 
 def _load_with_transformers(
@@ -175,7 +181,7 @@ def _load_with_transformers(
     processor = AutoProcessor.from_pretrained(
         path, revision=model.revision, padding_side="left", trust_remote_code=False
     )
-    adapter = adapter or _adapter(base, model, lora)
+    adapter = _adapter(base, model, lora, adapter)
     if model.load_in_4bit:
         if not torch.cuda.is_available():
             fix_4bit_on_cpu(base)
@@ -213,7 +219,7 @@ def _load_with_unsloth(
         loaded_as := base.get_output_embeddings().weight.dtype
     ) != dtype:  # Unsloth may choose another dtype, with only a printed line
         raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
-    adapter = adapter or _adapter(base, model, lora)
+    adapter = _adapter(base, model, lora, adapter)
     processor.tokenizer.padding_side = "left"
     peft_model = FastVisionModel.get_peft_model(
         base,
