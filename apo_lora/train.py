@@ -92,7 +92,7 @@ def _train(
     ):
         # A user's own function fails here, before the model is loaded.
         rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
-        probe(rewards, prompt_dataset(loaded.examples[:1], recipe.data)[0], recipe.grpo.num_generations)
+        probe(rewards, prompt_dataset(loaded.examples, recipe.data)[0], recipe.grpo.num_generations)
         used = inputs_of(loaded, held_out, recipe.rewards.functions)
         for line in changes_of_inputs(run_dir, used) if checkpoint else ():
             say(line)

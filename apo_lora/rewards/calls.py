@@ -23,8 +23,8 @@ from apo_lora.errors import RewardError
 RewardFunction = Callable[..., Any]
 """f(prompts, completions, **columns) -> one number per completion, None where it does not apply. May be async."""
 
-LARGEST = 1e18
-"""Advantages square rewards in float32, whose largest number is 3.4e38."""
+LARGEST = 1e15
+"""Advantages square weighted sums of rewards in float32, whose largest number is 3.4e38."""
 
 _WANTED = "it must return a list with one number (or None) per completion"
 _NOT_THE_USERS = (str(Path(__file__).parents[1]), str(Path(os.__file__).parent))
@@ -33,8 +33,9 @@ _NOT_THE_USERS = (str(Path(__file__).parents[1]), str(Path(os.__file__).parent))
 class CheckedRewards:
     """Reward functions that raise only RewardError, and return finite numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, warn: Callable[[str], Any] = tqdm.write) -> None:
         self.replaced = 0
+        self.warn = warn
 
     def of(self, function: RewardFunction) -> RewardFunction:
         """The same function, checked; async if it is. None stays: it means "does not apply"."""
@@ -81,7 +82,7 @@ class CheckedRewards:
         if abs(number) <= LARGEST:  # not so for NaN
             return number
         if not self.replaced:
-            tqdm.write(
+            self.warn(
                 f"warning: {name} returned the reward {number}; rewards that are not finite (or beyond {LARGEST:.0e}) "
                 "count as 0, and are counted"
             )

@@ -122,4 +122,4 @@ def probe(functions: Sequence[RewardFunction], item: dict[str, Any], num_generat
             raise RewardError(
                 f"reward {function.__name__!r} cannot be called: {error}; the columns are {', '.join(arguments)}"
             ) from None
-        CheckedRewards().of(function)(**arguments)
+        CheckedRewards(warn=str).of(function)(**arguments)  # training warns

@@ -10,6 +10,7 @@ from apo_lora.errors import RecipeError, RunDirError
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import differences
 from apo_lora.run.directory import RunDir
+from apo_lora.run.files import locked
 from apo_lora.sweep.experiment import PlannedRun
 
 
@@ -71,7 +72,8 @@ def ready_to_resume(run: PlannedRun) -> bool:
     run_dir = RunDir(run.path)
     if run_dir.valid_checkpoints():
         return True
-    shutil.rmtree(run.path)
+    with locked(run.path):
+        shutil.rmtree(run.path)
     return False
 
 
