@@ -7,9 +7,11 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -81,7 +83,7 @@ def _from_file(spec: str, path: Path) -> ModuleType:
         raise RewardError(f"reward {spec!r}: {str(path)!r} is not a Python file; give it the ending .py")
     module = importlib.util.module_from_spec(loaded)
     sys.modules[loaded.name] = module  # dataclasses and pickle look their module up by name
-    with _modules_beside(path.resolve().parent):
+    with _modules_beside(str(path.resolve().parent)):
         return _run(spec, lambda: loaded.loader.exec_module(module) or module)
 
 
@@ -90,24 +92,21 @@ def _module_name(path: Path) -> str:
 
 
 @contextmanager
-def _modules_beside(folder: Path) -> Iterator[None]:
+def _modules_beside(folder: str) -> Iterator[None]:
     """What is imported inside may lie in `folder`, as in a program that Python is given; it stays on the path, behind
-    all libraries, for what functions import when they are called. No bytecode is written beside the user's files."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    sys.path.insert(0, str(folder))
+    all libraries, for what functions import when they are called."""
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-        sys.dont_write_bytecode = before
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _from_module(spec: str, name: str) -> ModuleType:
     _require_module(spec, name)
-    with _modules_beside(Path.cwd()):
-        return _run(spec, lambda: importlib.import_module(name))
+    return _run(spec, lambda: importlib.import_module(name))
 
 
 def source_files(spec: str) -> list[Path]:
@@ -125,20 +124,39 @@ def source_files(spec: str) -> list[Path]:
 
 
 def _require_module(spec: str, name: str) -> None:
-    try:
-        with _modules_beside(Path.cwd()):
-            found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        found = None
+    found = _find(name)
+    if found is None:  # in the working directory, where `python -m` looks too; behind all libraries
+        sys.path.append(os.getcwd())
+        if (found := _find(name)) is None:
+            sys.path.pop()
     if found is None:
         raise RewardError(
             f"reward {spec!r}: no module named {name!r}; install it, or give its file (path/to/file.py:function)"
         )
 
 
+def _find(name: str) -> ModuleSpec | None:
+    try:
+        with _no_bytecode():  # a parent package is imported
+            return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """No __pycache__ appears beside the user's files."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
 def _run(spec: str, load: Callable[[], ModuleType]) -> ModuleType:
     try:
-        return load()
+        with _no_bytecode():
+            return load()
     except (Exception, SystemExit) as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
         message = " ".join(str(error).split())[:200]

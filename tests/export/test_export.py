@@ -17,6 +17,7 @@ from apo_lora.export import merged as export_merged
 from apo_lora.export.comparison import check_prompts, comparison
 from apo_lora.recipe.files import find_recipe
 from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
+from apo_lora.run.files import locked
 from apo_lora.tiny import BASE_DIR
 
 
@@ -358,3 +359,16 @@ def test_what_cannot_be_merged_is_one_line(spoil, words, adapter, tmp_path, caps
 def test_no_adapter_is_one_line(tmp_path, capsys):
     assert main(["export", str(tmp_path / "nothing"), "--to", "merged"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_two_exports_into_one_folder_are_refused(adapter, tmp_path, capsys):
+    """The second one would clear away what the first one writes; what a killed one left is cleared away."""
+    hidden = tmp_path / ".merged.tmp"
+    hidden.mkdir()
+    (hidden / "half").write_text("")
+    with locked(hidden):
+        assert export(adapter, tmp_path / "merged") == 2
+        assert "another process is writing to it" in capsys.readouterr().err
+    assert (hidden / "half").exists()
+    assert export(adapter, tmp_path / "merged") == 0
+    assert not hidden.exists() and not (tmp_path / "merged" / "half").exists()
