@@ -458,6 +458,7 @@ def test_a_scripts_reward_functions_are_checked(make_trainer):
         return [float(place % 2) for place in range(len(completions))]
 
     trainer = make_trainer(recipe_of(train={"max_steps": 1}))
+    trainer.args.correct_by = None  # the first
     with pytest.raises(RewardError, match="reward 'words' returned a mapping"):
         with_rewards(trainer, words).train()
     awaited = with_rewards(trainer, late)

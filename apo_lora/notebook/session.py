@@ -11,6 +11,7 @@ from IPython.display import HTML, DisplayHandle, Image, display
 from apo_lora.errors import UserError
 from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.machine.host import find_gpu
+from apo_lora.machine.paths import at_home
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import StepFailed, run_module, run_verb
 from apo_lora.recipe.files import find_recipe, load_recipe, override
@@ -56,7 +57,7 @@ class Session:
             self._configure(dataset, held_out, steps, num_generations, apo)
         except UserError as error:
             raise StepFailed("\n".join(error.problems)) from None
-        self.run = RunDir(Path(folder) / self._name(dataset, apo))
+        self.run = RunDir(Path(at_home(str(folder))) / self._name(dataset, apo))
         self.overrides += [override("output.dir", str(self.run.path)), *self._mirror(checkpoints, hub_repo)]
         print(f"{self.recipe.method} with {self.recipe_name}.yaml on {self.recipe.data.train}, into {self.run.path}")
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from PIL import Image
+
 from apo_lora.errors import RewardError
 from apo_lora.recipe.schema import BUILT_IN_REWARDS, GrpoSection, RewardsSection
 from apo_lora.rewards.boxes import iou_reward
@@ -81,18 +83,24 @@ def _with_own_copies(function: RewardFunction) -> RewardFunction:
 
     def own_reward(completions: list, **columns: Any) -> Any:
         messages = [[{"role": "assistant", "content": completion_text(c)}] for c in completions]
-        return awaited(function(completions=messages, **_copied(columns)))
+        return awaited(function(completions=messages, **_copied(columns, {})))
 
     with suppress(TypeError, ValueError):  # a builtin has none
         own_reward.__signature__ = inspect.signature(function)
     return own_reward
 
 
-def _copied(value: Any) -> Any:
-    """Of what rows are made of; images and what TRL adds are shared."""
+def _copied(value: Any, images: dict[int, Image.Image]) -> Any:
+    """Of what rows are made of; what TRL adds is shared. `images`: copies so far, one for a prompt's completions."""
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: _copied(item, images) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item, images) for item in value]
+    if isinstance(value, Image.Image):
+        if id(value) not in images:
+            images[id(value)] = value.copy()
+        return images[id(value)]
+    return value
 
 
 def probe(functions: Sequence[RewardFunction], item: dict[str, Any], num_generations: int) -> None:

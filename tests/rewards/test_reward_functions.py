@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from PIL import Image
 
 from apo_lora.errors import RewardError
 from apo_lora.recipe.schema import RewardsSection
@@ -46,16 +47,19 @@ def test_an_own_reward_that_is_not_there_is_one_line(verifier, tmp_path):
 
 def test_what_an_own_reward_changes_in_its_columns_is_its_own(verifier, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def greedy(completions, boxes, **columns):\n"
+        "def greedy(completions, boxes, images, **columns):\n"
         "    completions[0][0]['content'] = 'mine'\n"
         "    boxes[0]['x'].append(9)\n"
-        "    return [float(len(boxes[0]['x']))]\n"
+        "    images[0][0].putpixel((0, 0), 9)\n"
+        "    assert images[1][0] is images[0][0]\n"
+        "    return [float(len(boxes[0]['x']))] * 2\n"
     )
     own = reward_functions(RewardsSection(functions=("accuracy", f"{tmp_path}/mine.py:greedy")), verifier)[1]
-    completions, boxes = [[{"role": "assistant", "content": "four"}]], [{"x": [1]}]
+    completions, boxes = [[{"role": "assistant", "content": "four"}] for _ in range(2)], [{"x": [1]}, {"x": [1]}]
+    image = Image.new("L", (2, 2))
     for _ in range(2):
-        assert own(prompts=[None], completions=completions, boxes=boxes) == [2.0]
-    assert completions[0][0]["content"] == "four" and boxes == [{"x": [1]}]
+        assert own(prompts=[None] * 2, completions=completions, boxes=boxes, images=[[image], [image]]) == [2.0, 2.0]
+    assert completions[0][0]["content"] == "four" and boxes[0] == {"x": [1]} and image.getpixel((0, 0)) == 0
 
 
 def test_an_async_own_reward_is_waited_for(verifier, tmp_path):
