@@ -3,25 +3,23 @@ directory is created only when all of that has succeeded.
 """
 
 import json
-import pickle
 import runpy
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from apo_lora.data.inputs import Inputs, open_inputs, require_trainable
-from apo_lora.errors import ModelError, RecipeError, RunDirError
+from apo_lora.errors import ModelError, RecipeError
 from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.machine.versions import environment
 from apo_lora.recipe.schema import Recipe, combination_problems
 from apo_lora.rewards.calls import RewardFunction
 from apo_lora.rewards.plugins import find_rewards
+from apo_lora.run.adapter import save_adapter
 from apo_lora.run.directory import RunDir, RunLock
 from apo_lora.run.disk import checkpoint_bytes, disk_errors_as_one_line, require_room
 from apo_lora.run.files import write_atomically, write_json
@@ -29,7 +27,7 @@ from apo_lora.run.inputs import changes_of_inputs, inputs_of
 from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
 from apo_lora.run.recipes import fitted_as_before, record_recipes
-from apo_lora.run.resume import checkpoint_to_continue, environment_changes, rewind_record
+from apo_lora.run.resume import checkpoint_to_continue, environment_changes, only_plain_data, rewind_record
 from apo_lora.run.summary import closing_summary
 from apo_lora.run.trackers import require_trackers, trackers_in
 
@@ -131,12 +129,12 @@ def _train(
         stop = OrderlyStop(fitted.steps_per_rollout)
         trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop)
         started = time.perf_counter()
-        with stop, _only_plain_data(checkpoint):
+        with stop, only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, guard = time.perf_counter() - started, trainer.nonfinite_guard
 
         if ranks.is_main():
-            _save_adapter(policy.model, run_dir)
+            save_adapter(policy.model, run_dir)
         if not (stop.requested or guard.gave_up):
             measure("after")
         counts = troubles() | {"non-finite steps skipped": guard.skipped}
@@ -244,18 +242,6 @@ def _close_run(
     say(closing_summary(run_dir, evaluation, plots, seconds, steps, troubles))
 
 
-@contextmanager
-def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
-    """A checkpoint's optimizer and random state are unpickled as plain tensors only; anything else is refused."""
-    try:
-        yield
-    except pickle.UnpicklingError:
-        raise RunDirError(
-            f"--resume {checkpoint}: contains objects other than numbers and tensors, none of which were loaded; "
-            "resume one of your own checkpoints, or start a new run"
-        ) from None
-
-
 def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> tuple["Loaded", dict[str, list["Example"]]]:
     """The opened rows whose prompt is not too long."""
     inputs = inputs.fitting(processor, recipe.data)
@@ -349,18 +335,6 @@ def report_checks(checks: list["Check"]) -> list[str]:
     for check in checks:
         say(check.line())
     return list(dict.fromkeys(ranks.gathered([check.line() for check in checks if not check.ok])))
-
-
-def _save_adapter(model: Any, run_dir: RunDir) -> None:
-    """Writes to a folder beside it first, so that adapter/ is always complete."""
-    temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
-    if run_dir.adapter.exists():
-        run_dir.adapter.rename(old)
-    temporary.rename(run_dir.adapter)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def say(text: str) -> None:

@@ -72,8 +72,8 @@ class APOTrainer(GRPOTrainer):
         if any(named.get(name) for name in ("tools", "environment_factory", "rollout_func")):
             raise ValueError("APOTrainer: tools, environments and rollout functions are not supported; leave them out")
         self.checked_rewards = CheckedRewards()
-        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        reward_funcs = [self.checked_rewards.of(one) if _is_function(one) else one for one in given if one is not None]
+        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * (reward_funcs is not None)
+        reward_funcs = [self.checked_rewards.of(one) if _is_function(one) else one for one in given]
         # With a beta, TRL would copy the fresh adapter as a reference policy, and run an extra pass over it.
         super().__init__(model, reward_funcs, _without_beta(args), *arguments, **named)
         self.args.beta = args.beta

@@ -1,8 +1,10 @@
 """Which adapter a command is about: a run's, or a folder in PEFT's format; and the recipe to load it by. No torch."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from apo_lora.errors import ModelError
 from apo_lora.machine.paths import at_home
@@ -96,3 +98,15 @@ def _base_here(name: str, adapter: Path) -> str:
     places = [Path.cwd(), *adapter.absolute().parents]
     found = (place / name for place in places if (place / name / "config.json").is_file())
     return str(next(found, name))
+
+
+def save_adapter(model: Any, run_dir: RunDir) -> None:
+    """Writes to a folder beside it first, so that adapter/ is always complete."""
+    temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
+    if run_dir.adapter.exists():
+        run_dir.adapter.rename(old)
+    temporary.rename(run_dir.adapter)
+    shutil.rmtree(old, ignore_errors=True)

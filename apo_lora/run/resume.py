@@ -5,8 +5,10 @@ starts one that does not exist yet.
 """
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,15 @@ def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     device = (environment.get("gpu") or {}).get("name", "CPU")
     facts = {"processes": environment.get("processes"), "engine": environment.get("engine"), "device": device}
     return {name: fact for name, fact in {**facts, **environment.get("packages", {})}.items() if fact is not None}
+
+
+@contextmanager
+def only_plain_data(checkpoint: Path | None) -> Iterator[None]:
+    """A checkpoint's optimizer and random state are unpickled as plain tensors only; anything else is refused."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise RunDirError(
+            f"--resume {checkpoint}: contains objects other than numbers and tensors, none of which were loaded; "
+            "resume one of your own checkpoints, or start a new run"
+        ) from None
