@@ -3,32 +3,31 @@ directory is created only when all of that has succeeded.
 """
 
 import json
-import pickle
 import runpy
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from apo_lora.data.inputs import Inputs, open_inputs, require_trainable
-from apo_lora.errors import ModelError, RecipeError, RunDirError
+from apo_lora.errors import ModelError, RecipeError
 from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.machine.versions import environment
 from apo_lora.recipe.schema import Recipe, combination_problems
-from apo_lora.rewards.finite import FiniteRewards, RewardFunction
+from apo_lora.rewards.calls import RewardFunction
 from apo_lora.rewards.plugins import find_rewards
-from apo_lora.run.directory import RunDir
+from apo_lora.run.adapter import save_adapter
+from apo_lora.run.directory import RunDir, RunLock
 from apo_lora.run.disk import checkpoint_bytes, disk_errors_as_one_line, require_room
 from apo_lora.run.files import write_atomically, write_json
+from apo_lora.run.inputs import changes_of_inputs, inputs_of
 from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
 from apo_lora.run.recipes import fitted_as_before, record_recipes
-from apo_lora.run.resume import checkpoint_to_continue, environment_changes, rewind_record
+from apo_lora.run.resume import checkpoint_to_continue, environment_changes, only_plain_data, rewind_record
 from apo_lora.run.summary import closing_summary
 from apo_lora.run.trackers import require_trackers, trackers_in
 
@@ -47,9 +46,18 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     """
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
     recipe = recipe.in_run_dir(run_dir.path)
+    with RunLock(run_dir) as lock:
+        return _train(recipe, recipe_name, run_dir, resume, dry_run, lock)
+
+
+def _train(
+    recipe: Recipe, recipe_name: str, run_dir: RunDir, resume: str | None, dry_run: bool, lock: RunLock
+) -> RunDir:
     mirrors = Mirrors(recipe.output.mirror, run_dir)
     if resume == "auto" and run_dir.is_absent() and not dry_run:
         _restored(mirrors, run_dir)
+    if resume and not dry_run:
+        lock.take()
     checkpoint = checkpoint_to_continue(run_dir, recipe, resume)
     if checkpoint is None and ranks.is_main():
         mirrors.refuse_existing()
@@ -64,8 +72,9 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     from apo_lora.policy.loading import import_engine, load_processor
 
     import_engine(recipe.model)
+    from apo_lora.data.examples import prompt_dataset
     from apo_lora.evaluation.held_out import measure_held_out
-    from apo_lora.rewards.functions import reward_functions, verifier_of
+    from apo_lora.rewards.functions import probe, reward_functions, verifier_of
     from apo_lora.run.callbacks import OrderlyStop
 
     inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
@@ -80,10 +89,12 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         verifier_of(recipe.rewards) as verifier,
         trackers_in(run_dir),
     ):
-        finite = FiniteRewards()
         # A user's own function fails here, before the model is loaded.
-        functions = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
-        rewards = [finite.watching(function) for function in functions]
+        rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
+        probe(rewards, prompt_dataset(loaded.examples, recipe.data)[0], recipe.grpo.num_generations)
+        used = inputs_of(loaded, held_out, recipe.rewards.functions)
+        for line in changes_of_inputs(run_dir, used) if checkpoint else ():
+            say(line)
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
@@ -92,7 +103,9 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
         wanted = fitted_as_before(recipe, run_dir) if checkpoint else recipe
         checks, fitted = _checked(policy, loaded.examples, wanted, run_dir)
         if ranks.is_main():
+            lock.make_and_take()
             _open_run(run_dir, recipe, fitted, checkpoint, resume, policy.engine)
+            write_json(run_dir.inputs, used)
             if checks:
                 write_json(run_dir.preflight, [asdict(check) for check in checks])
         ranks.wait()
@@ -107,22 +120,22 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
                 {
                     "verifier_timeouts": verifier.timeouts,
                     "verifier_crashes": verifier.crashes,
-                    "nonfinite_rewards": finite.replaced,
+                    "nonfinite_rewards": trainer.checked_rewards.replaced,
                 }
             )
 
-        evaluation = json.loads(run_dir.evaluation.read_text()) if run_dir.evaluation.exists() else {}
+        evaluation = json.loads(run_dir.evaluation.read_text(encoding="utf-8")) if run_dir.evaluation.exists() else {}
         if checkpoint is None:
             measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
         trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop)
         started = time.perf_counter()
-        with stop, _only_plain_data(checkpoint):
+        with stop, only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, guard = time.perf_counter() - started, trainer.nonfinite_guard
 
         if ranks.is_main():
-            _save_adapter(policy.model, run_dir)
+            save_adapter(policy.model, run_dir)
         if not (stop.requested or guard.gave_up):
             measure("after")
         counts = troubles() | {"non-finite steps skipped": guard.skipped}
@@ -225,21 +238,9 @@ def _close_run(
     from apo_lora.run.plots import write_plots
 
     plots = write_plots(run_dir)
-    versions = json.loads(run_dir.environment.read_text())
+    versions = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     write_atomically(run_dir.model_card, model_card(recipe, base_name, evaluation, steps, versions))
     say(closing_summary(run_dir, evaluation, plots, seconds, steps, troubles))
-
-
-@contextmanager
-def _only_plain_data(checkpoint: Path | None) -> Iterator[None]:
-    """A checkpoint's optimizer and random state are unpickled as plain tensors only; anything else is refused."""
-    try:
-        yield
-    except pickle.UnpicklingError:
-        raise RunDirError(
-            f"--resume {checkpoint}: contains objects other than numbers and tensors, none of which were loaded; "
-            "resume one of your own checkpoints, or start a new run"
-        ) from None
 
 
 def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> Inputs:
@@ -335,18 +336,6 @@ def report_checks(checks: list["Check"]) -> list[str]:
     for check in checks:
         say(check.line())
     return list(dict.fromkeys(ranks.gathered([check.line() for check in checks if not check.ok])))
-
-
-def _save_adapter(model: Any, run_dir: RunDir) -> None:
-    """Writes to a folder beside it first, so that adapter/ is always complete."""
-    temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
-    if run_dir.adapter.exists():
-        run_dir.adapter.rename(old)
-    temporary.rename(run_dir.adapter)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def say(text: str) -> None:

@@ -43,6 +43,7 @@ from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import accept_prompt_groups, obstacle
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once
 from apo_lora.policy.shared_prompt.vision_features import image_features, tower_is_frozen
+from apo_lora.rewards.calls import CheckedRewards
 from apo_lora.rewards.functions import completion_text
 from apo_lora.rollout.credit import Rollout, credit_rule
 from apo_lora.rollout.group_images import RowPixels, images_processed_once
@@ -70,6 +71,9 @@ class APOTrainer(GRPOTrainer):
             )
         if any(named.get(name) for name in ("tools", "environment_factory", "rollout_func")):
             raise ValueError("APOTrainer: tools, environments and rollout functions are not supported; leave them out")
+        self.checked_rewards = CheckedRewards()
+        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * (reward_funcs is not None)
+        reward_funcs = [self.checked_rewards.of(one) if _is_function(one) else one for one in given]
         # With a beta, TRL would copy the fresh adapter as a reference policy, and run an extra pass over it.
         super().__init__(model, reward_funcs, _without_beta(args), *arguments, **named)
         self.args.beta = args.beta
@@ -378,6 +382,11 @@ class APOTrainer(GRPOTrainer):
         if ranks.is_main():
             for name, content in files:
                 (Path(output_dir) / name).write_bytes(content)
+
+
+def _is_function(reward: Any) -> bool:
+    """And not a reward model, or its name."""
+    return callable(reward) and not isinstance(reward, nn.Module)
 
 
 def _without_beta(args: APOConfig) -> APOConfig:

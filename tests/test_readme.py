@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import PROJECT
 
-from apo_lora.commands.main import VERBS, build_parser
+from apo_lora.commands.main import VERBS, parser_of
 from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
 
 README = (PROJECT / "README.md").read_text()
@@ -20,7 +20,7 @@ def test_every_command_parses(command):
     import shlex
 
     words = shlex.split(re.sub(TRAIN, "apo-lora train", command))[1:]
-    options = build_parser().parse_args(words)
+    options = parser_of(words[0]).parse_intermixed_args(words[1:])
     if getattr(options, "recipe", None):
         load_recipe(find_recipe(options.recipe), options.overrides)
 

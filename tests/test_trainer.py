@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl import GRPOTrainer
 
 from apo_lora.apo import apo_loss
+from apo_lora.errors import RewardError
+from apo_lora.trainer import APOTrainer
 
 
 def test_any_micro_batch_split_gives_the_same_adapter(make_trainer):
@@ -436,3 +438,30 @@ def test_a_model_that_cannot_share_prompts_trains_all_the_same(make_trainer, mon
     gradient = step_gradient(trainer)
     assert all("group" not in rows for rows in passes)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+# --- the rewards of a script -----------------------------------------------------------------------------------------
+
+
+def with_rewards(trainer, *functions):
+    return APOTrainer(
+        trainer.model, list(functions), trainer.args,
+        processing_class=trainer.processing_class, train_dataset=trainer.train_dataset,
+    )  # fmt: skip
+
+
+def test_a_scripts_reward_functions_are_checked(make_trainer):
+    def words(completions, **columns):
+        return {"overall": [1.0] * len(completions)}
+
+    async def late(completions, **columns):
+        return [float(place % 2) for place in range(len(completions))]
+
+    trainer = make_trainer(recipe_of(train={"max_steps": 1}))
+    trainer.args.correct_by = None  # the first
+    with pytest.raises(RewardError, match="reward 'words' returned a mapping"):
+        with_rewards(trainer, words).train()
+    awaited = with_rewards(trainer, late)
+    assert awaited.reward_func_names == ["late"]
+    awaited.train()
+    assert logged(awaited)[0]["reward_late"] == 0.5

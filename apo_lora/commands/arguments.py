@@ -4,17 +4,25 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from apo_lora.machine.paths import at_home
+
 if TYPE_CHECKING:
     from apo_lora.recipe.schema import Recipe
 
 
 def add_recipe(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--recipe", required=True, metavar="R", help="path of a recipe, or the name of a shipped recipe"
+        "--recipe",
+        required=True,
+        metavar="R",
+        type=at_home,
+        help="path of a recipe, or the name of a shipped recipe",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.max_steps=10"
-    )
+    add_overrides(parser, "changes to the recipe, such as train.max_steps=10")
+
+
+def add_overrides(parser: ArgumentParser, help: str) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=help)
 
 
 def load_named(recipe: str, overrides: Sequence[str] = ()) -> tuple[str, "Recipe"]:

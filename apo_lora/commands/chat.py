@@ -6,13 +6,19 @@ from pathlib import Path
 
 from apo_lora.commands.arguments import count_of, load_named
 from apo_lora.errors import UserError
+from apo_lora.machine.paths import at_home
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run directory, or a folder with an adapter or GGUF files (see --recipe)")
+    add(
+        "run",
+        metavar="RUN",
+        type=at_home,
+        help="a run directory, or a folder with an adapter or GGUF files (see --recipe)",
+    )
     add("question", help="the question, in quotes")
-    add("--image", metavar="FILE", help="image that the question is about")
+    add("--image", metavar="FILE", type=at_home, help="image that the question is about")
     add("--sample", action="store_true", help="sample as in training instead of decoding greedily")
     add(
         "--max-tokens",
@@ -23,18 +29,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--recipe",
         metavar="R",
+        type=at_home,
         help="recipe that says how to ask (default: the run's, or the one pushed with the adapter)",
     )
     add("--gguf", action="store_true", help="ask the run's exported GGUF files through llama.cpp")
     add(
         "--base-gguf",
         metavar="DIR",
+        type=at_home,
         help="with --gguf: folder with the base model's GGUF files (default: those of `export --to base-gguf`; "
         "without them only the tuned model answers)",
     )
     add(
         "--llama-cpp",
         metavar="DIR",
+        type=at_home,
         help="with --gguf: a llama.cpp folder (default: llama-server on the PATH, or the package xllamacpp)",
     )
 

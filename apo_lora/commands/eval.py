@@ -4,16 +4,18 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError
 
 from apo_lora.commands.arguments import count_of
+from apo_lora.machine.paths import at_home
 
 WHEN_STOPPED = "Stopped. Answers so far are kept; run the same command again to continue."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run directory")
+    add("run", metavar="RUN", type=at_home, help="a run directory")
     add(
         "--recipe",
         metavar="R",
+        type=at_home,
         help="take the settings of model, data, rewards and grpo from recipe R, where it sets them",
     )
     add(
@@ -27,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--data",
         metavar="D",
+        type=at_home,
         action="append",
         default=[],
         help="evaluate on D instead of the recipe's held-out data: anything that data.train accepts, or a benchmark "
@@ -40,7 +43,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--base", action="store_true", help="evaluate only the base model; the tuned model can be added later"
     )
     which.add_argument(
-        "--model", metavar="FOLDER", help="evaluate an exported (merged) model instead of the run's adapter"
+        "--model",
+        metavar="FOLDER",
+        type=at_home,
+        help="evaluate an exported (merged) model instead of the run's adapter",
     )
     samples = "also sample K answers per item, for pass@k"
     add("--samples", metavar="K", type=count_of("samples"), default=0, help=samples)

@@ -4,17 +4,24 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from apo_lora.export import QUANTIZATIONS, TARGETS
+from apo_lora.machine.paths import at_home
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="RUN_OR_ADAPTER", help="a run directory, or a folder with an adapter")
+    add("source", metavar="RUN_OR_ADAPTER", type=at_home, help="a run directory, or a folder with an adapter")
     targets = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
     add("--to", required=True, choices=TARGETS, help=targets)
-    add("--out", metavar="DIR", type=Path, help="new folder to write to (default: beside the adapter)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=lambda text: Path(at_home(text)),
+        help="new folder to write to (default: beside the adapter)",
+    )
     quantization = f"quantization of the GGUF text model (default: {QUANTIZATIONS[0]})"
     add("--quantization", choices=QUANTIZATIONS, default=QUANTIZATIONS[0], help=quantization)
-    add("--llama-cpp", metavar="DIR", help="a llama.cpp folder, for GGUF (default: llama.cpp's programs on the PATH)")
+    where = "a llama.cpp folder, for GGUF (default: llama.cpp's programs on the PATH)"
+    add("--llama-cpp", metavar="DIR", type=at_home, help=where)
     add("--repo", metavar="ORG/NAME", help="repository on the Hub, for --to hub")
     add(
         "--what",

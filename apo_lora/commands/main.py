@@ -26,7 +26,7 @@ from apo_lora.commands import (
 )
 from apo_lora.errors import UserError, printable
 from apo_lora.machine import ranks
-from apo_lora.machine.process import prepare_process
+from apo_lora.machine.process import accept_every_sign, prepare_process
 
 VERBS = {
     "train": train,
@@ -58,7 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"apo-lora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_OneLineParser)
     for name, verb in VERBS.items():
-        verb.add_arguments(verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__))
+        verbs.add_parser(name, help=verb.__doc__)
+    return parser
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Of one verb. Use `parse_intermixed_args`: options may stand anywhere among the other words."""
+    verb = VERBS[name]
+    parser = _OneLineParser(prog=f"apo-lora {name}", description=verb.__doc__)
+    verb.add_arguments(parser)
     return parser
 
 
@@ -73,12 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         near = difflib.get_close_matches(arguments[0], VERBS, n=1)
         parser.error(f"unknown verb {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    known, unknown = parser.parse_known_args(arguments)
-    options = vars(known)
-    name = options.pop("verb")
-    if unknown:  # argparse would point to the help of all verbs
-        _OneLineParser(f"{parser.prog} {name}").error(f"unrecognized arguments: {' '.join(unknown)}")
-    verb = VERBS[name]
+    accept_every_sign()
+    if not arguments or arguments[0] not in VERBS:
+        parser.parse_args(arguments)  # --help, --version, or an error
+    # The verb's own parser: argparse takes words before, between and after options only from a parser without verbs.
+    verb = VERBS[arguments[0]]
+    options = vars(parser_of(arguments[0]).parse_intermixed_args(arguments[1:]))
     prepare_process()
     try:
         return verb.run(**options)

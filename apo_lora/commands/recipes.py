@@ -2,9 +2,11 @@
 
 from argparse import ArgumentParser
 
+from apo_lora.machine.paths import at_home
+
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="print this recipe")
+    parser.add_argument("name", nargs="?", type=at_home, help="print this recipe")
     parser.add_argument("--keys", action="store_true", help="list every key with its default and meaning")
 
 

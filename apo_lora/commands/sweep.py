@@ -3,16 +3,23 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
-from apo_lora.commands.arguments import count_of
+from apo_lora.commands.arguments import add_overrides, count_of
+from apo_lora.machine.paths import at_home
 
 WHEN_STOPPED = "Stopped. Finished runs are kept; run the same command again to continue the rest."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("experiment", metavar="EXPERIMENT", help="path of an experiment, or the name of a shipped experiment")
-    add("overrides", nargs="*", metavar="key=value", help="changes to every run's recipe")
-    add("--out", metavar="DIR", type=Path, help="folder for the runs and their comparison (default: runs/NAME)")
+    which = "path of an experiment, or the name of a shipped experiment"
+    add("experiment", metavar="EXPERIMENT", type=at_home, help=which)
+    add_overrides(parser, "changes to every run's recipe")
+    add(
+        "--out",
+        metavar="DIR",
+        type=lambda text: Path(at_home(text)),
+        help="folder for the runs and their comparison (default: runs/NAME)",
+    )
     jobs = "number of runs at once (default: 1 with a GPU, else one per CPU core)"
     add("--jobs", metavar="N", type=count_of("runs"), help=jobs)
     add("--seeds", metavar="N,N,...", type=_seeds, help="use these seeds instead of the experiment's")

@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from apo_lora.data.choices import choice_lines
-from apo_lora.data.columns import find_columns
+from apo_lora.data.columns import Columns, find_columns
 from apo_lora.data.formats import IMAGE_MARK, Fields, read_row
 from apo_lora.data.golds import Answer, Reading, find_reading, resolve
-from apo_lora.data.images import ImageRef, image_refs
+from apo_lora.data.images import Cell, ImageRef, image_refs
 from apo_lora.data.notices import unused_columns, unusual_golds
 from apo_lora.data.sources import open_source
 from apo_lora.data.text import BadRow, row_numbers
@@ -54,6 +54,8 @@ class Example:
     category: str | None = None
     system: str | None = None
     """System message that the row itself brought."""
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What else is in the row, for the user's own rewards; no images."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -155,7 +157,12 @@ def load_examples(
         source.name,
         None if source.own_columns else data.answer_as,
     )
-    made = _usable(read, lambda number, row: _example(number, row, reading, folders, correct_gold), dropped)
+    whole = dict(source.rows)
+
+    def example(number: int, fields: Fields) -> Example:
+        return _example(number, fields, _others(whole[number], columns), reading, folders, correct_gold)
+
+    made = _usable(read, example, dropped)
     examples = [example for _, example in made]
     dropped = dict(sorted(dropped.items(), key=lambda found: found[1][0]))
     warnings = [
@@ -199,6 +206,7 @@ def _image_folder(data: DataSection) -> tuple[Path, ...]:
 def _example(
     number: int,
     fields: Fields,
+    others: Mapping[str, Any],
     reading: Reading,
     folders: tuple[Path, ...],
     correct_gold: Callable[[Answer, list[str] | None], bool],
@@ -212,7 +220,13 @@ def _example(
     marks = fields.problem.count(IMAGE_MARK)
     if marks > len(images):
         raise BadRow("image missing", f"{marks} {IMAGE_MARK} marks in the problem, but {len(images)} images")
-    return Example(number, fields.problem, answer, choices, images, fields.category, fields.system)
+    return Example(number, fields.problem, answer, choices, images, fields.category, fields.system, others)
+
+
+def _others(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """A row's columns without its media."""
+    media = {*columns.image, *columns.unused_images, *columns.media}
+    return {name: value for name, value in row.items() if name not in media and not isinstance(value, Cell | ImageRef)}
 
 
 def _refuse_mostly_bad(loaded: Loaded, remedy: str) -> None:
@@ -315,7 +329,8 @@ def training_order(num_examples: int, num_prompts: int, seed: int) -> list[int]:
 def prompt_dataset(
     examples: Sequence[Example], data: DataSection, order: Sequence[int] | None = None
 ) -> "datasets.Dataset":
-    """What TRL's GRPOTrainer reads: items `prompt`, `images`, `answer`, `choices`, `index`, `category`.
+    """What TRL's GRPOTrainer reads: items `prompt`, `images`, `answer`, `choices`, `index`, `category`, and the row's
+    other columns, None where a row lacks one.
 
     `order` says which example each item is (none: all, as they come).
     `index` is the position in `examples`, and all that is stored; the rest is made on access. A data set without any
@@ -338,6 +353,12 @@ def refuse_mixture(examples: Sequence[Example]) -> None:
         )
 
 
+_NOT_COLUMNS = {
+    "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+    "environment", "environments", "image", "images",
+}  # fmt: skip
+"""Names that mean something else to TRL."""
+
 _LIVE_ITEMS: weakref.WeakValueDictionary[str, "_ItemsOnAccess"] = weakref.WeakValueDictionary()
 
 
@@ -351,6 +372,8 @@ class _ItemsOnAccess:
 
     def __init__(self, examples: Sequence[Example], data: DataSection):
         self._examples, self._data = list(examples), data
+        names = {name for example in examples for name in example.columns}
+        self._columns = sorted(name for name in names - _NOT_COLUMNS if isinstance(name, str))
         self._decoded: dict[int, list[Image.Image]] = {}
         self._key = uuid.uuid4().hex
         _LIVE_ITEMS[self._key] = self
@@ -363,7 +386,7 @@ class _ItemsOnAccess:
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         indices = batch["index"]
         examples = [self._examples[index] for index in indices]
-        items = {
+        items = {name: [example.columns.get(name) for example in examples] for name in self._columns} | {
             "prompt": [example.messages(self._data) for example in examples],
             "answer": [e.answer if isinstance(e.answer, str) else list(e.answer) for e in examples],
             "choices": [list(example.choices) if example.choices else None for example in examples],

@@ -18,9 +18,10 @@ from apo_lora.evaluation.table import table
 from apo_lora.machine import ranks
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter
+from apo_lora.run.adapter import WEIGHTS, AdapterSource, find_adapter, on_its_base
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import write_json
+from apo_lora.run.inputs import fingerprint
 from apo_lora.run.recipes import trained_recipe
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def evaluate(
     asked = evaluation_recipe(run, recipe, overrides)
     sets = sets_to_measure(asked, data, split, limit)
     source = None if base or model else find_adapter(run.path)
+    asked = on_its_base(asked, source) if source else asked
     exported = _exported(model) if model and not base else None
     folder = run.evaluations / (name or default_name(recipe, sets if data else (), exported))
 
@@ -70,7 +72,7 @@ def evaluate(
         raise ModelError(problem)
     import_engine(asked.model)
     from apo_lora.evaluation.answering import answer, policies
-    from apo_lora.evaluation.folder import EvaluationFolder, fingerprint, planned
+    from apo_lora.evaluation.folder import EvaluationFolder, planned
     from apo_lora.evaluation.measure import ITEMS_PER_BATCH
     from apo_lora.rewards.functions import verifier_of
 
@@ -90,14 +92,14 @@ def evaluate(
         **_fingerprint_of_tuned(source, exported),
     }
     record = EvaluationFolder(folder)
-    settings = record.open(settings)
-    plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
-    wanted = [batch for batch in plan if batch.model == "base" or not base]
-    done = record.drop_parts(plan)
-    todo = [batch for batch in wanted if batch.keys[0] not in done]
-    if len(todo) < len(wanted):
-        print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
-    with verifier_of(asked.rewards) as verifier:
+    with record.locked(), verifier_of(asked.rewards) as verifier:
+        settings = record.open(settings)
+        plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
+        wanted = [batch for batch in plan if batch.model == "base" or not base]
+        done = record.drop_parts(plan)
+        todo = [batch for batch in wanted if batch.keys[0] not in done]
+        if len(todo) < len(wanted):
+            print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
         switched = policies(asked, source, exported, {batch.model for batch in todo})
         answer(todo, wanted, switched, asked, verifier.score, record, run)
         if given_up := verifier.timeouts + verifier.crashes:

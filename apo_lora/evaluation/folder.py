@@ -6,14 +6,15 @@ with the result it would have had.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apo_lora.data.examples import Example
 from apo_lora.errors import RunDirError
 from apo_lora.evaluation.figures import MODELS, AnswerRow
-from apo_lora.run.files import append_jsonl, read_jsonl, write_json, write_jsonl
+from apo_lora.run.files import append_jsonl, locked, read_jsonl, write_json, write_jsonl
 
 Key = tuple[str, str, int, int]
 
@@ -47,14 +48,6 @@ def planned(sets: Mapping[str, Sequence[Example]], samples: int, batch_size: int
     ]
 
 
-def fingerprint(examples: Iterable[Example]) -> str:
-    """Of what is asked and what counts as right."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.row, example.problem, example.answer, example.choices]).encode())
-    return digest.hexdigest()
-
-
 class EvaluationFolder:
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,7 +58,7 @@ class EvaluationFolder:
         self.images = folder / "images"
 
     def open(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Makes the folder, or finds it made with the same settings. Raises RunDirError for other ones.
+        """Records the settings, or finds the same ones there. Raises RunDirError for other ones.
 
         `settings["tuned"]` is left out where only the base is evaluated; the tuned model can be added later. Returns
         the settings with what the folder knows of it.
@@ -78,10 +71,6 @@ class EvaluationFolder:
                     f"{self.folder}: has answers with other settings ({'; '.join(changed[:3])}); choose another "
                     "--name, or remove that folder"
                 )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunDirError(f"{self.folder}: cannot be created ({error.strerror}); choose another --name") from None
         write_json(self.settings, settings)
         return settings
 
@@ -95,6 +84,16 @@ class EvaluationFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.answers)) if self.answers.is_file() else []
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and keeps another evaluation out of it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirError(f"{self.folder}: cannot be created ({error.strerror}); choose another --name") from None
+        with locked(self.folder):
+            yield
 
     def add(self, rows: Iterable[AnswerRow]) -> None:
         append_jsonl(self.answers, rows)

@@ -12,6 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from apo_lora.policy.tuned import load_adapter, lora_config
+from apo_lora.run.adapter import AdapterSource
+
 POSITIONS = 32
 """Last positions of each prompt that are compared: bounds memory where the vocabulary is large."""
 
@@ -72,13 +75,14 @@ class Comparison:
         )
 
 
-def compare(merged: Path, base: Path, adapter: Path) -> list[Comparison]:
+def compare(merged: Path, base: Path, source: AdapterSource) -> list[Comparison]:
     """The merged folder against the adapter on its base, on text prompts and on prompts with an image."""
     from peft import PeftModel
     from transformers import AutoProcessor
 
     prompts = check_prompts(AutoProcessor.from_pretrained(merged, trust_remote_code=False))
-    model = PeftModel.from_pretrained(load_plain(base), str(adapter)).eval()
+    model = PeftModel(load_plain(base), lora_config(source)).eval()
+    load_adapter(model, source)
     adapted = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
     with model.disable_adapter():
         plain = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}

@@ -4,6 +4,7 @@ A missing vision file (mmproj) is an error: llama.cpp would run the rest without
 """
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
+from apo_lora.machine.paths import as_word
 
 REPORT = "export_report.json"
 BASE_GGUF = "base_gguf"
@@ -143,11 +145,14 @@ def notes(text: dict[str, Any], quantization: str) -> list[str]:
 
 def commands(text: str, mmproj: str, name: str, image_tokens: dict[str, int]) -> dict[str, str]:
     """How to run the two files, from inside their folder, with images bounded as in training."""
-    files = " ".join([f"-m {text} --mmproj {mmproj}", *(f"{option} {n}" for option, n in image_tokens.items())])
+    files = " ".join(
+        [f"-m {as_word(text)} --mmproj {as_word(mmproj)}", *(f"{option} {n}" for option, n in image_tokens.items())]
+    )
+    model = re.sub(r"[^a-z0-9._-]+", "-", name.lower())  # what ollama takes for a name
     return {
         "llama-mtmd-cli": f'llama-mtmd-cli {files} --image image.png -p "What is this?"',
         "llama-server": f"llama-server {files}",
-        "ollama": f"ollama create {name.lower()} -f Modelfile && ollama run {name.lower()}",
+        "ollama": f"ollama create {model} -f Modelfile && ollama run {model}",
     }
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,7 +20,7 @@ from apo_lora.errors import ModelError
 from apo_lora.export.base import COMPANIONS, weight_bytes, weight_files
 from apo_lora.export.image_limits import write_image_limits
 from apo_lora.family.lookup import family_of_base
-from apo_lora.policy.tuned import load_adapter
+from apo_lora.policy.tuned import load_adapter, lora_config
 from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource
 
 _PAIR = (".lora_A.weight", ".lora_B.weight")
@@ -73,10 +73,7 @@ def lora_layers(source: AdapterSource, base: Path) -> dict[str, LoraLayer]:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     try:
-        config = PeftConfig.from_pretrained(str(source.folder))
-        if not isinstance(config, LoraConfig):
-            raise ModelError(f"{source.folder}: is a {config.peft_type} adapter; only LoRA can be merged")
-        adapted = PeftModel(model, config, low_cpu_mem_usage=True)
+        adapted = PeftModel(model, lora_config(source), low_cpu_mem_usage=True)
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(f"{source.folder / CONFIG}: PEFT cannot use it on {base} ({error})") from error
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -91,7 +88,7 @@ def lora_layers(source: AdapterSource, base: Path) -> dict[str, LoraLayer]:
             )
         # PEFT puts matrices where the weight of their base layer is: one number, repeated, takes no memory there.
         layer.get_base_layer().weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape))
-    load_adapter(adapted, source, torch_device="cpu", low_cpu_mem_usage=True)
+    load_adapter(adapted, source, assign=True)
     with safe_open(source.folder / WEIGHTS, "pt") as weights:
         if others := [name for name in weights.keys() if not name.endswith(_PAIR)]:  # noqa: SIM118
             raise ModelError(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from apo_lora.errors import ModelError
 from apo_lora.export.base import base_folder, weight_bytes
 from apo_lora.run.adapter import AdapterSource
+from apo_lora.run.files import locked
 
 SPARE_BYTES = 2**28
 """Left free on a disk, for the small files and the file system itself."""
@@ -43,15 +44,18 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     What a kill leaves behind is the hidden temporary folder, which the next export of that name clears away.
     """
     temporary = out.absolute().with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
+        temporary.mkdir(parents=True, exist_ok=True)
+        with locked(temporary):
+            try:
+                for left in temporary.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield temporary
+                temporary.rename(out)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"--out {out}: could not be written ({error.strerror or error}); nothing was kept") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class DiskNeed(NamedTuple):

@@ -120,7 +120,7 @@ def _merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[st
 
     merge(source, base, folder)
     print("Reloading the merged model and comparing it with the adapter model ...", flush=True)
-    comparisons = compare(folder, base, source.folder)
+    comparisons = compare(folder, base, source)
     print("\n".join(comparison.line() for comparison in comparisons))
     if problems := [problem for comparison in comparisons if (problem := comparison.problem())]:
         raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in problems))

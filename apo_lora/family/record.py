@@ -114,6 +114,17 @@ class Family:
         """
         return re.sub(rf"^(({re.escape(self.inner)}|{re.escape(self.language)})\.)+", "", name)
 
+    def module_name(self, name: str) -> str:
+        """In a model that transformers loads now, of a name that an adapter was saved with.
+
+        Before 4.52, transformers had Qwen2.5-VL's language model at model.layers and its tower at visual.
+        """
+        if not self.language or self.is_language_layer(name) or name.startswith(f"{self.inner}.{self.tower}."):
+            return name
+        if name.startswith(f"{self.tower}."):
+            return f"{self.inner}.{name}"
+        return re.sub(rf"^{re.escape(self.inner)}\.(?=layers\.)", f"{self.inner}.{self.language}.", name)
+
     # --- sizes, for the memory plan ----------------------------------------------------------------------------------
 
     def published_shape(self, name: str) -> ModelShape | None:

@@ -11,9 +11,10 @@ from IPython.display import HTML, DisplayHandle, Image, display
 from apo_lora.errors import UserError
 from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.machine.host import find_gpu
+from apo_lora.machine.paths import at_home
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.notebook.verbs import StepFailed, run_module, run_verb
-from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.recipe.files import find_recipe, load_recipe, override
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl, write_atomically
 from apo_lora.run.plots import overview
@@ -56,15 +57,19 @@ class Session:
             self._configure(dataset, held_out, steps, num_generations, apo)
         except UserError as error:
             raise StepFailed("\n".join(error.problems)) from None
-        self.run = RunDir(Path(folder) / self._name(dataset, apo))
-        self.overrides += [f"output.dir={self.run.path}", *self._mirror(checkpoints, hub_repo)]
+        self.run = RunDir(Path(at_home(str(folder))) / self._name(dataset, apo))
+        self.overrides += [override("output.dir", str(self.run.path)), *self._mirror(checkpoints, hub_repo)]
         print(f"{self.recipe.method} with {self.recipe_name}.yaml on {self.recipe.data.train}, into {self.run.path}")
 
     def _configure(self, dataset: str, held_out: str, steps: int, num_generations: int, apo: bool) -> None:
         """The recipe with the form's changes. Raises RecipeError."""
         self.overrides = [
-            *([f"data.train={dataset}", "data.eval=null", "data.general=null", "data.columns={}"] if dataset else []),
-            *([f"data.eval={held_out}"] if held_out else []),
+            *(
+                [override("data.train", dataset), "data.eval=null", "data.general=null", "data.columns={}"]
+                if dataset
+                else []
+            ),
+            *([override("data.eval", held_out)] if held_out else []),
             *([f"train.max_steps={steps}"] if steps else []),
             *(self._group_size(num_generations) if num_generations else []),
             *([] if apo else ["apo.dads=null", "apo.stcr=null"]),
@@ -86,11 +91,11 @@ class Session:
     def _mirror(self, checkpoints: Checkpoints, hub_repo: str) -> list[str]:
         if checkpoints == "Google Drive":
             _mount_drive()
-            return [f"output.mirror=[{DRIVE}/MyDrive/apo-lora/{self.run.path.name}]"]
+            return [override("output.mirror", [f"{DRIVE}/MyDrive/apo-lora/{self.run.path.name}"])]
         if checkpoints == "Hub":
             if not hub_repo:
                 raise StepFailed("Checkpoints on the Hub need a repository: set HUB_REPO to ORG/NAME.")
-            return [f"output.mirror=['hub:{hub_repo}']"]
+            return [override("output.mirror", [f"hub:{hub_repo}"])]
         return []
 
     # --- the cells ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Two engines: Unsloth's FastVisionModel on a GPU, transformers + PEFT without one
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,8 +63,13 @@ class Policy:
 
 
 def base_path(name: str) -> str:
-    """`tiny` is the model inside the package; everything else is a Hugging Face id or a folder as given."""
-    return str(BASE_DIR) if name == "tiny" else name
+    """`tiny` is the model inside the package; everything else is a Hugging Face id, or a folder.
+
+    A folder gets its full path: it is written into adapters, which are read from elsewhere.
+    """
+    if name == "tiny":
+        return str(BASE_DIR)
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def needs_gpu(model: ModelSection) -> str | None:
@@ -108,11 +114,13 @@ def load_policy(
     data: DataSection,
     *,
     seed: int,
+    adapter: Mapping[str, Any] | None = None,
     unsloth_options: Mapping[str, Any] | None = None,
 ) -> Policy:
     """The base, frozen, with a fresh LoRA adapter seeded by `seed`. Raises ModelError.
 
-    `unsloth_options` are passed to Unsloth's from_pretrained; rollout/vllm.py uses them.
+    `adapter`: arguments of PEFT's LoraConfig in place of those in `lora`. `unsloth_options` are passed to Unsloth's
+    from_pretrained; rollout/vllm.py uses them.
     """
     has_gpu = torch.cuda.is_available()
     engine = choose_engine(model.engine, has_gpu)
@@ -121,9 +129,9 @@ def load_policy(
         raise ModelError(problem)
     with _one_line_load_errors(model.name):
         if engine == "unsloth":
-            peft_model, processor = _load_with_unsloth(model, lora, dtype, seed, **(unsloth_options or {}))
+            peft_model, processor = _load_with_unsloth(model, lora, adapter, dtype, seed, **(unsloth_options or {}))
         else:
-            peft_model, processor = _load_with_transformers(model, lora, dtype, seed)
+            peft_model, processor = _load_with_transformers(model, lora, adapter, dtype, seed)
     if model.load_in_4bit and not is_4bit(peft_model):
         raise ModelError(f"model.load_in_4bit: {engine} loaded {model.name} without 4-bit layers; check bitsandbytes")
     limit_image_size(processor, data)
@@ -131,7 +139,22 @@ def load_policy(
     return Policy(peft_model, processor, engine, dtype, base_path(model.name))
 
 
-def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int) -> tuple:
+def _adapter(
+    base: nn.Module, model: ModelSection, lora: LoraSection, given: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Arguments of PEFT's LoraConfig: the `given` ones, else what the recipe says. Raises ModelError."""
+    if given is None:
+        _require_layers(base, lora, model.name)
+        targets = closest_family(base).lora_targets(lora.target_modules, vision=lora.vision)
+        return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+    if not any(re.fullmatch(given["target_modules"], name) for name, _ in base.named_modules()):
+        raise ModelError(f"{model.name}: has none of the adapter's layers; use the base that it was trained on")
+    return given
+
+
+def _load_with_transformers(
+    model: ModelSection, lora: LoraSection, adapter: Mapping[str, Any] | None, dtype: torch.dtype, seed: int
+) -> tuple:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
@@ -158,23 +181,23 @@ def _load_with_transformers(model: ModelSection, lora: LoraSection, dtype: torch
     processor = AutoProcessor.from_pretrained(
         path, revision=model.revision, padding_side="left", trust_remote_code=False
     )
-    _require_layers(base, lora, model.name)
+    adapter = _adapter(base, model, lora, adapter)
     if model.load_in_4bit:
         if not torch.cuda.is_available():
             fix_4bit_on_cpu(base)
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
     torch.manual_seed(seed)
-    adapter = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=closest_family(base).lora_targets(lora.target_modules, vision=lora.vision),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, adapter), processor
+    return get_peft_model(base, LoraConfig(**adapter, task_type="CAUSAL_LM")), processor
 
 
-def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtype, seed: int, **options: Any) -> tuple:
+def _load_with_unsloth(
+    model: ModelSection,
+    lora: LoraSection,
+    adapter: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    seed: int,
+    **options: Any,
+) -> tuple:
     if dtype == torch.float32 and torch.cuda.is_available():
         raise ModelError(
             "model.dtype: on a GPU, Unsloth trains float32 weights in 16 bits; use auto, or model.engine=transformers"
@@ -196,15 +219,12 @@ def _load_with_unsloth(model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         loaded_as := base.get_output_embeddings().weight.dtype
     ) != dtype:  # Unsloth may choose another dtype, with only a printed line
         raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
-    _require_layers(base, lora, model.name)
+    adapter = _adapter(base, model, lora, adapter)
     processor.tokenizer.padding_side = "left"
     peft_model = FastVisionModel.get_peft_model(
         base,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=closest_family(base).lora_targets(lora.target_modules, vision=lora.vision),
-        finetune_vision_layers=lora.vision,
+        **adapter,
+        finetune_vision_layers=re.escape(closest_family(base).tower) in adapter["target_modules"],
         random_state=seed,
         use_gradient_checkpointing=checkpointing,
     )

@@ -1,40 +1,101 @@
-"""The tuned policy: a base with an adapter from a run or from elsewhere."""
+"""The tuned policy: a base with an adapter from a run or from elsewhere.
 
+An adapter's layers are those that its file has weights for, by the names that transformers gives them now. So it does
+not matter how they were chosen in training (all-linear, some layers, a pattern), nor by which version of transformers.
+"""
+
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo_lora.errors import ModelError
+from apo_lora.family.lookup import family_of_base
 from apo_lora.policy.loading import Policy, import_engine, load_policy
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter import AdapterSource
+from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor
+
+_PREFIX = "base_model.model."
+# PEFT itself loads such adapters, on the model that they were trained on.
+_NOT_LOADED = ("use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
 
 
 def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
-    """The run's base, loaded as it was trained, with the run's adapter in place of the fresh one. Raises ModelError."""
+    """The recipe's base, loaded as it was trained, with the adapter. Raises ModelError."""
     import_engine(recipe.model)
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
+    config = lora_config(source)
+    if others := [key for key in _NOT_LOADED if getattr(config, key)]:
+        raise ModelError(f"{source.folder}: trained with {', '.join(others)}; load it with PEFT itself")
+    shape = {key: getattr(config, key) for key in ("r", "lora_alpha", "target_modules", "use_rslora")}
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed, adapter=shape)
     load_adapter(policy.model, source)
     return policy
 
 
-def load_adapter(model: "PeftModel", source: AdapterSource, **options: Any) -> None:
-    """Loads the adapter's matrices into the active adapter. `options` are PEFT's.
-
-    Raises ModelError unless they match the model's adapter exactly.
-    """
-    from safetensors import SafetensorError
+def lora_config(source: AdapterSource) -> "LoraConfig":
+    """The adapter's own, with its layers by name. Raises ModelError."""
+    from peft import LoraConfig, PeftConfig
+    from safetensors import SafetensorError, safe_open
 
     try:
-        loaded = model.load_adapter(str(source.folder), model.active_adapter, **options)
+        with safe_open(source.folder / WEIGHTS, "np") as weights:
+            keys = _current_names(weights.keys(), source)
+        config = PeftConfig.from_pretrained(str(source.folder))
+    except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]}); copy it again"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{source.folder}: {CONFIG} is of a {config.peft_type} adapter; only LoRA is supported")
+    layers = sorted({key.removeprefix(_PREFIX).partition(".lora_A")[0] for key in keys.values() if ".lora_A" in key})
+    if not layers:
+        raise ModelError(f"{source.folder}: {WEIGHTS} contains no LoRA layer; give another adapter")
+    config.target_modules = "|".join(map(re.escape, layers))  # PEFT matches it in full
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def load_adapter(model: "PeftModel", source: AdapterSource, *, assign: bool = False) -> None:
+    """Loads the adapter's matrices into the active adapter; with `assign`, in float32 in place of those that are there.
+
+    Raises ModelError unless they match the model's adapter exactly, and are numbers.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(source.folder / WEIGHTS)
+        names = _current_names(weights, source)
+        _require_numbers(weights, source.folder)
+        state = {names[key]: weight.float() if assign else weight for key, weight in weights.items()}
+        loaded = set_peft_model_state_dict(model, state, model.active_adapter, low_cpu_mem_usage=assign)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
             f"{source.folder}: the adapter cannot be loaded ({reason}); copy it again from where it was trained"
         ) from error
-    if loaded.missing_keys or loaded.unexpected_keys:
+    missing = [key for key in loaded.missing_keys if ".lora_" in key]
+    if missing or loaded.unexpected_keys:
         raise ModelError(
-            f"{source.folder}: the adapter does not match this model ({len(loaded.missing_keys)} weights are missing, "
+            f"{source.folder}: the adapter does not match this model ({len(missing)} weights are missing, "
             f"{len(loaded.unexpected_keys)} are unexpected); use the base that it was trained on"
+        )
+
+
+def _current_names(keys: Any, source: AdapterSource) -> dict[str, str]:
+    """Of each weight, the name that it has in a model loaded now."""
+    family = family_of_base(source.base_name)
+    return {key: _PREFIX + family.module_name(key.removeprefix(_PREFIX)) for key in keys}
+
+
+def _require_numbers(weights: "dict[str, Tensor]", folder: Path) -> None:
+    bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise ModelError(
+            f"{folder}: {len(bad)} of {len(weights)} weights of the adapter are NaN or infinite, such as {min(bad)}; "
+            "take an earlier checkpoint of that training"
         )

@@ -4,6 +4,7 @@ Unknown keys, wrong types and impossible combinations are all reported at once, 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ def describe_keys() -> Iterator[str]:
 
 def _inline_yaml(value: Any) -> str:
     value = value.model_dump() if isinstance(value, Section) else value
-    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=float("inf")).split("\n")[0]
+
+
+def override(key: str, value: Any) -> str:
+    """`section.key=value` as `load_recipe` takes it, whatever is in the value."""
+    return f"{key}={_inline_yaml(value)}"
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -84,6 +91,17 @@ class _RecipeLoader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody means who writes a seed or a count."""
+        if re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", node.value):
+            meant = super().construct_yaml_int(node)
+            problem = f"{node.value} would be read as {meant}; write a plain decimal number"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
+
 
 def read_yaml(path: Path, shape: str) -> dict[str, Any]:
     """A YAML file that holds a mapping, read safely. `shape` says what is expected; raises RecipeError."""
@@ -111,8 +129,9 @@ def _apply_override(tree: dict[str, Any], text: str) -> str | None:
         return f"override {text!r}: write it as section.key=value, for instance grpo.num_generations=4"
     try:
         parsed = yaml.load(value, Loader=_RecipeLoader)
-    except (yaml.YAMLError, RecursionError):
-        return f"override {text!r}: the value is not valid YAML; quote it"
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""
+        return f"override {text!r}: the value is not valid YAML{reason}; quote it"
     for name in [section, *path[:-1]]:
         if not isinstance(tree.get(name), dict):
             tree[name] = {}

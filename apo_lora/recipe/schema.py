@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from apo_lora.family.lookup import reserved_tokens
+from apo_lora.machine.paths import at_home
 
 
 def _number_from_text(value: Any) -> Any:
@@ -30,6 +31,8 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """One name, or a list of them."""
+Place = Annotated[str, AfterValidator(at_home)]
+"""A path, or a name of something that is not one; a leading ~ is the home folder."""
 
 
 class Section(BaseModel):
@@ -39,7 +42,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str = "tiny"
+    name: Place = "tiny"
     """`tiny` (the embedded CPU model), a Hugging Face id, or a local folder."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id; null is the default branch."""
@@ -73,14 +76,14 @@ class ColumnsSection(Section):
 
 
 class DataSection(Section):
-    train: str
+    train: Place
     """`boards` (the built-in task), a .json, .jsonl or .parquet file, a folder with one, a Hugging Face id, or a
     benchmark's name (`apo-lora eval --help` lists them)."""
-    eval: str | None = None
+    eval: Place | None = None
     """Held-out items, evaluated before and after training. Accepts what `train` accepts."""
-    general: str | None = None
+    general: Place | None = None
     """Items of another skill, evaluated before and after training to see what the model forgets. Never trained on."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[Place, ...] = ()
     """What `apo-lora eval` evaluates, in full, instead of `eval` and `general`: mathvista, mathverse, mmk12, mmstar,
     mmmu, or anything that `train` accepts."""
     split: str = "train"
@@ -94,7 +97,7 @@ class DataSection(Section):
     answer_as: Literal["text", "label", "letter", "from_0", "from_1"] | None = None
     """What a gold answer says of a choice, where the data leave it open: its text, its own label, the letter or the
     number of its place. null finds out from all rows together."""
-    image_folder: str | None = None
+    image_folder: Place | None = None
     """Folder that image paths start from; null is the folder of the data file. Paths that lead out are rejected."""
     system_prompt: str | None = None
     """System message; null leaves it to the data row, or to the model's chat template."""
@@ -128,7 +131,7 @@ BUILT_IN_REWARDS = {"accuracy": 1.0, "relaxed": 1.0, "iou": 1.0, "format": 0.5, 
 
 
 class RewardsSection(Section):
-    functions: tuple[str, ...] = ("accuracy", "format")
+    functions: tuple[Place, ...] = ("accuracy", "format")
     """Reward functions: `accuracy` (0 or 1), `relaxed` (the same with a tolerance for numbers), `iou` (overlap of
     boxes, 0 to 1), `format` (0 or 0.5), the penalties `overlong` and `repetition` (-1 to 0), or your own as
     `module:function` or `file.py:function`."""
@@ -255,7 +258,7 @@ class TrainSection(Section):
 
 
 class OutputSection(Section):
-    dir: str = "runs/{recipe}"
+    dir: Place = "runs/{recipe}"
     """Run directory; `{recipe}` is the recipe's name."""
     logging_steps: Count = 1
     """Optimizer steps between printed lines; metrics.jsonl records every step."""
@@ -263,7 +266,7 @@ class OutputSection(Section):
     """Experiment trackers to report to; each must be installed."""
     log_completions: bool = True
     """Record every completion with its rewards in completions.jsonl."""
-    mirror: tuple[str, ...] = ()
+    mirror: tuple[Place, ...] = ()
     """Where to copy the run's record and last checkpoint: folders (for instance on Google Drive) or `hub:ORG/NAME`."""
 
 
@@ -304,6 +307,10 @@ class Recipe(Section):
     def in_run_dir(self, path: Path) -> "Recipe":
         """The same recipe with its run directory spelled out."""
         return self.model_copy(update={"output": self.output.model_copy(update={"dir": str(path)})})
+
+    def on_base(self, name: str) -> "Recipe":
+        """The same recipe with another model.name."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"name": name})})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key with its value; load_recipe reads it back."""
@@ -367,6 +374,8 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             f"rewards.weights: {len(rewards.weights)} weights for {len(rewards.functions)} functions; "
             "give one per function"
         )
+    elif rewards.weights is not None and not any(rewards.weights):
+        yield "rewards.weights: all are 0, so there is nothing to learn from; give at least one function another weight"
     for place in recipe.output.mirror:
         if place.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", place):
             yield f"output.mirror: {place!r} is not a Hub repository; write hub:ORG/NAME"

@@ -1,17 +1,21 @@
-"""The recipe's rewards as functions that TRL calls: f(prompts, completions, **columns) -> one float a completion."""
+"""The recipe's rewards as functions that TRL calls: f(prompts, completions, **columns) -> one number per completion."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from apo_lora.recipe.schema import GrpoSection, RewardsSection
+from PIL import Image
+
+from apo_lora.errors import RewardError
+from apo_lora.recipe.schema import BUILT_IN_REWARDS, GrpoSection, RewardsSection
 from apo_lora.rewards.answers.same import Rules
 from apo_lora.rewards.boxes import iou_reward
+from apo_lora.rewards.calls import CheckedRewards, RewardFunction, awaited
 from apo_lora.rewards.relaxed import nearly_equal
 from apo_lora.rewards.scores import accepted, format_reward
 from apo_lora.rewards.shaping import overlong_punishment, repetition_penalty
 from apo_lora.rewards.verifier import Verifier
-
-RewardFunction = Callable[..., list[float]]
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
@@ -70,7 +74,7 @@ def reward_functions(
     }
     functions = []
     for name in rewards.functions:
-        function = built_in.get(name) or _with_message_lists(_load(name))
+        function = built_in.get(name) or _with_own_copies(_load(name))
         function.__name__ = name  # TRL names its reward columns after the function
         functions.append(function)
     return functions
@@ -82,11 +86,57 @@ def _load(spec: str) -> RewardFunction:
     return load_reward(spec)
 
 
-def _with_message_lists(function: RewardFunction) -> RewardFunction:
-    """Own rewards always see what TRL documents for conversations: one list of messages per completion."""
+def _with_own_copies(function: RewardFunction) -> RewardFunction:
+    """Own rewards see what TRL documents for conversations, one list of messages per completion, and their own copies
+    of the columns: what they change there changes nothing for the others, nor for the next step."""
 
-    def own_reward(completions: list, **columns: Any) -> list[float]:
+    def own_reward(completions: list, **columns: Any) -> Any:
         messages = [[{"role": "assistant", "content": completion_text(c)}] for c in completions]
-        return function(completions=messages, **columns)
+        return awaited(function(completions=messages, **_copied(columns, {})))
 
+    with suppress(TypeError, ValueError):  # a builtin has none
+        own_reward.__signature__ = inspect.signature(function)
     return own_reward
+
+
+def _copied(value: Any, images: dict[int, Image.Image]) -> Any:
+    """Of what rows are made of; what TRL adds is shared. `images`: copies so far, one for a prompt's completions."""
+    if isinstance(value, dict):
+        return {key: _copied(item, images) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item, images) for item in value]
+    if isinstance(value, Image.Image):
+        if id(value) not in images:
+            images[id(value)] = value.copy()
+        return images[id(value)]
+    return value
+
+
+def probe(functions: Sequence[RewardFunction], item: dict[str, Any], num_generations: int) -> None:
+    """Calls each of the user's own functions once, as for one group of completions, before a model is loaded for it.
+
+    `item`: of the data set that is trained on (data/examples.py, prompt_dataset). Raises RewardError.
+    """
+    from transformers import TrainerState
+
+    texts = [f"<think>I look at the image.</think><answer>{accepted(item['answer'])[0]}</answer>", "I do not know."]
+    prompt, columns = item["prompt"], {key: value for key, value in item.items() if key != "prompt"}
+    arguments = {
+        "prompts": [prompt] * num_generations,
+        "completions": [[{"role": "assistant", "content": texts[place % 2]}] for place in range(num_generations)],
+        "completion_ids": [[0] * 8 for _ in range(num_generations)],
+        **{key: [value] * num_generations for key, value in columns.items()},
+        "trainer_state": TrainerState(),
+        "log_extra": lambda *column: None,
+        "log_metric": lambda *figure: None,
+    }
+    for function in functions:
+        if function.__name__ in BUILT_IN_REWARDS:
+            continue
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise RewardError(
+                f"reward {function.__name__!r} cannot be called: {error}; the columns are {', '.join(arguments)}"
+            ) from None
+        CheckedRewards(warn=str).of(function)(**arguments)  # training warns

@@ -7,8 +7,11 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -75,12 +78,30 @@ def _file(spec: str, source: str) -> Path:
 
 
 def _from_file(spec: str, path: Path) -> ModuleType:
-    loaded = importlib.util.spec_from_file_location(f"apo_lora_user_{path.stem}", path)
+    loaded = importlib.util.spec_from_file_location(_module_name(path), path)
     if loaded is None:
         raise RewardError(f"reward {spec!r}: {str(path)!r} is not a Python file; give it the ending .py")
     module = importlib.util.module_from_spec(loaded)
     sys.modules[loaded.name] = module  # dataclasses and pickle look their module up by name
-    return _run(spec, lambda: loaded.loader.exec_module(module) or module)
+    with _modules_beside(str(path.resolve().parent)):
+        return _run(spec, lambda: loaded.loader.exec_module(module) or module)
+
+
+def _module_name(path: Path) -> str:
+    return f"apo_lora_user_{path.stem}"
+
+
+@contextmanager
+def _modules_beside(folder: str) -> Iterator[None]:
+    """What is imported inside may lie in `folder`, as in a program that Python is given; it stays on the path, behind
+    all libraries, for what functions import when they are called."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _from_module(spec: str, name: str) -> ModuleType:
@@ -88,20 +109,54 @@ def _from_module(spec: str, name: str) -> ModuleType:
     return _run(spec, lambda: importlib.import_module(name))
 
 
+def source_files(spec: str) -> list[Path]:
+    """The file of a loaded reward, then the files beside it that it has imported; none of a built-in one."""
+    if spec in BUILT_IN_REWARDS:
+        return []
+    source, _ = _parts(spec)
+    module = sys.modules.get(_module_name(_file(spec, source)) if _is_file(source) else source)
+    if not (path := getattr(module, "__file__", None)):
+        return []
+    own = Path(path).resolve()
+    files = {Path(str(getattr(other, "__file__", ""))) for other in list(sys.modules.values())}
+    beside = {file.resolve() for file in files if file.is_absolute()} - {own}
+    return [own, *sorted(file for file in beside if file.parent == own.parent)]
+
+
 def _require_module(spec: str, name: str) -> None:
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        found = None
+    found = _find(name)
+    if found is None:  # in the working directory, where `python -m` looks too; behind all libraries
+        sys.path.append(os.getcwd())
+        if (found := _find(name)) is None:
+            sys.path.pop()
     if found is None:
         raise RewardError(
             f"reward {spec!r}: no module named {name!r}; install it, or give its file (path/to/file.py:function)"
         )
 
 
+def _find(name: str) -> ModuleSpec | None:
+    try:
+        with _no_bytecode():  # a parent package is imported
+            return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """No __pycache__ appears beside the user's files."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
 def _run(spec: str, load: Callable[[], ModuleType]) -> ModuleType:
     try:
-        return load()
+        with _no_bytecode():
+            return load()
     except (Exception, SystemExit) as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
         message = " ".join(str(error).split())[:200]
@@ -125,8 +180,9 @@ def _check_signature(spec: str, function: Callable) -> None:
     except (TypeError, ValueError):  # builtins have none; the first call will tell
         return
     kinds = {p.kind for p in signature.parameters.values()}
-    try:
-        signature.bind(prompts=[], completions=[], answer=[], choices=[])
+    named = {p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    try:  # named parameters may be columns of the data, which is not here yet
+        signature.bind(**dict.fromkeys(named | {"prompts", "completions", "answer", "choices"}))
     except TypeError as error:
         remedy = "" if inspect.Parameter.VAR_KEYWORD in kinds else " (add **columns: every data column is passed)"
         raise RewardError(

@@ -1,19 +1,17 @@
 """Which adapter a command is about: a run's, or a folder in PEFT's format; and the recipe to load it by. No torch."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from apo_lora.errors import ModelError
-from apo_lora.family.lookup import family_of_base
-from apo_lora.family.record import Family
+from apo_lora.machine.paths import at_home
 from apo_lora.recipe.files import load_recipe
-from apo_lora.recipe.schema import LoraSection, Recipe
+from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
 from apo_lora.run.recipes import trained_recipe
-
-# What a LoraSection cannot say; PEFT itself loads such adapters.
-_NOT_IN_A_RECIPE = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -67,49 +65,48 @@ def find_adapter(path: str | Path) -> AdapterSource:
             f"{folder / CONFIG} does not name its base model ({type(error).__name__}); copy it again from where it was "
             "trained"
         ) from None
-    return AdapterSource(folder, base_name, run)
+    return AdapterSource(folder, _base_here(base_name, folder), run)
 
 
 def recipe_for(source: AdapterSource, given: Recipe | None) -> Recipe:
-    """How to load and ask it: the run's recipe, else the one `given` or left by a push, fitted to the adapter.
+    """How to load and ask it: the run's recipe, else the one `given` or left by a push; always on the adapter's base.
 
-    Fitted: base, rank, alpha and layers are the adapter's own. Raises ModelError where there is no recipe.
+    Raises ModelError where there is no recipe.
     """
-    if source.run and not given:
-        return source.recipe
     recipe = given or source.recipe
     if recipe is None:
         raise ModelError(
             f"{source.folder}: the adapter has no recipe that says how to ask it (no {RECIPE_ON_HUB}); give a run "
             "directory, or a recipe with --recipe R"
         )
-    model = recipe.model
+    if source.run and not given:
+        return on_its_base(recipe, source)
     if Path(source.base_name).is_dir() or not Path(source.base_name).is_absolute():  # not a path of another machine
-        model = model.model_copy(update={"name": source.base_name})
-    return recipe.model_copy(update={"model": model, "lora": _lora_section(source, family_of_base(model.name))})
+        return recipe.on_base(source.base_name)
+    return recipe
 
 
-def _lora_section(source: AdapterSource, family: Family) -> LoraSection:
-    """Rank, alpha and layers out of its config and the names of its weights. Raises ModelError."""
-    from safetensors import SafetensorError, safe_open
+def on_its_base(recipe: Recipe, source: AdapterSource) -> Recipe:
+    """A run's recipe with the folder of its base, where the recipe names it from elsewhere."""
+    is_found = recipe.model.name == "tiny" or Path(recipe.model.name).is_dir()
+    return recipe if is_found or not Path(source.base_name).is_dir() else recipe.on_base(source.base_name)
 
-    try:
-        config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(source.folder / WEIGHTS, "np") as weights:
-            layers = [name.rpartition(".lora_A")[0] for name in weights.keys() if ".lora_A" in name]  # noqa: SIM118
-        others = [key for key in _NOT_IN_A_RECIPE if config.get(key)]
-        if others:
-            raise ModelError(f"{source.folder}: trained with {', '.join(others)}; load it with PEFT itself")
-        language = sorted({layer.rpartition(".")[2] for layer in layers if not family.is_tower_layer(layer)})
-        if not language:
-            raise ModelError(
-                f"{source.folder}: {WEIGHTS} contains no LoRA layer of a language model; give another adapter"
-            )
-        vision = any(map(family.is_tower_layer, layers))
-        return LoraSection(
-            r=config["r"], alpha=float(config["lora_alpha"]), target_modules=tuple(language), vision=vision
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]}); copy it again"
-        ) from error
+
+def _base_here(name: str, adapter: Path) -> str:
+    """The folder of a base that is named relative to where it was trained: from here, else from above the adapter."""
+    name = at_home(name)
+    places = [Path.cwd(), *adapter.absolute().parents]
+    found = (place / name for place in places if (place / name / "config.json").is_file())
+    return str(next(found, name))
+
+
+def save_adapter(model: Any, run_dir: RunDir) -> None:
+    """Writes to a folder beside it first, so that adapter/ is always complete."""
+    temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
+    if run_dir.adapter.exists():
+        run_dir.adapter.rename(old)
+    temporary.rename(run_dir.adapter)
+    shutil.rmtree(old, ignore_errors=True)

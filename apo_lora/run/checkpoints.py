@@ -46,7 +46,7 @@ def is_whole(path: Path) -> bool:
 def why_not_whole(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((path / COMPLETE).read_text())
+        files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {COMPLETE}, so it was not completely written"
     except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
 recipe.yaml        the recipe as asked for           metrics.jsonl      one line per optimizer step
 recipe_trained.yaml  as this machine trained it (run/recipes.py)
+inputs.json        fingerprints of data and rewards (run/inputs.py)
 environment.json   versions and device               completions.jsonl  one line per sampled completion
 preflight.json     what was checked before step 1    images/            images of the completions' prompts
 eval.json          before and after                  answers.jsonl      one line per completion behind eval.json
@@ -14,12 +15,14 @@ report.html        what `apo-lora report` makes of all this
 import os
 import shutil
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import RunDirError
+from apo_lora.machine import ranks
 from apo_lora.run.checkpoints import checkpoints_in, is_sealed, is_whole, remove_checkpoint
-from apo_lora.run.files import read_jsonl, write_jsonl
+from apo_lora.run.files import locked, read_jsonl, write_jsonl
 
 TEMPORARY = ".*.tmp*"
 
@@ -31,6 +34,7 @@ class RunDir:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.recipe_trained = self.path / "recipe_trained.yaml"
+        self.inputs = self.path / "inputs.json"
         self.environment = self.path / "environment.json"
         self.preflight = self.path / "preflight.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -68,14 +72,18 @@ class RunDir:
         self.refuse_existing()
         self.start_again()
 
-    def start_again(self) -> None:
-        """Makes the folders, and drops the record of a run that was cut before its first checkpoint."""
+    def make(self) -> None:
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunDirError(
                 f"output.dir: {self.path} cannot be created ({error.strerror}); choose another folder"
             ) from None
+
+    def start_again(self) -> None:
+        """Makes the folders, and drops the record of a run that was cut before its first checkpoint."""
+        self.make()
+        self.checkpoints.mkdir(exist_ok=True)
         self.rewind(0)
         for measured in (self.evaluation, self.answers):
             measured.unlink(missing_ok=True)
@@ -119,3 +127,22 @@ class RunDir:
         for path in self.valid_checkpoints()[:-keep]:
             if path != spare:
                 remove_checkpoint(path)
+
+
+class RunLock(ExitStack):
+    """Keeps other processes from writing into a run, from `take` to the end of the `with`. Only the main one asks."""
+
+    def __init__(self, run_dir: RunDir):
+        super().__init__()
+        self.run_dir = run_dir
+        self.is_held = not ranks.is_main()
+
+    def take(self) -> None:
+        """Nothing happens where there is no folder yet. Raises RunDirError where another process has it."""
+        if not self.is_held and self.run_dir.path.is_dir():
+            self.enter_context(locked(self.run_dir.path))
+            self.is_held = True
+
+    def make_and_take(self) -> None:
+        self.run_dir.make()
+        self.take()

@@ -1,4 +1,7 @@
-"""Files that survive a kill: one is replaced as a whole, and one of JSON lines only ever grows by whole lines."""
+"""Files that survive a kill: one is replaced as a whole, and one of JSON lines only ever grows by whole lines.
+
+`locked` keeps two processes from writing into one folder.
+"""
 
 import json
 import os
@@ -7,7 +10,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import lock_descriptor
+
 from apo_lora.errors import RunDirError
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on an existing folder. Raises RunDirError where another process holds it.
+
+    The lock is the operating system's, on the folder itself: no file is left behind, and a process gives it up however
+    it ends. File systems without such locks, and Windows, which has none on folders, are written to without it.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        if not _is_taken(descriptor):
+            raise RunDirError(f"{folder}: another process is writing to it; wait for that process, or stop it")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_taken(descriptor: int) -> bool:
+    try:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError:
+        return True
 
 
 @contextmanager

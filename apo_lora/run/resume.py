@@ -5,8 +5,10 @@ starts one that does not exist yet.
 """
 
 import json
+import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe, differences
 from apo_lora.run.checkpoints import checkpoint_step, checkpoints_in, is_sealed, remove_checkpoint, why_not_whole
 from apo_lora.run.directory import RunDir
+from apo_lora.run.files import read_jsonl
 
 # Keys that may differ when a run is continued: they change its length or what is shown, not what it computes.
 FREE_ON_RESUME = (
@@ -30,6 +33,8 @@ def checkpoint_to_continue(run_dir: RunDir, recipe: Recipe, resume: str | None) 
         return None
     checkpoint = find_checkpoint(run_dir, resume)
     run_dir.require_readable_record()
+    if checkpoint is not None:
+        _refuse_steps_of_another_run(run_dir, checkpoint)
     if run_dir.recipe.exists():
         before = load_recipe(run_dir.recipe)
         _refuse_another_recipe(run_dir, before, recipe)
@@ -44,6 +49,16 @@ def checkpoint_to_continue(run_dir: RunDir, recipe: Recipe, resume: str | None) 
     return checkpoint
 
 
+def of_its_run(recipe: Recipe, path: Path, overrides: Sequence[str]) -> Recipe:
+    """A recipe that was read from a run directory, with that as its output.dir: the folder may have been renamed since.
+
+    Unless `overrides` (section.key=value) name another.
+    """
+    is_in_run = path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir()
+    is_named = any(text.startswith("output.dir=") for text in overrides)
+    return recipe.in_run_dir(path.parent) if is_in_run and not is_named else recipe
+
+
 def find_checkpoint(run_dir: RunDir, wanted: str) -> Path | None:
     """`auto` is the last whole one, or None for a run that was cut before its first; otherwise a checkpoint's path.
 
@@ -53,6 +68,11 @@ def find_checkpoint(run_dir: RunDir, wanted: str) -> Path | None:
         path = Path(wanted)
         if fault := why_not_whole(path):
             raise RunDirError(f"--resume {wanted}: not a complete checkpoint ({fault}); try --resume auto")
+        if path.resolve().parent != run_dir.checkpoints.resolve():
+            raise RunDirError(
+                f"--resume {wanted}: not a checkpoint of {run_dir.path}, whose record would be cut to it; give "
+                "output.dir=DIR of the run that the checkpoint belongs to"
+            )
         return path
     if run_dir.path.is_file():
         raise RunDirError(f"output.dir: {run_dir.path} is a file; choose another with output.dir=DIR")
@@ -71,6 +91,26 @@ def find_checkpoint(run_dir: RunDir, wanted: str) -> Path | None:
             f"--resume auto: {run_dir.path} contains other files but no run; choose another folder with output.dir=DIR"
         )
     return None
+
+
+def _refuse_steps_of_another_run(run_dir: RunDir, checkpoint: Path) -> None:
+    """A checkpoint repeats the figures of its last steps: those of a run that it was copied from are not on record."""
+    try:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    steps = {row["step"]: row for row in history if "reward" in row}
+    for row in read_jsonl(run_dir.metrics) if run_dir.metrics.exists() else ():
+        there = steps.get(row["step"], row)
+        if any(repr(row.get(name)) != repr(there.get(name)) for name in _TELLING):
+            raise RunDirError(
+                f"--resume: {checkpoint} was saved by another run: its step {row['step']} is not the one in "
+                f"{run_dir.metrics}; move it away, or restore the record that belongs to it"
+            )
+
+
+_TELLING = ("reward", "length", "kl")
+"""Figures that two runs do not share at every step."""
 
 
 def _refuse_another_recipe(run_dir: RunDir, before: Recipe, now: Recipe) -> None:
@@ -129,3 +169,15 @@ def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     device = (environment.get("gpu") or {}).get("name", "CPU")
     facts = {"processes": environment.get("processes"), "engine": environment.get("engine"), "device": device}
     return {name: fact for name, fact in {**facts, **environment.get("packages", {})}.items() if fact is not None}
+
+
+@contextmanager
+def only_plain_data(checkpoint: Path | None) -> Iterator[None]:
+    """A checkpoint's optimizer and random state are unpickled as plain tensors only; anything else is refused."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise RunDirError(
+            f"--resume {checkpoint}: contains objects other than numbers and tensors, none of which were loaded; "
+            "resume one of your own checkpoints, or start a new run"
+        ) from None

@@ -4,6 +4,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from apo_lora.machine.paths import as_word
+from apo_lora.recipe.files import override
 from apo_lora.run.directory import RunDir
 from apo_lora.run.figures import FIGURES, HELD_OUT, format_figure
 from apo_lora.run.tables import aligned
@@ -43,6 +45,7 @@ def closing_summary(
     if any(troubles.values()):
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in troubles.items() if count)
         lines += ["", f"During training: {counts}."]
+    recipe, elsewhere = as_word(run_dir.recipe), as_word(override("output.dir", f"{run_dir.path}-grpo"))
     lines += [
         "",
         f"Adapter      {run_dir.adapter}",
@@ -51,10 +54,9 @@ def closing_summary(
         *([f"Plots        {run_dir.plots}/{', '.join(plot.name for plot in plots)}"] if plots else []),
         "",
         "Next:",
-        f"  apo-lora report {run_dir.path}    # all results on one page",
-        f"  apo-lora eval {run_dir.path}    # base and tuned model on held-out items, decoded greedily",
-        f"  apo-lora train --recipe {run_dir.recipe} --resume auto train.max_steps={2 * steps}    # continue from here",
-        f"  apo-lora train --recipe {run_dir.recipe} apo.dads=null apo.stcr=null output.dir={run_dir.path}-grpo"
-        "    # the same as plain GRPO",
+        f"  apo-lora report {as_word(run_dir.path)}    # all results on one page",
+        f"  apo-lora eval {as_word(run_dir.path)}    # base and tuned model on held-out items, decoded greedily",
+        f"  apo-lora train --recipe {recipe} --resume auto train.max_steps={2 * steps}    # continue from here",
+        f"  apo-lora train --recipe {recipe} apo.dads=null apo.stcr=null {elsewhere}    # the same as plain GRPO",
     ]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
 from apo_lora.errors import RecipeError
 from apo_lora.recipe.files import find_recipe, load_recipe, read_yaml, shipped_recipes
-from apo_lora.recipe.schema import Count, Positive, Recipe, Section
+from apo_lora.recipe.schema import Count, Place, Positive, Recipe, Section
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]  # it becomes a folder's
 Changes = dict[str, dict[str, Any]]
@@ -32,7 +32,7 @@ OWN_KEYS = {"train.seed": "list seeds under seeds", "output.dir": "use --out DIR
 class Experiment(Section):
     model_config = ConfigDict(strict=False)  # YAML's lists are tuples here; the recipes' own check is strict
 
-    base: str
+    base: Place
     common: Changes = {}
     variants: Annotated[dict[Name, Changes | None], Field(min_length=2)]
     seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...]

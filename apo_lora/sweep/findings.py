@@ -61,7 +61,7 @@ def write_findings(
         "experiment": name,
         "date": now(),
         "cpu_cores": os.cpu_count(),
-        "environment": json.loads(RunDir(next(iter(finished)).path).environment.read_text()),
+        "environment": json.loads(RunDir(next(iter(finished)).path).environment.read_text(encoding="utf-8")),
         "overrides": list(overrides),
         "variants": {variant: changes or {} for variant, changes in experiment.variants.items()},
         "baseline": next(iter(experiment.variants)),

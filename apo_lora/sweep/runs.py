@@ -10,6 +10,7 @@ from apo_lora.errors import RecipeError, RunDirError
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import differences
 from apo_lora.run.directory import RunDir
+from apo_lora.run.files import locked
 from apo_lora.sweep.experiment import PlannedRun
 
 
@@ -41,7 +42,7 @@ def state_of(run: PlannedRun) -> State:
 
 def is_finished(run_dir: RunDir) -> bool:
     """The model card is written last, and also by a run that stopped itself, which has no evaluation after training."""
-    return run_dir.model_card.is_file() and "after" in json.loads(run_dir.evaluation.read_text())
+    return run_dir.model_card.is_file() and "after" in json.loads(run_dir.evaluation.read_text(encoding="utf-8"))
 
 
 def states(runs: Iterable[PlannedRun]) -> dict[PlannedRun, State]:
@@ -71,7 +72,8 @@ def ready_to_resume(run: PlannedRun) -> bool:
     run_dir = RunDir(run.path)
     if run_dir.valid_checkpoints():
         return True
-    shutil.rmtree(run.path)
+    with locked(run.path):
+        shutil.rmtree(run.path)
     return False
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from apo_lora.errors import RecipeError
+from apo_lora.machine.paths import as_word
 from apo_lora.report.comparison import COMPARED, value
 from apo_lora.report.runs import read_run
 from apo_lora.run.directory import RunDir
@@ -59,7 +60,7 @@ def sweep(
     if findings:
         print(f"\n{closing_summary(findings)}\n")
         print(f"Results      {out / 'README.md'}, {out / 'sweep.json'}, {out / 'sweep.png'}")
-        print(f"Report       apo-lora report {out}/*/seed-*")
+        print(f"Report       apo-lora report {as_word(out)}/*/seed-*")
     if failed:
         lines = [f"  {outcome.run}: {outcome.reason}" for outcome in failed]
         remedy = f"The logs are in {out / 'logs'}; run the same command to try these again."

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from stirred_adapters import stirred_run
 
 from apo_lora.chat.chat import chat
@@ -182,13 +183,13 @@ def test_a_question_that_is_none_is_one_line(run, question, says, capsys):
     assert says in error and len(error.splitlines()) == 1
 
 
-def test_an_adapter_of_another_recipe_is_refused(run, tmp_path):
+def test_an_adapter_of_another_size_is_refused(run, tmp_path):
     other = RunDir(shutil.copytree(run.path, tmp_path / "other"))
-    other.recipe.write_text(load_recipe(run.recipe, ["lora.target_modules=[q_proj]"]).to_yaml())
-    with pytest.raises(ModelError, match="are unexpected"):
+    edit_config(other.adapter, r=4)
+    with pytest.raises(ModelError, match="cannot be loaded"):
         ask(other)
     (other.adapter / WEIGHTS).write_bytes(b"cut short")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be read"):
         ask(other)
 
 
@@ -214,20 +215,80 @@ def edit_config(adapter, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def edit_weights(adapter, change):
+    path = adapter / WEIGHTS
+    save_file(dict(change(name, weight) for name, weight in load_file(path).items()), path)
+
+
+def test_an_adapter_by_an_older_transformers_answers_the_same(run, tmp_path):
+    """Before 4.52 the layers had other names; the answers do depend on the adapter."""
+    answers = ask(run)[:2]
+    assert answers[0] != answers[1]
+    old = RunDir(shutil.copytree(run.path, tmp_path / "old"))
+    names = re.compile(r"model\.(language_model\.(?=layers)|(?=visual))")
+    edit_weights(old.adapter, lambda name, weight: (re.sub(names, lambda m: "model." if m[1] else "", name), weight))
+    assert not [name for name in load_file(old.adapter / WEIGHTS) if "language_model" in name]
+    assert ask(old)[:2] == answers
+
+
+ELSEWHERE = {
+    "all linear layers": {"target_modules": "all-linear"},
+    "some layers": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0]},
+    "all layers but some": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0\..*"},
+    "the tower alone": {"target_modules": r".*visual\.blocks.*\.(qkv|proj)"},
+    "rank-stabilised": {"target_modules": ["q_proj"], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE, ids=str)
+def test_an_adapter_trained_by_peft_alone_gives_its_model(how, run, tmp_path):
+    """Whatever a recipe cannot say of its layers: the logits are those of PEFT's own model."""
+    from peft import LoraConfig, get_peft_model
+    from stirred_adapters import stir
+    from transformers import AutoModelForImageTextToText
+
+    from apo_lora.policy.tuned import load_tuned
+    from apo_lora.run.adapter import recipe_for
+    from apo_lora.tiny import BASE_DIR
+
+    base = AutoModelForImageTextToText.from_pretrained(BASE_DIR, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **ELSEWHERE[how]))
+    stir(model)
+    model.save_pretrained(tmp_path)
+    source = find_adapter(tmp_path)
+    policy = load_tuned(source, recipe_for(source, load_recipe(run.recipe)))
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How many?"
+    red = Image.new("RGB", (84, 84), "red")
+    inputs = policy.processor(text=[text], images=[red], return_tensors="pt")
+    with torch.no_grad():
+        logits = [each.eval()(**inputs).logits for each in (policy.model, model)]
+        with model.disable_adapter():
+            assert not torch.allclose(model(**inputs).logits, logits[1], atol=1e-2)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda adapter: edit_config(adapter, use_rslora=True), "use_rslora; load it with PEFT"),
+        (lambda adapter: edit_config(adapter, use_dora=True), "use_dora; load it with PEFT"),
+        (
+            lambda adapter: edit_weights(adapter, lambda name, weight: (name, weight / 0)),
+            "weights of the adapter are NaN",
+        ),
+        (
+            lambda adapter: edit_weights(adapter, lambda name, weight: (f"x.{name}", weight)),
+            "does not match this model",
+        ),
         (lambda adapter: (adapter / WEIGHTS).write_bytes(b"cut short"), "cannot be read"),
-        (lambda adapter: (adapter / CONFIG).write_text('{"base_model_name_or_path": "x/y"}'), "cannot be read"),
+        (lambda adapter: (adapter / CONFIG).write_text('{"base_model_name_or_path": "x/y"}'), "only LoRA"),
     ],
 )
 def test_an_adapter_alone_that_cannot_be_loaded_is_one_line(spoil, says, run, tmp_path, capsys):
     alone = shutil.copytree(run.adapter, tmp_path / "alone")
     spoil(alone)
     assert main(["chat", str(alone), QUESTION, "--recipe", "tiny_cpu"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert says in error and len(error.splitlines()) == 1
+    *progress, error = capsys.readouterr().err.strip().splitlines()
+    assert says in error and all("Loading weights" in line for line in progress)
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------

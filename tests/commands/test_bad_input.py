@@ -42,9 +42,7 @@ def make(files: dict, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Of all files but the bytecode that Python puts beside a module which it imports."""
-    paths = (path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts)
-    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
 def check(case: Case, code: int, error: str, seconds: float) -> None:

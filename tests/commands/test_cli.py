@@ -7,7 +7,7 @@ import time
 import pytest
 
 from apo_lora import __version__
-from apo_lora.commands.main import VERBS, main
+from apo_lora.commands.main import VERBS, main, parser_of
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
@@ -69,3 +69,18 @@ def test_check_rewards_of_the_built_in_task(capsys):
 def test_check_data_of_the_built_in_task(capsys):
     assert main(["check-data", "--recipe", "tiny_cpu.yaml", "data.limit=50"]) == 0
     assert "50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [
+    "train --recipe tiny_cpu --dry-run a.b=1",
+    "train a.b=1 --recipe tiny_cpu --dry-run",
+    "train --dry-run a.b=1 --recipe tiny_cpu",
+])  # fmt: skip
+def test_options_and_overrides_come_in_any_order(words):
+    options = parser_of("train").parse_intermixed_args(words.split()[1:])
+    assert (options.overrides, options.recipe, options.dry_run) == (["a.b=1"], "tiny_cpu", True)
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option():
+    options = parser_of("sweep").parse_intermixed_args(["name", "a.b=1", "--jobs", "2", "c.d=3", "--dry-run"])
+    assert (options.experiment, options.overrides, options.jobs) == ("name", ["a.b=1", "c.d=3"], 2)

@@ -17,6 +17,7 @@ from apo_lora.export import merged as export_merged
 from apo_lora.export.comparison import check_prompts, comparison
 from apo_lora.recipe.files import find_recipe
 from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
+from apo_lora.run.files import locked
 from apo_lora.tiny import BASE_DIR
 
 
@@ -335,13 +336,12 @@ def lost_shard(adapter):
         ),
         (lambda a: edit_config(a, use_dora=True), "DoraLinearVariant"),
         (lambda a: edit_config(a, peft_type="IA3"), "only LoRA"),
-        (lambda a: edit_config(a, target_modules=["nothing"]), "PEFT cannot use it on"),
         (lambda a: edit_config(a, base_model_name_or_path="/no/such/base"), "/no/such/base does not exist here"),
         (lambda a: edit_config(a, base_model_name_or_path="nobody/nothing"), "hf download nobody/nothing"),
         (unknown_layer, "use the base that it was trained on"),
         (quantised_base, "quantised"),
         (lost_shard, "model-00002-of-00002.safetensors is missing"),
-        (lambda a: edit_weights(a, lambda n, t: (n, t * float("inf"))), "cannot represent"),
+        (lambda a: edit_weights(a, lambda n, t: (n, t * 1e30)), "cannot represent"),
         (lambda a: edit_weights(a, lambda n, t: (n, t[:, 1:].clone()) if "lora_A" in n else (n, t)), "size mismatch"),
         (lambda a: edit_weights(a, lambda n, t: None if "lora_B" in n else (n, t)), "48 weights are missing"),
         (lambda a: shutil.copytree(a, a.parent / "merged"), "already exists"),
@@ -359,3 +359,16 @@ def test_what_cannot_be_merged_is_one_line(spoil, words, adapter, tmp_path, caps
 def test_no_adapter_is_one_line(tmp_path, capsys):
     assert main(["export", str(tmp_path / "nothing"), "--to", "merged"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_two_exports_into_one_folder_are_refused(adapter, tmp_path, capsys):
+    """The second one would clear away what the first one writes; what a killed one left is cleared away."""
+    hidden = tmp_path / ".merged.tmp"
+    hidden.mkdir()
+    (hidden / "half").write_text("")
+    with locked(hidden):
+        assert export(adapter, tmp_path / "merged") == 2
+        assert "another process is writing to it" in capsys.readouterr().err
+    assert (hidden / "half").exists()
+    assert export(adapter, tmp_path / "merged") == 0
+    assert not hidden.exists() and not (tmp_path / "merged" / "half").exists()

@@ -1,5 +1,7 @@
 """One more record is all that another family takes: loading, sampling, scoring, the plan and the data follow it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from other_family import OTHER_VL, RENAMED_TOKENS, make_base
@@ -16,11 +18,12 @@ from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.policy.loading import load_policy
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import obstacle
+from apo_lora.policy.tuned import lora_config
 from apo_lora.preflight.checks import check_shared_prompt, next_rung
 from apo_lora.preflight.memory_plan import load_of
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection, Recipe
 from apo_lora.rollout.sampling import generation_options
-from apo_lora.run.adapter import find_adapter, recipe_for
+from apo_lora.run.adapter import find_adapter
 
 DATA = DataSection(train="boards", max_pixels=64 * 1024)
 RECIPE = Recipe(data=DATA, grpo={"max_completion_length": 8})
@@ -101,11 +104,21 @@ def test_image_limits_are_in_its_tokens(registered):
     assert next_rung(one_per_pass, QWEN2_5_VL).data.max_pixels < DATA.max_pixels
 
 
-def test_an_adapter_alone_says_whether_it_has_vision_layers(base, registered, tmp_path):
+def test_an_adapter_alone_has_the_layers_that_it_was_saved_with(base, registered, tmp_path):
     for vision in (True, False):
         load(base, vision=vision).model.save_pretrained(tmp_path / str(vision))
-        lora = recipe_for(find_adapter(tmp_path / str(vision)), RECIPE).lora
-        assert lora.vision is vision and set(lora.target_modules) == set(LoraSection().target_modules)
+        layers = lora_config(find_adapter(tmp_path / str(vision))).target_modules
+        assert "decoder" in layers and ("eyes" in layers) is vision
+
+
+def test_an_older_name_of_a_layer_is_translated():
+    now = "model.decoder.layers.0.mlp.up_proj"
+    for name in (now, "model.layers.0.mlp.up_proj"):
+        assert OTHER_VL.module_name(name) == now
+    for name in ("model.eyes.blocks.0.attn.qkv", "eyes.blocks.0.attn.qkv"):
+        assert OTHER_VL.module_name(name) == "model.eyes.blocks.0.attn.qkv"
+    assert OTHER_VL.module_name("lm_head") == "lm_head"
+    assert replace(OTHER_VL, language="").module_name("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
 
 
 def test_weights_have_one_name_whatever_the_prefix():

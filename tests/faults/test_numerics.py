@@ -8,7 +8,7 @@ import torch
 from tiny_trainer import adapter, largest_difference, logged, recipe_of
 
 from apo_lora.errors import TrainingStopped
-from apo_lora.rewards.finite import FiniteRewards
+from apo_lora.rewards.calls import CheckedRewards
 from apo_lora.run.directory import RunDir
 
 from .tiny_runs import arguments, steady_rows
@@ -88,14 +88,15 @@ def test_three_in_a_row_stop_with_the_last_good_adapter(make_trainer, poison):
 
 
 def test_rewards_that_are_not_finite_are_zero_counted_and_shown(capsys):
-    finite = FiniteRewards()
+    finite = CheckedRewards()
 
     def mine(completions):
         return [1.0, NAN, INF, -INF, None, 0.5]
 
-    watched = finite.watching(mine)
-    assert watched(completions=[]) == [1.0, 0.0, 0.0, 0.0, None, 0.5]
-    watched(completions=[])
+    watched = finite.of(mine)
+    six = [""] * 6
+    assert watched(completions=six) == [1.0, 0.0, 0.0, 0.0, None, 0.5]
+    watched(completions=six)
     assert finite.replaced == 6 and watched.__name__ == "mine"
     assert capsys.readouterr().out.count("warning: mine returned the reward nan") == 1
 
@@ -112,12 +113,12 @@ def test_a_reward_that_is_not_finite_costs_no_step(make_trainer, value):
             rewards = original(completions=completions, **columns)
             return [value, *rewards[1:]]
 
-        trainer.reward_funcs[0] = guard.watching(accuracy) if guard else accuracy
+        trainer.reward_funcs[0] = guard.of(accuracy) if guard else accuracy
         before = adapter(trainer)
         trainer.train()
         return logged(trainer)[0], largest_difference(before, adapter(trainer))
 
-    guard = FiniteRewards()
+    guard = CheckedRewards()
     figures, moved = rewards_of(guard)
     assert guard.replaced == 1 and moved > 0 and figures["skipped_nonfinite_steps"] == 0
     assert all(math.isfinite(value) for value in figures.values() if value is not None)

@@ -13,7 +13,7 @@ import pytest
 from apo_lora.commands.main import main
 from apo_lora.recipe.files import load_recipe
 from apo_lora.run.directory import RunDir
-from apo_lora.run.files import append_jsonl, write_json
+from apo_lora.run.files import append_jsonl, locked, write_json
 from apo_lora.run.resume import checkpoint_to_continue, environment_changes
 
 from .tiny_runs import arguments, differences
@@ -174,3 +174,48 @@ def test_a_signal_stops_in_order_and_says_how_to_go_on(tmp_path, whole, number):
     assert [path.name for path in RunDir(tmp_path / "run").valid_checkpoints()] == [f"checkpoint-{steps[-1]}"]
     assert main(arguments(tmp_path)) == 0
     assert differences(tmp_path, whole) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_not_continued_on_other_rows(half, capsys):
+    inputs = half / "run" / "inputs.json"
+    record = json.loads(inputs.read_text())
+    record["sets"]["data.train"]["sha256"] = "of other rows"
+    inputs.write_text(json.dumps(record))
+    before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    assert main(arguments(half)) == 2
+    assert "data.train: 16 rows until now, 16 now, with other contents" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in half.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_run_whose_reward_was_mended_says_so_and_goes_on(half, whole, capsys):
+    inputs = half / "run" / "inputs.json"
+    record = json.loads(inputs.read_text())
+    (reward,) = record["rewards"]
+    record["rewards"][reward] = "of other code"
+    inputs.write_text(json.dumps(record))
+    assert main(arguments(half)) == 0
+    assert f"the code of {reward}. The run continues with it." in capsys.readouterr().out
+    assert differences(half, whole) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_holds_is_left_alone(half, whole, capsys):
+    before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    with locked(half / "run"):
+        assert main(arguments(half)) == 2
+    assert "another process is writing to it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in half.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_renamed_run_continues_by_its_own_recipe(half, whole, capsys):
+    (half / "run").rename(half / "renamed")
+    command = arguments(half, f"output.mirror=[{half}/mirror]")
+    words = [word for word in command if not word.startswith("output.dir=")]
+    words[words.index("tiny_cpu")] = str(half / "renamed" / "recipe.yaml")
+    assert main(words) == 0
+    assert "Continuing from " in capsys.readouterr().out and not (half / "run").exists()
+    (half / "renamed").rename(half / "run")
+    assert differences(half, whole) == []

@@ -23,7 +23,7 @@ KINDS = {
     "images": r"run/images/",
     "evaluation": r"run/\.?(eval|answers)",
     "model card": r"run/\.?README",
-    "recipe and environment": r"run/\.?(recipe|environment|preflight)",
+    "recipe and environment": r"run/\.?(recipe|environment|inputs|preflight)",
 }
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

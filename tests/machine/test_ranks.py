@@ -136,6 +136,7 @@ def test_what_cannot_be_shared_out_is_one_line_of_each_process(tmp_path):
     ]
     for rank, start in ((0, "tiny_cpu: grpo.completions_per_pass: 12"), (1, "process 1: tiny_cpu: grpo.comp")):
         environment = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # never reached
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert run.returncode == 2 and run.stderr.startswith(start), run.stderr
         assert "2 processes = 6; use one of [1, 2, 3, 6]" in run.stderr and len(run.stderr.splitlines()) == 1

@@ -116,3 +116,13 @@ def test_a_model_that_is_not_there_is_one_line(name):
     with pytest.raises(ModelError) as error:
         load_processor(ModelSection(name=name), DataSection(train="boards"))
     assert len(error.value.problems) == 1 and "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_an_adapter_names_its_base_by_the_full_path(tmp_path, monkeypatch):
+    """PEFT writes the name that a base was loaded by, and reads it wherever the adapter is used."""
+    from apo_lora.policy.loading import base_path
+
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert base_path("models/mine") == str(tmp_path / "models" / "mine")
+    assert base_path("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"

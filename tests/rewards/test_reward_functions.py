@@ -1,10 +1,14 @@
 """The recipe's rewards as TRL calls them, with completions as either engine hands them over."""
 
+import sys
+
 import pytest
+from PIL import Image
 
 from apo_lora.errors import RewardError
 from apo_lora.recipe.schema import RewardsSection
 from apo_lora.rewards.functions import reward_functions
+from apo_lora.rewards.plugins import source_files
 from apo_lora.rewards.verifier import Verifier
 
 RIGHT, WRONG = "<think>2 + 2</think><answer>4.0</answer>", "<think>2 + 2</think><answer>5</answer>"
@@ -39,3 +43,66 @@ def test_an_own_reward_that_is_not_there_is_one_line(verifier, tmp_path):
     with pytest.raises(RewardError) as error:
         reward_functions(RewardsSection(functions=("accuracy", "no_such_module:reward")), verifier)
     assert len(error.value.problems) == 1
+
+
+def test_what_an_own_reward_changes_in_its_columns_is_its_own(verifier, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def greedy(completions, boxes, images, **columns):\n"
+        "    completions[0][0]['content'] = 'mine'\n"
+        "    boxes[0]['x'].append(9)\n"
+        "    images[0][0].putpixel((0, 0), 9)\n"
+        "    assert images[1][0] is images[0][0]\n"
+        "    return [float(len(boxes[0]['x']))] * 2\n"
+    )
+    own = reward_functions(RewardsSection(functions=("accuracy", f"{tmp_path}/mine.py:greedy")), verifier)[1]
+    completions, boxes = [[{"role": "assistant", "content": "four"}] for _ in range(2)], [{"x": [1]}, {"x": [1]}]
+    image = Image.new("L", (2, 2))
+    for _ in range(2):
+        assert own(prompts=[None] * 2, completions=completions, boxes=boxes, images=[[image], [image]]) == [2.0, 2.0]
+    assert completions[0][0]["content"] == "four" and boxes[0] == {"x": [1]} and image.getpixel((0, 0)) == 0
+
+
+def test_an_async_own_reward_is_waited_for(verifier, tmp_path):
+    (tmp_path / "mine.py").write_text("async def f(completions, **columns):\n    return [0.5] * len(completions)\n")
+    own = reward_functions(RewardsSection(functions=("accuracy", f"{tmp_path}/mine.py:f")), verifier)[1]
+    assert own(prompts=[None], completions=["four"]) == [0.5]
+
+
+@pytest.fixture
+def own_imports(monkeypatch):
+    """Modules and the path as they are; afterwards as before."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_reward_file_may_import_its_neighbours_now_and_later(verifier, tmp_path, own_imports):
+    (tmp_path / "near_by.py").write_text("BONUS = 0.25\n")
+    (tmp_path / "later_on.py").write_text("BONUS = 0.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from near_by import BONUS\n"
+        "def f(completions, **columns):\n"
+        "    import later_on\n"
+        "    return [BONUS + later_on.BONUS] * len(completions)\n"
+    )
+    before = sys.path[0]
+    name = f"{tmp_path}/mine.py:f"
+    own = reward_functions(RewardsSection(functions=("accuracy", name)), verifier)[1]
+    assert sys.path[0] == before  # libraries that are imported later come first
+    assert [path.name for path in source_files(name)] == ["mine.py", "near_by.py"]
+    assert not (tmp_path / "__pycache__").exists()
+    assert own(prompts=[None], completions=["four"]) == [0.75]
+
+
+def test_a_module_is_looked_for_in_the_working_directory(verifier, tmp_path, own_imports, monkeypatch):
+    """As `python -m` does; the installed command has only its own folder on the path."""
+    monkeypatch.chdir(tmp_path)
+    sys.path[:] = [entry for entry in sys.path if entry]
+    (tmp_path / "rewards_of_mine.py").write_text("def f(completions, **columns):\n    return [1] * len(completions)\n")
+    own = reward_functions(RewardsSection(functions=("accuracy", "rewards_of_mine:f")), verifier)[1]
+    assert own(prompts=[None], completions=["four"]) == [1]
+    assert [path.name for path in source_files("rewards_of_mine:f")] == ["rewards_of_mine.py"]
+    assert source_files("accuracy") == []

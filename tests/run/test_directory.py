@@ -1,13 +1,16 @@
 """Run directories: nothing overwritten, checkpoints whole or recognised, every step recorded once."""
 
+import json
+
 import pytest
 from checkpoints import checkpoint
 
 from apo_lora.errors import RunDirError
-from apo_lora.run.checkpoints import why_not_whole
-from apo_lora.run.directory import RunDir
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.run.checkpoints import seal_checkpoint, why_not_whole
+from apo_lora.run.directory import RunDir, RunLock
 from apo_lora.run.files import append_jsonl, read_jsonl
-from apo_lora.run.resume import find_checkpoint, rewind_record
+from apo_lora.run.resume import checkpoint_to_continue, find_checkpoint, of_its_run, rewind_record
 
 
 @pytest.fixture
@@ -133,3 +136,69 @@ def test_rewind_leaves_every_step_once(run):
     run.rewind(2)
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2]
     assert [row["step"] for row in read_jsonl(run.completions)] == [1, 1, 2, 2]
+
+
+# --- other runs, other places ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(run):
+    """A run that has a recipe and a whole checkpoint."""
+    run.recipe.write_text(load_recipe(find_recipe("tiny_cpu")).to_yaml())
+    append_jsonl(run.metrics, [{"step": step, "reward": step / 10, "kl": 0.5} for step in (1, 2, 3)])
+    with_history(run, 2, [{"step": step, "reward": step / 10, "kl": 0.5} for step in (1, 2)])
+    return run
+
+
+def with_history(run, step, rows):
+    folder = checkpoint(run, step, sealed=False)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    seal_checkpoint(folder)
+    return folder
+
+
+def recipe_in(run):
+    return load_recipe(run.recipe, [f"output.dir={run.path}"])
+
+
+def test_a_checkpoint_belongs_to_the_run_whose_record_is_cut_to_it(begun, tmp_path):
+    own = begun.checkpoints / "checkpoint-2"
+    assert checkpoint_to_continue(begun, recipe_in(begun), str(own)) == own
+    other = RunDir(tmp_path / "other")
+    other.create()
+    foreign = checkpoint(other, 2)
+    with pytest.raises(RunDirError, match="not a checkpoint of .*run, whose record would be cut"):
+        checkpoint_to_continue(begun, recipe_in(begun), str(foreign))
+    linked = tmp_path / "link"
+    linked.symlink_to(own)
+    assert checkpoint_to_continue(begun, recipe_in(begun), str(linked)) == linked
+
+
+def test_a_checkpoint_that_was_copied_from_another_run_is_told_by_its_steps(begun):
+    with_history(begun, 3, [{"step": step, "reward": step / 10, "kl": 0.5} for step in (2, 3)])
+    assert checkpoint_to_continue(begun, recipe_in(begun), "auto").name == "checkpoint-3"
+    with_history(begun, 4, [{"step": 2, "reward": 0.2, "kl": 0.5}, {"step": 3, "reward": 0.9, "kl": 0.5}])
+    with pytest.raises(RunDirError, match="checkpoint-4 was saved by another run: its step 3"):
+        checkpoint_to_continue(begun, recipe_in(begun), "auto")
+
+
+def test_a_run_that_was_renamed_goes_on_where_it_is(begun, tmp_path):
+    recipe = load_recipe(begun.recipe, ["output.dir=somewhere/before"])
+    begun.path.rename(tmp_path / "renamed")
+    file = tmp_path / "renamed" / "recipe.yaml"
+    assert of_its_run(recipe, file, []).output.dir == str(tmp_path / "renamed")
+    assert of_its_run(recipe, file, ["output.dir=elsewhere"]) is recipe
+    assert of_its_run(recipe, find_recipe("tiny_cpu"), []) is recipe
+
+
+def test_a_run_is_locked_from_its_start_or_its_making(tmp_path):
+    run = RunDir(tmp_path / "run")
+    with RunLock(run) as first, RunLock(run) as second:
+        first.take()  # nothing is there to lock
+        assert not run.path.exists()
+        first.make_and_take()
+        first.take()
+        with pytest.raises(RunDirError, match="another process"):
+            second.take()
+    with RunLock(run) as later:
+        later.take()

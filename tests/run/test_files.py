@@ -1,13 +1,16 @@
 """Files of a run: replaced as a whole, and JSON lines of which a kill costs the unfinished last one alone."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
 from apo_lora.errors import RunDirError
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
-from apo_lora.run.files import append_jsonl, read_jsonl, write_atomically
+from apo_lora.run.files import append_jsonl, locked, read_jsonl, write_atomically
 from apo_lora.run.resume import checkpoint_to_continue
 
 WHOLE = '{"step": 1, "completion": "drei"}\n{"step": 2, "completion": "fünf"}\n'.encode()
@@ -77,3 +80,37 @@ def test_atomic_writes_leave_no_litter(tmp_path):
     write_atomically(path, "2")
     assert json.loads(path.read_text()) == 2
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from apo_lora.run.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_process_at_a_time_until_that_is_killed(tmp_path):
+    with locked(tmp_path):
+        pass
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunDirError, match="another process is writing to it"), locked(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with locked(tmp_path):
+        assert list(tmp_path.iterdir()) == []  # nothing stays behind
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def refuses(*_, **options):
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr("apo_lora.run.files.lock_descriptor", refuses)
+    with locked(tmp_path), locked(tmp_path):
+        pass
