@@ -72,7 +72,7 @@ def _train(
     from apo_lora.policy.loading import import_engine, load_processor
 
     import_engine(recipe.model)
-    from apo_lora.data.examples import prompt_dataset
+    from apo_lora.data.items import prompt_dataset
     from apo_lora.evaluation.held_out import measure_held_out
     from apo_lora.rewards.functions import probe, reward_functions, verifier_of
     from apo_lora.run.callbacks import OrderlyStop
@@ -186,7 +186,7 @@ def _trainer(
     """The drop-in trainer, with the run's record as callbacks."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from apo_lora.data.examples import prompt_dataset, training_order
+    from apo_lora.data.items import prompt_dataset, training_order
     from apo_lora.rollout.record import CompletionsWriter
     from apo_lora.rollout.training_arguments import refuse_changes, training_arguments
     from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave

@@ -20,7 +20,8 @@ from apo_lora.machine.process import prepare_process
 prepare_process()
 
 
-from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
+from apo_lora.data.examples import load_examples  # noqa: E402
+from apo_lora.data.items import prompt_dataset  # noqa: E402
 from apo_lora.machine.versions import environment  # noqa: E402
 from apo_lora.policy.loading import load_policy  # noqa: E402
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402

@@ -100,7 +100,8 @@ def make_batch():
 @pytest.fixture
 def make_trainer(tmp_path, load_tiny):
     """APOTrainer on the tiny model by a recipe of tiny_trainer.recipe_of, with rewards that vary in every group."""
-    from apo_lora.data.examples import load_examples, prompt_dataset
+    from apo_lora.data.examples import load_examples
+    from apo_lora.data.items import prompt_dataset
     from apo_lora.rollout.training_arguments import training_arguments
     from apo_lora.run.directory import RunDir
     from apo_lora.trainer import APOTrainer

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from apo_lora.data.examples import Example, Loaded, drop_long_prompts, drop_undecodable, load_examples, refuse_mixture
+from apo_lora.data.examples import Example, Loaded, drop_long_prompts, drop_undecodable, load_examples
+from apo_lora.data.items import refuse_mixture
 from apo_lora.data.text import row_numbers
 from apo_lora.errors import DataError
 from apo_lora.recipe.schema import DataSection, Recipe

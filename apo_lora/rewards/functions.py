@@ -115,7 +115,7 @@ def _copied(value: Any, images: dict[int, Image.Image]) -> Any:
 def probe(functions: Sequence[RewardFunction], item: dict[str, Any], num_generations: int) -> None:
     """Calls each of the user's own functions once, as for one group of completions, before a model is loaded for it.
 
-    `item`: of the data set that is trained on (data/examples.py, prompt_dataset). Raises RewardError.
+    `item`: of the data set that is trained on (data/items.py). Raises RewardError.
     """
     from transformers import TrainerState
 

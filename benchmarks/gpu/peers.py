@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
-from apo_lora.data.examples import load_examples, prompt_dataset
+from apo_lora.data.examples import load_examples
+from apo_lora.data.items import prompt_dataset
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.policy.loading import choose_dtype, limit_image_size, load_policy
 from apo_lora.recipe.schema import Recipe

@@ -227,7 +227,7 @@ def test_shared_data_sets_load_whole(name, num_rows, decodings):
 
 
 def test_training_order_is_whole_epochs_and_longer_runs_begin_alike():
-    from apo_lora.data.examples import training_order
+    from apo_lora.data.items import training_order
 
     order = training_order(5, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4] and len(order) == 12

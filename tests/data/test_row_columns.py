@@ -5,7 +5,8 @@ import json
 import pytest
 from data_sets import png
 
-from apo_lora.data.examples import load_examples, prompt_dataset
+from apo_lora.data.examples import load_examples
+from apo_lora.data.items import prompt_dataset
 from apo_lora.recipe.schema import DataSection
 
 ROWS = [

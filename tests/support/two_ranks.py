@@ -38,7 +38,8 @@ def gradient_of(folder: Path, options: dict) -> dict:
     from tiny_trainer import from_an_older_policy
     from transformers import TrainerCallback
 
-    from apo_lora.data.examples import load_examples, prompt_dataset
+    from apo_lora.data.examples import load_examples
+    from apo_lora.data.items import prompt_dataset
     from apo_lora.machine import ranks
     from apo_lora.policy.loading import load_policy
     from apo_lora.recipe.schema import Recipe

@@ -25,7 +25,8 @@ from torch import Tensor, nn  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 
 from apo_lora.config import APOConfig  # noqa: E402
-from apo_lora.data.examples import load_examples, prompt_dataset  # noqa: E402
+from apo_lora.data.examples import load_examples  # noqa: E402
+from apo_lora.data.items import prompt_dataset  # noqa: E402
 from apo_lora.errors import ModelError  # noqa: E402
 from apo_lora.policy.batches import pixels  # noqa: E402
 from apo_lora.policy.loading import Policy, _load_with_unsloth, reference_mode  # noqa: E402
