@@ -11,10 +11,10 @@ from apo_lora.data.examples import (
     Loaded,
     drop_long_prompts,
     load_examples,
-    prompt_dataset,
     prompt_lengths,
 )
 from apo_lora.data.images import ImageRef
+from apo_lora.data.items import prompt_dataset
 from apo_lora.errors import DataError
 
 # --- bad input -------------------------------------------------------------------------------------------------------
