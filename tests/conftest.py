@@ -23,16 +23,23 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def load_tiny():
-    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ..."""
+    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ...; or name=another."""
     from apo_lora.policy.loading import load_policy
     from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 
     def load(lora: dict | None = None, seed: int = 0, **model):
-        return load_policy(
-            ModelSection(name="tiny", **model), LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed
-        )
+        section = ModelSection(**{"name": "tiny", **model})
+        return load_policy(section, LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def small_qwen3_vl(tmp_path_factory):
+    """The folder of a small Qwen3-VL with random weights."""
+    from small_qwen3_vl import make_base
+
+    return str(make_base(tmp_path_factory.mktemp("qwen3_vl") / "base"))
 
 
 @pytest.fixture

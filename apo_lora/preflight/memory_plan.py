@@ -218,7 +218,7 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
 def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
     size, patches = value_bytes(recipe), load.prompts * load.image * shape.patches_per_token
     if tower_runs_once(recipe):
-        features = recipe.prompts_per_rollout * load.image * shape.hidden * size
+        features = recipe.prompts_per_rollout * load.image * shape.feature_width * size
         how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
         yield Row("image features", MOMENTS, features, how)
     else:

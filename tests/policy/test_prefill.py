@@ -1,5 +1,7 @@
 """A prompt read once for its completions: the same samples, a part of the work, and nothing left behind."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,13 @@ from apo_lora.rollout.sampling import generating, generation_fault, watched_forw
 G = 3
 SIZES = ((84, 84), (112, 56), (56, 140))
 INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+
+@pytest.fixture(params=["tiny", "small_qwen3_vl"])
+def load_tiny(request, load_tiny):
+    """Of every family."""
+    name = "tiny" if request.param == "tiny" else request.getfixturevalue(request.param)
+    return partial(load_tiny, name=name)
 
 
 @pytest.fixture
