@@ -1,6 +1,7 @@
 """Shared fixtures: the embedded tiny model with a LoRA adapter, and batches in the shape that TRL hands around."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,24 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture
-def load_tiny():
-    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ...; or name=another."""
+def load_base(name: str, lora: dict | None = None, seed: int = 0, **model):
     from apo_lora.policy.loading import load_policy
     from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 
-    def load(lora: dict | None = None, seed: int = 0, **model):
-        section = ModelSection(**{"name": "tiny", **model})
-        return load_policy(section, LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed)
+    section = ModelSection(name=name, **model)
+    return load_policy(section, LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed)
 
-    return load
+
+@pytest.fixture
+def load_tiny():
+    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ..."""
+    return partial(load_base, "tiny")
+
+
+@pytest.fixture(params=["tiny", "small_qwen3_vl"])
+def load_each(request):
+    """The same, of every family in turn. A module makes it its load_tiny to run its tests on all of them."""
+    return partial(load_base, "tiny" if request.param == "tiny" else request.getfixturevalue(request.param))
 
 
 @pytest.fixture(scope="session")

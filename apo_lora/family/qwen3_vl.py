@@ -50,6 +50,27 @@ class Qwen3VLShape(ModelShape):
             Linear("linear_fc2", inner, hidden, True, n),
         )
 
+    @property
+    def layer_forward(self) -> int:
+        return 3 * self.hidden + 4 * self.intermediate
+
+    @property
+    def layer_saved(self) -> int:
+        """Queries and keys also before their norms and in float32."""
+        return 10 * self.hidden + 5 * self.query_width + 4 * self.intermediate + 4 * self.kv_width
+
+    @property
+    def tower_forward(self) -> int:
+        return 16 * self.vision_hidden
+
+    @property
+    def tower_saved(self) -> int:
+        return 8 * self.vision_hidden + self.vision_intermediate
+
+    @property
+    def tower_backward(self) -> int:
+        return max(16 * self.vision_hidden, 9 * self.vision_hidden + 3 * self.vision_intermediate)
+
     def parameters(self) -> dict[str, int]:
         count, wide = super().parameters(), self.vision_hidden * self.merge**2
         count["biases_and_norms"] += 2 * self.head_size * self.layers

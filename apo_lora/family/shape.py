@@ -105,7 +105,23 @@ class ModelShape:
             Linear("down_proj", inner, hidden, True, n),
         )
 
-    # Values per patch that are live together in a block of the tower. How they were fitted says memory_plan.py.
+    # Values per token that are live together in a layer, per patch in a block of the tower. How they were fitted says
+    # memory_plan.py.
+
+    @property
+    def layer_forward(self) -> int:
+        """Without gradients: the MLP's gate, and up_proj's output, LoRA delta and their sum."""
+        return 4 * self.hidden + 4 * self.intermediate
+
+    @property
+    def layer_saved(self) -> int:
+        """What a layer keeps for its own backward."""
+        return 13 * self.hidden + 4 * self.intermediate + 2 * self.kv_width
+
+    @property
+    def layer_backward(self) -> int:
+        """A recomputed layer, and its gradients at their widest."""
+        return self.layer_saved + 4 * self.hidden + 3 * self.intermediate
 
     @property
     def tower_forward(self) -> int:

@@ -1,7 +1,5 @@
 """A prompt read once for its completions: the same samples, a part of the work, and nothing left behind."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -15,11 +13,9 @@ SIZES = ((84, 84), (112, 56), (56, 140))
 INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
-@pytest.fixture(params=["tiny", "small_qwen3_vl"])
-def load_tiny(request, load_tiny):
-    """Of every family."""
-    name = "tiny" if request.param == "tiny" else request.getfixturevalue(request.param)
-    return partial(load_tiny, name=name)
+@pytest.fixture
+def load_tiny(load_each):
+    return load_each
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Completions behind one shared prompt against every completion behind its own: the same log-probs and gradients."""
 
-from functools import partial
-
 import pytest
 import torch
 from PIL import Image
@@ -22,11 +20,9 @@ RELATIVE = 1e-5
 PROMPTS = (((84, 84),), ((112, 56), (56, 140)), ((140, 112),), ())
 
 
-@pytest.fixture(params=["tiny", "small_qwen3_vl"])
-def load_tiny(request, load_tiny):
-    """Of every family."""
-    name = "tiny" if request.param == "tiny" else request.getfixturevalue(request.param)
-    return partial(load_tiny, name=name)
+@pytest.fixture
+def load_tiny(load_each):
+    return load_each
 
 
 @pytest.fixture
