@@ -1,6 +1,7 @@
 """Shared fixtures: the embedded tiny model with a LoRA adapter, and batches in the shape that TRL hands around."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,32 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture
-def load_tiny():
-    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ..."""
+def load_base(name: str, lora: dict | None = None, seed: int = 0, **model):
     from apo_lora.policy.loading import load_policy
     from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 
-    def load(lora: dict | None = None, seed: int = 0, **model):
-        return load_policy(
-            ModelSection(name="tiny", **model), LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed
-        )
+    section = ModelSection(name=name, **model)
+    return load_policy(section, LoraSection(**(lora or {})), DataSection(train="boards"), seed=seed)
 
-    return load
+
+@pytest.fixture
+def load_tiny():
+    """Loads the tiny policy: load_tiny(load_in_4bit=True), load_tiny(lora={"vision": True}), ..."""
+    return partial(load_base, "tiny")
+
+
+@pytest.fixture(params=["tiny", "small_qwen3_vl"])
+def load_each(request):
+    """The same, of every family in turn. A module makes it its load_tiny to run its tests on all of them."""
+    return partial(load_base, "tiny" if request.param == "tiny" else request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="session")
+def small_qwen3_vl(tmp_path_factory):
+    """The folder of a small Qwen3-VL with random weights."""
+    from small_qwen3_vl import make_base
+
+    return str(make_base(tmp_path_factory.mktemp("qwen3_vl") / "base"))
 
 
 @pytest.fixture

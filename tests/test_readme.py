@@ -67,6 +67,25 @@ def test_every_link_leads_somewhere(page):
     assert not [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
 
 
+@pytest.mark.parametrize("page", sorted((PROJECT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_every_file_of_the_project_that_a_page_names_exists(page):
+    named = re.findall(r"`((?:apo_lora|benchmarks|recipes|tests|tools)/[\w./-]+)`", page.read_text())
+    assert not [path for path in named if not (PROJECT / path).exists()]
+
+
+def test_the_page_about_new_families_names_what_is_in_the_code():
+    from apo_lora.family.record import Family
+    from apo_lora.family.shape import ModelShape
+
+    page = (PROJECT / "docs" / "new_family.md").read_text()
+    methods = {name for name in re.findall(r"`(\w+)`", page) if hasattr(Family, name)}
+    assert methods == {"prompt_positions", "features_by_image", "embedding_inputs"}
+    for prefix in re.findall(r"`(\w+_)\*`", page):
+        assert [name for name in dir(ModelShape) if name.startswith(prefix)]
+    fixtures = (PROJECT / "tests" / "conftest.py").read_text() + (PROJECT / "tests/support/gguf_model.py").read_text()
+    assert "def load_each" in fixtures and "SMALL_CONFIGS =" in fixtures
+
+
 def test_the_pinned_set_pins_what_the_project_needs():
     import tomllib
 

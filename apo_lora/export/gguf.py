@@ -162,6 +162,5 @@ TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
 {{{{ .Content }}}}<|im_end|>
 {{{{ end }}}}<|im_start|>assistant
 """
-SYSTEM You are a helpful assistant.
-PARAMETER stop <|im_end|>
+{system}PARAMETER stop <|im_end|>
 '''

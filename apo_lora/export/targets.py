@@ -152,12 +152,15 @@ def _check_gguf(
     text, mmproj = (gguf.describe(file, reader) for file in files)
     if wrong := gguf.problems(text, mmproj, quantization):
         raise ExportFailed(*(f"export of {source.folder}: {problem}; nothing was kept" for problem in wrong))
-    recipe = source.recipe
-    modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"])
+    recipe, family = source.recipe, family_of_base(source.base_name)
+    own = recipe and recipe.data.system_prompt
+    prompt = family.system_prompt if own is None else own
+    system = f'SYSTEM """{prompt}"""\n' if prompt else ""
+    modelfile = gguf.MODELFILE.format(text=text["file"], mmproj=mmproj["file"], system=system)
     (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     if recipe:  # how to ask it; a push puts the same file there
         (folder / RECIPE_ON_HUB).write_text(recipe.to_yaml(), encoding="utf-8")
-    limits = image_token_limits(recipe and recipe.data, family_of_base(source.base_name))
+    limits = image_token_limits(recipe and recipe.data, family)
     return {
         "files": [text, mmproj],
         "notes": gguf.notes(text, quantization),

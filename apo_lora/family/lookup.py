@@ -3,19 +3,24 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import ModelError
+from apo_lora.family.licence import UNKNOWN, Licence
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.family.qwen3_vl import QWEN3_VL
 from apo_lora.family.record import Family
 from apo_lora.family.shape import ModelShape
 from apo_lora.tiny import BASE_DIR
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL, QWEN3_VL)}
 """By the model_type of config.json."""
+
+PUBLISHERS = ("qwen", "unsloth")
+"""Of these models' weights, unchanged; another owner's model of the same name may have further terms."""
 
 
 def family_of(model_or_config: Any, name: str = "the model") -> Family:
@@ -58,12 +63,24 @@ def find_shape(name: str, revision: str | None = None) -> ModelShape:
     """Sizes of `tiny`, a local folder, a published model of a known family, or another Hub id. Raises ModelError."""
     if (folder := _folder(name)).is_dir():
         return shape_from_config(_read_config(folder / "config.json", name), name)
-    published = (family.published_shape(name) for family in FAMILIES.values())
-    return next(filter(None, published), None) or shape_from_config(_config_from_hub(name, revision), name)
+    published = (family.published[size] for family, size in _published(name))
+    return next(published, None) or shape_from_config(_config_from_hub(name, revision), name)
 
 
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     return family_of(config, name).shape(config, name)
+
+
+def licence_of_base(name: str) -> Licence:
+    """Of a published model, by its Hub id; that of any other base is unknown."""
+    owner, _, model = name.lower().rpartition("/")
+    known = (family.licences[size] for family, size in _published(model) if re.match(family.name_pattern, model))
+    return next(known, UNKNOWN) if owner in PUBLISHERS else UNKNOWN
+
+
+def _published(name: str) -> Iterator[tuple[Family, str]]:
+    """The family and the size that a name says."""
+    return ((family, size) for family in FAMILIES.values() if (size := family.published_size(name)))
 
 
 # --- limits on data, for every family --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from apo_lora.errors import ModelError
+from apo_lora.family.licence import Licence
 from apo_lora.family.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ class Family:
     """A regular expression that is found in the names of its models, in lower case."""
     published: Mapping[str, ModelShape]
     """By the size in their names."""
+    licences: Mapping[str, Licence]
+    """By the same sizes."""
 
-    # --- tokens
+    # --- prompts
     vision_tokens: tuple[str, ...]
     """Around and in place of images and videos."""
     turn_tokens: tuple[str, ...]
     """Around turns and texts."""
+    system_prompt: str | None
+    """Which its chat template puts first where a conversation has none."""
 
     # --- images
     patch: int
@@ -127,11 +132,11 @@ class Family:
 
     # --- sizes, for the memory plan ----------------------------------------------------------------------------------
 
-    def published_shape(self, name: str) -> ModelShape | None:
-        """Sizes of a published model, quantised or renamed copies of it included."""
+    def published_size(self, name: str) -> str | None:
+        """The key of a published model, quantised or renamed copies of it included."""
         sizes = "|".join(map(re.escape, self.published))
         found = re.search(rf"{self.name_pattern}[-_]({sizes})(?![0-9a-z])", name.lower())
-        return self.published[found[1]] if found else None
+        return found and found[1]
 
     def shape(self, config: Mapping[str, Any], name: str) -> ModelShape:
         """Reads both layouts: text sizes at the top (as published) and under text_config (as transformers 5 writes).
@@ -139,7 +144,7 @@ class Family:
         Raises ModelError.
         """
         text, vision = config.get("text_config") or config, config.get("vision_config") or {}
-        size, tower = _reader(text, f"{name}: its config"), _reader(vision, f"{name}: its vision_config")
+        size, tower = size_reader(text, f"{name}: its config"), size_reader(vision, f"{name}: its vision_config")
         return ModelShape(
             hidden=size("hidden_size"),
             intermediate=size("intermediate_size"),
@@ -184,16 +189,14 @@ class Family:
             return {"inputs_embeds": embeds_1LH}
         return {"inputs_embeds": embeds_1LH.masked_scatter(is_image_L.view(1, -1, 1), features_NF.to(embeds_1LH))}
 
-    def mask_inputs(self, mask: Any) -> dict[str, Any]:
-        """The language model's arguments by which `mask` reaches its attention function as it is."""
-        return {"attention_mask": {"full_attention": mask}}
-
 
 def _without_peft(model: "nn.Module") -> "nn.Module":
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _reader(sizes: Mapping[str, Any], where: str) -> Callable[..., int]:
+def size_reader(sizes: Mapping[str, Any], where: str) -> Callable[..., int]:
+    """read(key, default) -> a positive whole number out of a config. Raises ModelError."""
+
     def read(key: str, default: int | None = None) -> int:
         value = sizes.get(key, default)
         if type(value) is not int or value < 1:

@@ -55,9 +55,19 @@ class ModelShape:
     """Which the processor allows where no recipe sets a limit."""
 
     @property
+    def query_width(self) -> int:
+        """Values of one token's queries in one layer."""
+        return self.hidden
+
+    @property
     def kv_width(self) -> int:
         """Values of one token's keys in one layer; as many again are its values."""
         return self.hidden // self.heads * self.kv_heads
+
+    @property
+    def feature_width(self) -> int:
+        """Values that the tower makes of an image token."""
+        return self.hidden
 
     @property
     def pixels_per_token(self) -> int:
@@ -72,12 +82,13 @@ class ModelShape:
         return self.channels * self.frames * self.patch**2
 
     def language_linears(self) -> tuple[Linear, ...]:
-        hidden, inner, kv, n = self.hidden, self.intermediate, self.kv_width, self.layers
+        hidden, inner, n = self.hidden, self.intermediate, self.layers
+        query, kv = self.query_width, self.kv_width
         return (
-            Linear("q_proj", hidden, hidden, True, n),
+            Linear("q_proj", hidden, query, True, n),
             Linear("k_proj", hidden, kv, True, n),
             Linear("v_proj", hidden, kv, True, n),
-            Linear("o_proj", hidden, hidden, False, n),
+            Linear("o_proj", query, hidden, False, n),
             Linear("gate_proj", hidden, inner, False, n),
             Linear("up_proj", hidden, inner, False, n),
             Linear("down_proj", inner, hidden, False, n),
@@ -94,7 +105,23 @@ class ModelShape:
             Linear("down_proj", inner, hidden, True, n),
         )
 
-    # Values per patch that are live together in a block of the tower. How they were fitted says memory_plan.py.
+    # Values per token that are live together in a layer, per patch in a block of the tower. How they were fitted says
+    # memory_plan.py.
+
+    @property
+    def layer_forward(self) -> int:
+        """Without gradients: the MLP's gate, and up_proj's output, LoRA delta and their sum."""
+        return 4 * self.hidden + 4 * self.intermediate
+
+    @property
+    def layer_saved(self) -> int:
+        """What a layer keeps for its own backward."""
+        return 13 * self.hidden + 4 * self.intermediate + 2 * self.kv_width
+
+    @property
+    def layer_backward(self) -> int:
+        """A recomputed layer, and its gradients at their widest."""
+        return self.layer_saved + 4 * self.hidden + 3 * self.intermediate
 
     @property
     def tower_forward(self) -> int:
@@ -110,10 +137,12 @@ class ModelShape:
     def tower_backward(self) -> int:
         return 12 * self.vision_hidden + 6 * self.vision_intermediate
 
+    def merger_linears(self) -> tuple[Linear, ...]:
+        wide = self.vision_hidden * self.merge**2
+        return Linear("0", wide, wide, True, 1), Linear("2", wide, self.hidden, True, 1)
+
     def parameters(self) -> dict[str, int]:
         """Parameters by module group; they add up to the model."""
-        wide = self.vision_hidden * self.merge**2
-        merger = (Linear("0", wide, wide, True, 1), Linear("2", wide, self.hidden, True, 1))
         language, vision = self.language_linears(), self.vision_linears()
         return {
             "attention": sum(linear.weights for linear in language[:4]),
@@ -124,7 +153,7 @@ class ModelShape:
             "vision_blocks": sum(x.weights + x.biases for x in vision) + 2 * self.vision_hidden * self.vision_layers,
             "vision_ends": self.values_per_patch * self.vision_hidden
             + self.vision_hidden
-            + sum(linear.weights + linear.biases for linear in merger),
+            + sum(linear.weights + linear.biases for linear in self.merger_linears()),
         }
 
 

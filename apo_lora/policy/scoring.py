@@ -80,7 +80,7 @@ def _hidden_states_of_shared_prompts(inner_model: nn.Module, batch: Batch) -> Te
     accept_prompt_groups(language_model)
     hidden_1LH = language_model(
         **embed(inner_model, row.input_ids_L, [part for part in used if part is not None]),
-        **family.mask_inputs(row.prompt_groups),
+        prompt_groups=row.prompt_groups,
         position_ids=row.position_ids_3L.unsqueeze(1),
         use_cache=False,
     )[0]

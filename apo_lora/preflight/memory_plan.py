@@ -218,7 +218,7 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
 def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]:
     size, patches = value_bytes(recipe), load.prompts * load.image * shape.patches_per_token
     if tower_runs_once(recipe):
-        features = recipe.prompts_per_rollout * load.image * shape.hidden * size
+        features = recipe.prompts_per_rollout * load.image * shape.feature_width * size
         how = f"{recipe.prompts_per_rollout} x {load.image:,} tokens, held until the next rollout"
         yield Row("image features", MOMENTS, features, how)
     else:
@@ -302,23 +302,20 @@ def kept_activations(shape: ModelShape, recipe: Recipe, load: Load, patches: int
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
-# Values per token that are live together, fitted to within a few percent to transformers' own layers with LoRA on them,
-# bf16 under autocast on a CPU, allocator watched (tests/preflight/test_activation_memory.py repeats it).
+# The family's values per token or patch that are live together, fitted to within a few percent to transformers' own
+# layers with LoRA on them, bf16 under autocast on a CPU, allocator watched (test_activation_memory.py repeats it).
 
 
 def layer_forward(shape: ModelShape, tokens: int, size: int) -> int:
-    """Without gradients: the MLP's gate, and up_proj's output, LoRA delta and their sum."""
-    return tokens * size * (4 * shape.hidden + 4 * shape.intermediate)
+    return tokens * size * shape.layer_forward
 
 
 def layer_saved(shape: ModelShape, tokens: int, size: int) -> int:
-    """What a layer keeps for its own backward."""
-    return tokens * size * (13 * shape.hidden + 4 * shape.intermediate + 2 * shape.kv_width)
+    return tokens * size * shape.layer_saved
 
 
 def layer_backward(shape: ModelShape, tokens: int, size: int) -> int:
-    """A recomputed layer, and its gradients at their widest."""
-    return layer_saved(shape, tokens, size) + tokens * size * (4 * shape.hidden + 3 * shape.intermediate)
+    return tokens * size * shape.layer_backward
 
 
 def tower_forward(shape: ModelShape, patches: int, size: int) -> int:

@@ -104,7 +104,8 @@ class DataSection(Section):
     instruction: str | None = None
     """Text added after every problem, for instance the answer format to use."""
     max_pixels: Count | None = None
-    """Shrink larger images to this many pixels, keeping the aspect ratio. In Qwen2.5-VL a token is 28 x 28 pixels."""
+    """Shrink larger images to this many pixels, keeping the aspect ratio. A token is 28 x 28 pixels
+    in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
     min_pixels: Count | None = None
     """Enlarge smaller images to this many pixels, keeping the aspect ratio."""
     max_prompt_tokens: Count = 2048

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 
 from apo_lora import __version__
+from apo_lora.family.licence import OWN
+from apo_lora.family.lookup import licence_of_base
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.adapter import CONFIG, RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.summary import evaluation_table
@@ -88,7 +90,7 @@ def _render(
     from jinja2 import Environment, StrictUndefined
 
     name = "apo-lora tiny base" if tiny else _name_elsewhere(base)
-    licence = licence_of("tiny" if tiny else base)
+    licence = OWN if tiny else licence_of_base(base)
     # The Hub checks that base_model and datasets are ids of its own: a name or path of this machine is left out.
     keys = {
         **({"base_model": base, "base_model_relation": RELATIONS[what]} if _is_hub_id(base) else {}),
@@ -124,42 +126,3 @@ def _is_hub_id(text: str) -> bool:
     """Whether it looks like one and is not a local path: data/puzzles.jsonl and models/mine look alike."""
     path = Path(text)
     return bool(_HUB_ID.fullmatch(text)) and path.suffix not in _DATA_FILES and not path.exists()
-
-
-# --- the licence of a base, which holds for everything made of it -----------------------------------------------------
-
-
-class Licence(NamedTuple):
-    front_matter: dict[str, str]
-    """The keys of a Hub model card."""
-    text: str
-    """The same for a reader."""
-
-
-_QWEN_3B = "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE"
-_APACHE = {"license": "apache-2.0"}
-_KNOWN = {
-    "qwen2.5-vl-3b": Licence(
-        {"license": "other", "license_name": "qwen-research", "license_link": _QWEN_3B},
-        f"The base is under the [Qwen Research Licence]({_QWEN_3B}): not for commercial use. It applies here too.",
-    ),
-    "qwen2.5-vl-7b": Licence(_APACHE, "The base is under the Apache-2.0 licence, and so is this model."),
-}
-_TINY = Licence(
-    _APACHE, "The base comes with apo-lora under the Apache-2.0 licence; this model is under the same licence."
-)
-_UNKNOWN = Licence(
-    {"license": "unknown"},
-    "**apo-lora does not know the licence of this base.** It also applies to this model: look it up before sharing it.",
-)
-# Publishers of these weights, unchanged; another owner's model of that name may have further terms.
-_PUBLISHERS = ("qwen", "unsloth")
-
-
-def licence_of(base: str) -> Licence:
-    """`base`: `tiny`, a Hugging Face id or a folder. A base that is not in the table has an unknown licence."""
-    if base == "tiny":
-        return _TINY
-    owner, _, name = base.lower().rpartition("/")
-    known = (licence for start, licence in _KNOWN.items() if name.startswith(start))
-    return next(known, _UNKNOWN) if owner in _PUBLISHERS else _UNKNOWN

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from apo_lora.commands.main import main
 from apo_lora.export import gguf as export_gguf
 from apo_lora.export.comparison import load_plain
+from apo_lora.family.lookup import FAMILIES
+from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 
 TEXT, ABOUT_IMAGE = "What is seven plus five?", "What is this?"
 TOP = 8
@@ -89,9 +91,23 @@ def test_q4_k_m_is_quantised_from_an_f16_file_that_goes(tmp_path):
 
 @pytest.fixture(scope="module")
 def adapter_model(gguf_adapter):
+    return with_adapter(gguf_adapter)
+
+
+def with_adapter(folder):
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_plain(gguf_adapter.parent / "base"), str(gguf_adapter)).eval()
+    return PeftModel.from_pretrained(load_plain(folder.parent / "base"), str(folder)).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def of_family(request, gguf_adapter, tmp_path_factory):
+    """(family, adapter, adapter model) of every family."""
+    if request.param == QWEN2_5_VL.model_type:
+        adapter = gguf_adapter
+    else:
+        adapter = make_adapter(tmp_path_factory.mktemp(request.param), request.param)
+    return FAMILIES[request.param], adapter, with_adapter(adapter)
 
 
 def ask_llama_cpp(folder, question, image=None, tokens=1):
@@ -149,12 +165,13 @@ def largest_difference(ours, theirs):
 
 
 @pytest.mark.slow
-def test_text_in_llama_cpp_is_the_adapter_models(gguf_adapter, adapter_model, llama_cpp):
-    folder = as_gguf(gguf_adapter, llama_cpp, "F32")
+def test_text_in_llama_cpp_is_the_adapter_models(of_family, llama_cpp):
+    _, adapter, adapter_model = of_family
+    folder = as_gguf(adapter, llama_cpp, "F32")
     ours, tokens = ask_llama_cpp(folder, TEXT, tokens=12)
-    theirs, expected = ask_transformers(adapter_model, gguf_adapter.parent / "base", TEXT, tokens=12)
+    theirs, expected = ask_transformers(adapter_model, adapter.parent / "base", TEXT, tokens=12)
     with adapter_model.disable_adapter():
-        base, _ = ask_transformers(adapter_model, gguf_adapter.parent / "base", TEXT)
+        base, _ = ask_transformers(adapter_model, adapter.parent / "base", TEXT)
     assert set(base[0]) != set(theirs[0])  # the adapter shows in the answer
     assert set(ours[0]) == set(theirs[0])
     print("text, F32: largest difference of log-probs", largest_difference(ours[0], theirs[0]))
@@ -162,8 +179,10 @@ def test_text_in_llama_cpp_is_the_adapter_models(gguf_adapter, adapter_model, ll
     assert tokens == expected
 
 
-def picture(black=False):
-    image = Image.new("RGB", (224, 168), "black" if black else "white")
+def picture(family, black=False):
+    """Of 8 x 6 image tokens, so that nothing resizes it: llama.cpp does that in its own way."""
+    side = family.patch * family.merge
+    image = Image.new("RGB", (8 * side, 6 * side), "black" if black else "white")
     if not black:
         draw = ImageDraw.Draw(image)
         draw.ellipse((20, 20, 100, 100), fill="red")
@@ -172,16 +191,18 @@ def picture(black=False):
 
 
 @pytest.mark.slow
-def test_an_image_in_llama_cpp_is_seen_as_the_adapter_model_sees_it(gguf_adapter, adapter_model, llama_cpp):
-    folder = as_gguf(gguf_adapter, llama_cpp, "F32")
-    (ours,), tokens = ask_llama_cpp(folder, ABOUT_IMAGE, picture())
-    (theirs,), expected = ask_transformers(adapter_model, gguf_adapter.parent / "base", ABOUT_IMAGE, picture())
-    (black,), _ = ask_llama_cpp(folder, ABOUT_IMAGE, picture(black=True))
+def test_an_image_in_llama_cpp_is_seen_as_the_adapter_model_sees_it(of_family, llama_cpp):
+    family, adapter, adapter_model = of_family
+    folder = as_gguf(adapter, llama_cpp, "F32")
+    (ours,), tokens = ask_llama_cpp(folder, ABOUT_IMAGE, picture(family))
+    (theirs,), expected = ask_transformers(adapter_model, adapter.parent / "base", ABOUT_IMAGE, picture(family))
+    (black,), _ = ask_llama_cpp(folder, ABOUT_IMAGE, picture(family, black=True))
     assert tokens == expected
     shared = {token: value for token, value in ours.items() if token in theirs}
     assert len(shared) >= TOP - 1
     print("image, F32: largest difference of log-probs", largest_difference(shared, theirs))
     assert largest_difference(shared, theirs) < 0.02
+    assert ("SYSTEM" in (folder / "Modelfile").read_text()) is (family.system_prompt is not None)
     moved = [abs(ours[token] - black[token]) for token in ours if token in black]
     assert len(moved) < TOP or max(moved) > 0.1  # it is the image that answers
 
@@ -202,6 +223,7 @@ def test_q8_0_is_near_and_its_vision_tower_is_f16(gguf_adapter, adapter_model, l
         assert (folder / file["file"]).stat().st_size == file["bytes"]
         assert all(file["file"] in report["commands"][program] for program in ("llama-mtmd-cli", "llama-server"))
         assert f"FROM ./{file['file']}\n" in (folder / "Modelfile").read_text()
+    assert 'SYSTEM """You are a helpful assistant."""\n' in (folder / "Modelfile").read_text()
     assert "merged" not in [path.name for path in folder.iterdir()]
 
 

@@ -13,11 +13,11 @@ from fake_hub import FakeHub
 
 from apo_lora.errors import HubError
 from apo_lora.export.hub import RECIPE_ON_HUB, push
+from apo_lora.family.lookup import licence_of_base
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.run.adapter import CONFIG, WEIGHTS, find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import append_jsonl, write_json
-from apo_lora.run.model_card import licence_of
 
 TOKEN = "hf_thisIsTheSecretOfTheTest"
 QWEN_3B = "unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit"
@@ -220,17 +220,20 @@ def test_a_card_that_the_hub_refuses_is_one_line(hub, run):
 @pytest.mark.parametrize(
     ("base", "licence"),
     [
-        ("tiny", "apache-2.0"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "other"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", "apache-2.0"),
         ("unsloth/Qwen2.5-VL-7B-Instruct-bnb-4bit", "apache-2.0"),
+        ("Qwen/Qwen3-VL-2B-Instruct", "apache-2.0"),
+        ("unsloth/Qwen3-VL-4B-Instruct-unsloth-bnb-4bit", "apache-2.0"),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", "unknown"),
+        ("unsloth/not-Qwen3-VL-4B-Instruct", "unknown"),
         ("somebody/Qwen2.5-VL-7B-Instruct", "unknown"),
         ("Qwen/Qwen2.5-VL-72B-Instruct", "unknown"),
         ("/models/Qwen2.5-VL-3B-Instruct", "unknown"),
     ],
 )
 def test_the_licence_of_a_base(base, licence):
-    assert licence_of(base).front_matter["license"] == licence
+    assert licence_of_base(base).front_matter["license"] == licence
 
 
 # --- interrupted -----------------------------------------------------------------------------------------------------

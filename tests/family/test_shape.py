@@ -7,6 +7,7 @@ import pytest
 from apo_lora.errors import ModelError
 from apo_lora.family.lookup import find_shape, shape_from_config
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.family.qwen3_vl import QWEN3_VL
 
 GROUPS = {
     "attention": r"language_model.*_proj\.weight$(?<=[qkvo]_proj\.weight)",
@@ -14,7 +15,7 @@ GROUPS = {
     "embedding": r"embed_tokens",
     "lm_head": r"^lm_head",
     "vision_blocks": r"visual\.blocks",
-    "vision_ends": r"visual\.(patch_embed|merger)",
+    "vision_ends": r"visual\.(patch_embed|pos_embed|merger|deepstack_merger_list)",
     "biases_and_norms": r"language_model.*(bias|norm)",
 }
 
@@ -40,21 +41,28 @@ def test_parameters_of_the_7b():
     assert sum(QWEN2_5_VL.published["7b"].parameters().values()) == 8_292_166_656  # published as 8.29 B
 
 
-def test_parameters_of_tiny(tiny_policy):
-    base = tiny_policy.model.unload()
-    assert find_shape("tiny").parameters() == counted(base)
+def test_parameters_of_a_small_model(load_each):
+    policy = load_each()
+    assert find_shape(policy.base_name).parameters() == counted(policy.model.unload())
+
+
+@pytest.mark.parametrize(("size", "published"), [("2b", 2_127_532_032), ("4b", 4_437_815_808)])
+def test_parameters_of_qwen3_vl(size, published):
+    assert sum(QWEN3_VL.published[size].parameters().values()) == published
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "shape"),
     [
-        ("unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit", "3b"),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", "3b"),
-        ("unsloth/Qwen2.5-VL-7B-Instruct-unsloth-bnb-4bit", "7b"),
+        ("unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit", QWEN2_5_VL.published["3b"]),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", QWEN2_5_VL.published["3b"]),
+        ("unsloth/Qwen2.5-VL-7B-Instruct-unsloth-bnb-4bit", QWEN2_5_VL.published["7b"]),
+        ("Qwen/Qwen3-VL-2B-Instruct", QWEN3_VL.published["2b"]),
+        ("unsloth/Qwen3-VL-4B-Thinking-unsloth-bnb-4bit", QWEN3_VL.published["4b"]),
     ],
 )
-def test_published_models_need_no_network(name, size):
-    assert find_shape(name) is QWEN2_5_VL.published[size]
+def test_published_models_need_no_network(name, shape):
+    assert find_shape(name) is shape
 
 
 def test_both_layouts_of_a_config_give_the_same(real_3b):
@@ -69,6 +77,7 @@ def test_both_layouts_of_a_config_give_the_same(real_3b):
         ('{"model_type": "llama"}', "unsupported model type llama"),
         ('{"model_type": "qwen2_5_vl"}', "hidden_size: None"),
         ('{"model_type": "qwen2_5_vl", "hidden_size": -3}', "hidden_size: -3"),
+        ('{"model_type": "qwen3_vl", "vision_config": []}', "hidden_size: None"),
     ],
 )
 def test_a_config_that_is_no_use_is_named(config, words, tmp_path):

@@ -14,6 +14,11 @@ INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "i
 
 
 @pytest.fixture
+def load_tiny(load_each):
+    return load_each
+
+
+@pytest.fixture
 def prompts(tiny_policy, make_batch, stir_adapter):
     """Three prompts of different lengths and pictures, G times each: what TRL gives to generate()."""
     stir_adapter(tiny_policy.model, scale=0.05)

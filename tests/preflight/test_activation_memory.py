@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.family.qwen3_vl import QWEN3_VL
 from apo_lora.preflight.memory_plan import (
     LOGITS_BYTES,
     attention_mask,
@@ -51,24 +52,35 @@ def left_by(run) -> int:
 SMALL = replace(QWEN2_5_VL.published["3b"], hidden=1024, intermediate=5504, heads=8, kv_heads=2)
 """Half the width of the 3B, in its proportions."""
 
+SMALL_SHAPES = {
+    "Qwen2_5_VL": SMALL,
+    "Qwen3VL": replace(QWEN3_VL.published["4b"], hidden=1280, intermediate=4864, heads=16, kv_heads=4),
+}
+"""By the beginning of the names of transformers' classes."""
+SECTIONS = {"Qwen2_5_VL": [16, 24, 24], "Qwen3VL": [24, 20, 20]}
+
+
+@pytest.fixture(scope="module", params=SMALL_SHAPES)
+def prefix(request):
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def text_layer():
+def text_layer(prefix):
     """run(tokens, mode): transformers' decoder layer with LoRA, bf16 under autocast, as the trainer runs it."""
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
-    config = Qwen2_5_VLTextConfig(
-        hidden_size=SMALL.hidden,
-        intermediate_size=SMALL.intermediate,
-        num_attention_heads=SMALL.heads,
-        num_key_value_heads=SMALL.kv_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    shape = SMALL_SHAPES[prefix]
+    config = class_of(prefix, "TextConfig")(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": SECTIONS[prefix]},
         attn_implementation="sdpa",
     )
-    layer = Qwen2_5_VLDecoderLayer(config, 0).bfloat16().requires_grad_(False)
-    targets = [linear.name for linear in SMALL.language_linears()]
+    layer = class_of(prefix, "DecoderLayer", "TextDecoderLayer")(config, 0).bfloat16().requires_grad_(False)
+    targets = [linear.name for linear in shape.language_linears()]
     layer = inject_adapter_in_model(LoraConfig(r=16, target_modules=targets), layer).train()
     for name, parameter in layer.named_parameters():
         if "lora_" in name:
@@ -76,32 +88,42 @@ def text_layer():
             parameter.requires_grad_(True)
 
     def prepare(tokens, mode):
-        hidden = torch.randn(1, tokens, SMALL.hidden).bfloat16().requires_grad_(mode != "forward")
-        rotation = (torch.randn(1, tokens, SMALL.hidden // SMALL.heads).bfloat16(),) * 2
+        hidden = torch.randn(1, tokens, shape.hidden).bfloat16().requires_grad_(mode != "forward")
+        rotation = (torch.randn(1, tokens, shape.query_width // shape.heads).bfloat16(),) * 2
         return lambda: _pass(lambda: layer(hidden, position_embeddings=rotation), mode, [layer, hidden])
 
     return prepare
 
 
 @pytest.fixture(scope="module")
-def vision_block():
+def vision_block(prefix):
     """run(patches, mode): transformers' vision block, frozen, in windows of 64 patches."""
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
-
-    config = Qwen2_5_VLVisionConfig(
-        hidden_size=SMALL.vision_hidden, intermediate_size=SMALL.vision_intermediate, num_heads=16
+    shape = SMALL_SHAPES[prefix]
+    config = class_of(prefix, "VisionConfig")(
+        hidden_size=shape.vision_hidden, intermediate_size=shape.vision_intermediate, num_heads=16
     )
     config._attn_implementation = "sdpa"
-    block = Qwen2_5_VLVisionBlock(config).bfloat16().requires_grad_(False).train()
+    block = class_of(prefix, "VisionBlock")(config).bfloat16().requires_grad_(False).train()
 
     def prepare(patches, mode):
-        hidden = torch.randn(patches, SMALL.vision_hidden).bfloat16().requires_grad_(mode != "forward")
-        rotation = (torch.randn(patches, SMALL.vision_hidden // 16),) * 2
+        hidden = torch.randn(patches, shape.vision_hidden).bfloat16().requires_grad_(mode != "forward")
+        rotation = (torch.randn(patches, shape.vision_hidden // 16),) * 2
         windows = torch.arange(0, patches + 1, 64, dtype=torch.int32)
         return lambda: _pass(lambda: block(hidden, cu_seqlens=windows, position_embeddings=rotation), mode, [hidden])
 
     return prepare
+
+
+def class_of(prefix, *names):
+    """The first of transformers' classes that exists."""
+    import importlib
+
+    folder = {"Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}[prefix]
+    modules = [
+        importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
+        for kind in ("configuration", "modeling")
+    ]
+    return next(getattr(m, prefix + name) for name in names for m in modules if hasattr(m, prefix + name))
 
 
 def _pass(forward, mode, with_gradients):
@@ -127,14 +149,14 @@ def _pass(forward, mode, with_gradients):
         ("vision_block", "backward", tower_backward),
     ],
 )
-def test_activations_of_one_layer(of, mode, formula, request):
+def test_activations_of_one_layer(prefix, of, mode, formula, request):
     """Bytes per token, from two lengths, so that what does not grow with length drops out."""
     prepare = request.getfixturevalue(of)
     kept = []  # the output alive, so that its graph is
     measure = peak_of if mode != "saved" else lambda run: left_by(lambda: kept.append(run()))
     prepare(64, mode)()
     few, many = (measure(prepare(tokens, mode)) for tokens in (64, 128))
-    assert formula(SMALL, 64, 2) == pytest.approx(many - few, rel=0.05)
+    assert formula(SMALL_SHAPES[prefix], 64, 2) == pytest.approx(many - few, rel=0.05)
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])

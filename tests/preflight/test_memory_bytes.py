@@ -19,6 +19,11 @@ from apo_lora.recipe.schema import Recipe
 GPU_RECIPES = ("single_gpu", "colab_t4", "gpu_8gb")
 
 
+@pytest.fixture
+def load_tiny(load_each):
+    return load_each
+
+
 def recipe_of(name: str, *overrides: str) -> Recipe:
     return load_recipe(find_recipe(name), overrides)
 
@@ -47,7 +52,7 @@ def test_weights_of_tiny_in_4bit(load_tiny):
             held += parameter.nbytes
             held += stored(parameter.quant_state) if hasattr(parameter, "quant_state") else 0
     overrides = ("model.load_in_4bit=true", "model.dtype=bfloat16", "model.engine=transformers")
-    rows = plan(find_shape("tiny"), recipe_of("tiny_cpu", *overrides)).rows
+    rows = plan(find_shape(policy.base_name), recipe_of("tiny_cpu", *overrides)).rows
     assert sum(row.bytes for row in rows if row.part.endswith(("NF4", "-bit"))) == held
 
 
@@ -56,8 +61,9 @@ def test_lora_of_tiny(load_tiny, vision):
     policy = load_tiny(lora={"vision": vision})
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     recipe = recipe_of("tiny_cpu", f"lora.vision={str(vision).lower()}")
-    assert lora_parameters(find_shape("tiny"), recipe) == sum(p.numel() for p in trained)
-    assert sum(copies for _, copies in lora_tensors(find_shape("tiny"), recipe)) == len(trained)
+    shape = find_shape(policy.base_name)
+    assert lora_parameters(shape, recipe) == sum(p.numel() for p in trained)
+    assert sum(copies for _, copies in lora_tensors(shape, recipe)) == len(trained)
 
 
 @pytest.mark.parametrize("recipe_name", ["single_gpu", "gpu_8gb"])
@@ -96,7 +102,7 @@ def test_a_filled_cache(tiny_policy, make_batch):
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
     rows, length = output.sequences.shape
     # The last token is sampled, never read.
-    assert held == rows * (length - 1) * kv_bytes_per_token(find_shape("tiny"), bytes_per_value=4)
+    assert held == rows * (length - 1) * kv_bytes_per_token(find_shape(tiny_policy.base_name), bytes_per_value=4)
 
 
 def test_cache_of_the_3b():

@@ -1,5 +1,6 @@
-"""Fixtures of the GGUF tests: a small Qwen2.5-VL with Qwen's vocabulary and an adapter; llama.cpp's converter."""
+"""Fixtures of the GGUF tests: a small model of each family with Qwen's vocabulary, and an adapter; the converter."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -86,27 +87,51 @@ def gguf_adapter(tmp_path_factory, llama_cpp):
     return make_adapter(tmp_path_factory.mktemp("gguf"))
 
 
-def make_adapter(folder, intermediate_size=512):
+def small_qwen2_5_vl(intermediate_size):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(VOCABULARY)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_window_layers": 2}
+    text = {**SMALL_TEXT, **heads, "intermediate_size": intermediate_size, "layer_types": ["full_attention"] * 2}
+    for key, value in text.items():
+        setattr(config.text_config, key, value)
+    for key, value in {**SMALL_VISION, "fullatt_block_indexes": [1, 3]}.items():
+        setattr(config.vision_config, key, value)
+    return config
+
+
+def small_qwen3_vl(intermediate_size):
+    """Its special tokens have the ids of Qwen2.5-VL's. llama.cpp adds no image features behind the last layer."""
+    from transformers import Qwen3VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151936}
+    text = {**SMALL_TEXT, **heads, "num_hidden_layers": 3, "intermediate_size": intermediate_size}
+    text |= {"rope_parameters": rope, "tie_word_embeddings": True}
+    vision = {**SMALL_VISION, "deepstack_visual_indexes": [0, 2]}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+IMAGES = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SMALL_TEXT = {"hidden_size": 256, "num_hidden_layers": 2}
+SMALL_VISION = {"hidden_size": 128, "intermediate_size": 256, "depth": 4, "num_heads": 2, "out_hidden_size": 256}
+SMALL_CONFIGS = {"qwen2_5_vl": small_qwen2_5_vl, "qwen3_vl": small_qwen3_vl}
+
+
+def make_adapter(folder, model_type="qwen2_5_vl", intermediate_size=512):
     """folder/adapter, of folder/base."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+    from apo_lora.family.lookup import FAMILIES
     from apo_lora.recipe.schema import LoraSection
 
     if not VOCABULARY.is_dir():
         pytest.skip(f"{VOCABULARY} is absent: real data is not part of the project")
-    config = AutoConfig.from_pretrained(VOCABULARY)
-    small = {"hidden_size": 256, "intermediate_size": intermediate_size, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_window_layers": 2}
-    for key, value in {**small, **heads, "layer_types": ["full_attention"] * 2}.items():
-        setattr(config.text_config, key, value)
-    vision = {"hidden_size": 128, "intermediate_size": 256, "depth": 4, "num_heads": 2, "out_hidden_size": 256}
-    for key, value in {**vision, "fullatt_block_indexes": [1, 3]}.items():
-        setattr(config.vision_config, key, value)
+    config, family = SMALL_CONFIGS[model_type](intermediate_size), FAMILIES[model_type]
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -116,10 +141,16 @@ def make_adapter(folder, intermediate_size=512):
     for path in VOCABULARY.iterdir():
         if path.name not in ("config.json", "SOURCE.json"):
             shutil.copyfile(path, folder / "base" / path.name)
+    if model_type == "qwen3_vl":
+        for name, changes in (("preprocessor_config.json", IMAGES), ("tokenizer_config.json", {})):
+            path = folder / "base" / name
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | changes | {"processor_class": "Qwen3VLProcessor"})
+            )
     lora = LoraSection(vision=True)
-    targets = QWEN2_5_VL.lora_targets(lora.target_modules, vision=lora.vision)
+    targets = family.lora_targets(lora.target_modules, vision=lora.vision)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
     peft_model = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

@@ -1,6 +1,6 @@
 """Runs in a fresh interpreter for test_unsloth.py: what APOTrainer does on Unsloth's rewritten trainer, as facts.
 
-    python unsloth_facts.py facts.json [4bit] [others]
+    python unsloth_facts.py facts.json BASE [4bit] [others]
 
 Shape suffixes: B sequences of a micro-batch, T completion tokens, V vocabulary.
 """
@@ -53,10 +53,10 @@ IMAGE_SIZES = ((84, 84), (112, 56), (56, 140), (140, 84))
 BETA, EPSILON, TEMPERATURE, GROUP = 0.1, 0.2, 0.9, 4
 
 
-def recipe_of(load_in_4bit: bool) -> Recipe:
+def recipe_of(base: str, load_in_4bit: bool) -> Recipe:
     return Recipe.model_validate(
         {
-            "model": {"engine": "unsloth", "load_in_4bit": load_in_4bit, "gradient_checkpointing": True},
+            "model": {"name": base, "engine": "unsloth", "load_in_4bit": load_in_4bit, "gradient_checkpointing": True},
             "data": {"train": "problems.jsonl"},
             "rewards": {"functions": ("accuracy",)},
             "grpo": {
@@ -351,10 +351,10 @@ def shared_prompt(policy: Policy, batches: list[Batch]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(target: str, *options: str) -> None:
+def main(target: str, base: str, *options: str) -> None:
     write_problems()
-    recipe = recipe_of(load_in_4bit="4bit" in options)
-    policy = load_tiny(recipe.model.model_dump(include={"load_in_4bit", "gradient_checkpointing"}))
+    recipe = recipe_of(base, load_in_4bit="4bit" in options)
+    policy = load_tiny(recipe.model.model_dump(include={"name", "load_in_4bit", "gradient_checkpointing"}))
     facts: dict[str, Any] = {"summary": policy.summary, "loaded": loaded(policy.model)}
     facts["checkpointing"] = checkpointing_after_generation(policy, recipe)
     facts["config"] = configured(recipe, policy)

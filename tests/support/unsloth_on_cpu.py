@@ -102,7 +102,7 @@ def load_tiny(model: dict | None = None, lora: dict | None = None) -> Any:
     from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 
     policy = load_policy(
-        ModelSection(name="tiny", engine="unsloth", **(model or {})),
+        ModelSection(**{"name": "tiny", "engine": "unsloth", **(model or {})}),
         LoraSection(**(lora or {})),
         DataSection(train="boards"),
         seed=0,

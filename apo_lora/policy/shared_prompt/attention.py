@@ -5,10 +5,10 @@ stretch of the row is one call of PyTorch's own attention: a prompt causally on 
 itself. Their cost is linear in the number of completions. The only mask is that of a group's longest completion, as
 wide as its prompt and itself; shorter ones use its corner, and every layer the same tensor.
 
-The model's layers get here through transformers' registry of attention functions: `PromptGroups` is passed in place of
-the attention mask, and the function that the model uses is wrapped to accept it. The same wrapper keeps sampling from
-copying keys and values: wherever there is a mask, transformers repeats the whole cache for every query head, for each
-token and layer.
+The model's layers get here through transformers' registry of attention functions: what a language model is called with
+beyond its own arguments reaches that function, and the one that the model uses is wrapped to accept `prompt_groups`.
+The same wrapper keeps sampling from copying keys and values: wherever there is a mask, transformers repeats the whole
+cache for every query head, for each token and layer.
 """
 
 import functools
@@ -42,7 +42,7 @@ def prompt_group(prompt: int, completions: tuple[int, ...], device: torch.device
 
 
 class PromptGroups:
-    """A whole row. Stands where a layer expects its attention mask.
+    """A whole row.
 
     Not a tuple or a dataclass: torch.compile looks into those, treats the lengths as constants of a layer, and compiles
     it again for every pass.
@@ -136,8 +136,8 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def accept_prompt_groups(model: nn.Module) -> None:
-    """From now on the model's attention function accepts PromptGroups as a mask, and where it is transformers' SDPA,
-    sampling copies no keys and values for query heads. All other calls reach it unchanged."""
+    """From now on the model's attention function accepts prompt_groups in place of a mask, and where it is
+    transformers' SDPA, sampling copies no keys and values for query heads. All other calls reach it unchanged."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = model.config.get_text_config()._attn_implementation
@@ -158,10 +158,17 @@ def _is_upstreams(attention: Attention) -> bool:
 def _accepting_prompt_groups(attention: Attention, is_sdpa: bool) -> Attention:
     @functools.wraps(attention)  # Unsloth marks functions by attributes, and looks for them
     def call(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        prompt_groups: PromptGroups | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(attention_mask, PromptGroups):
-            return attend(query, key, value, attention_mask, options.get("scaling")), None
+        if prompt_groups is not None:
+            return attend(query, key, value, prompt_groups, options.get("scaling")), None
         if is_sdpa and _is_plain_sampling(module, query, key, attention_mask, options):
             grouped = attend_one if query.shape[2] == 1 else attend_several
             return grouped(query, key, value, attention_mask, options.get("scaling")), None
