@@ -119,10 +119,12 @@ def install() -> None:
 
     tool = uv()
     make_environment(tool)
-    # Editable: the kernel imports its side of apo-lora from the same files.
-    what = ["--only-binary", ":all:", "--constraint", str(SOURCE / "constraints.txt"), "--editable", str(SOURCE)]
+    into = [*tool, "pip", "install", "--python", str(OWN_PYTHON)]
+    pins, needed = str(SOURCE / "constraints.txt"), str(SOURCE / "pyproject.toml")
     try:
-        run(*tool, "pip", "install", "--python", str(OWN_PYTHON), *what, meanwhile=show)
+        run(*into, "--only-binary", ":all:", "--constraint", pins, "--requirement", needed, meanwhile=show)
+        # Editable: the kernel imports its side of apo-lora from the same files.
+        run(*into, "--no-deps", "--editable", str(SOURCE), meanwhile=show)
     finally:
         print(flush=True)
     READY.write_text(fingerprint())
@@ -133,5 +135,7 @@ if __name__ == "__main__":
     if os.environ.get("APO_PYTHON", str(OWN_PYTHON)) == str(OWN_PYTHON):
         install()
         os.environ["APO_PYTHON"] = str(OWN_PYTHON)  # for apo_lora.notebook, the kernel's side
+        if str(OWN_PYTHON.parent) not in os.environ["PATH"].split(os.pathsep):
+            os.environ["PATH"] += os.pathsep + str(OWN_PYTHON.parent)  # last: for `!apo-lora ...` in a cell
     else:
         print("APO_PYTHON is set: the apo-lora of that interpreter is used, and nothing is installed.")

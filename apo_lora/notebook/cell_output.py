@@ -22,6 +22,7 @@ class CellOutput:
         """The beginning of a control sequence."""
         self._rows = [""]
         self._row = self._column = 0
+        self._new_line = False
         self._shown = ""
         """What stands in the cell's last line."""
 
@@ -33,13 +34,18 @@ class CellOutput:
             if token == "\n":
                 self._row, self._column = self._row + 1, 0
                 self._rows += [""] * (self._row == len(self._rows))
+                self._new_line = True
+                continue
             elif token == "\r":
                 self._column = 0
             elif token.endswith("A") and token.startswith("\x1b"):  # up
                 self._row = max(0, self._row - int(token[2:-1] or 1))
             elif not token.startswith("\x1b"):
+                if self._new_line:  # and not a bar, which begins with a carriage return: over what an ended bar left
+                    self._rows[self._row] = ""
                 row, self._column, start = self._rows[self._row], self._column + len(token), self._column
                 self._rows[self._row] = row[:start].ljust(start) + token + row[self._column :]
+            self._new_line = False
 
     def show(self) -> None:
         for line in self._rows[: self._row]:

@@ -53,7 +53,6 @@ def environment() -> dict[str, str]:
         **(os.environ if python() == sys.executable else without_foreign()),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore::SyntaxWarning",  # of packages that are compiled when they are first imported
-        "TQDM_POSITION": "-1",  # the Hub's progress bars, which it hides where there is no terminal
         "COLUMNS": "100",
     }
 
