@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(SOURCE), *(place for place in sys.path if place != str(SOURCE))]
-for _name in [_name for _name in sys.modules if _name.partition(".")[0] == "apo_lora"]:
-    del sys.modules[_name]  # of another checkout, if the address was changed
+if __name__ == "__main__":
+    sys.path[:] = [str(SOURCE), *(place for place in sys.path if place != str(SOURCE))]
+    for _name in [_name for _name in sys.modules if _name.partition(".")[0] == "apo_lora"]:
+        del sys.modules[_name]  # of another checkout, if the address was changed
 
 from apo_lora.notebook.verbs import StepFailed, without_foreign  # noqa: E402  # needs the path
 

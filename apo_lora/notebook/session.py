@@ -6,7 +6,6 @@ The kernel's side: IPython and the standard library alone, whatever packages the
 import functools
 import json
 import os
-import re
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from IPython.display import HTML, FileLink, Image, display
 
 from apo_lora.errors import UserError
-from apo_lora.notebook import times
+from apo_lora.notebook import form, times
 from apo_lora.notebook.verbs import StepFailed, environment, lifetime, python, run_verb
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
@@ -38,11 +37,11 @@ def made(what: str, **arguments: Any) -> str:
         )
         problems = out.with_name("out.problems")
         if problems.is_file():
-            raise StepFailed(problems.read_text(encoding="utf-8"))
+            raise StepFailed(problems.readform.text(encoding="utf-8"))
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise StepFailed(f"{what}: failed (exit code {done.returncode}): {last}")
-        return out.read_text(encoding="utf-8") if out.is_file() else ""
+        return out.readform.text(encoding="utf-8") if out.is_file() else ""
 
 
 @functools.cache
@@ -76,18 +75,20 @@ class Session:
     ):
         """Empty and 0 leave the recipe's own value. Raises StepFailed for what the form or the recipe refuses."""
         fields = {
-            "dataset": _text("DATASET", dataset),
-            "held_out": _text("HELD_OUT", held_out),
-            "steps": _count("STEPS", steps),
-            "num_generations": _count("NUM_GENERATIONS", num_generations, at_least=2),
-            "apo": _one_of("APO", apo, (True, False)),
+            "dataset": form.text("DATASET", dataset),
+            "held_out": form.text("HELD_OUT", held_out),
+            "steps": form.count("STEPS", steps),
+            "num_generations": form.count("NUM_GENERATIONS", num_generations, at_least=2),
+            "apo": form.one_of("APO", apo, (True, False)),
         }
-        _one_of("CHECKPOINTS", checkpoints, Checkpoints.__args__)
-        repo = _repo("HUB_REPO", hub_repo, needed=checkpoints == "Hub")
-        recipe = machine()["recipe"] if recipe == "auto" else _text("RECIPE", recipe)
+        form.one_of("CHECKPOINTS", checkpoints, Checkpoints.__args__)
+        repo = form.repo("HUB_REPO", hub_repo, needed=checkpoints == "Hub")
+        recipe = machine()["recipe"] if recipe == "auto" else form.text("RECIPE", recipe)
         filled = json.loads(made("form", recipe=recipe, folder=str(folder), **fields))
         self.recipe, self.max_steps = recipe, filled["max_steps"]
-        self.samples, self.has_held_out = filled["samples"], filled["has_held_out"]
+        self.samples, self.held_out = filled["samples"], filled["held_out"]
+        self.evaluation = ""
+        """What `evaluate` measured, below the run's evaluations."""
         self.run = RunDir(filled["run"])
         self.overrides = [*filled["overrides"], *self._mirror(checkpoints, repo)]
         print("\n".join([*filled["lines"], *times.expected(recipe, self.max_steps)]))
@@ -120,7 +121,7 @@ class Session:
 
     def resume(self, more_steps: int = 0) -> None:
         """Continues after a disconnect, or for more steps than set in the form."""
-        more_steps = _count("MORE_STEPS", more_steps)
+        more_steps = form.count("MORE_STEPS", more_steps)
         if not more_steps and self._finished():
             print("The run is finished. Set MORE_STEPS to continue from here.")
             return
@@ -142,33 +143,35 @@ class Session:
 
         Every length of the run and number of items has a result of its own, which is shown again where it is there.
         """
-        items = _count("ITEMS", items)
-        if not self._require_held_out():
-            return
-        self.evaluation = f"held_out-step{self._last_step()}" + (f"-first{items}" if items else "")
-        result = self.run.evaluations / self.evaluation / "eval.json"
-        if result.is_file():
-            print(made("figures", file=str(result)))
-            return
-        limit = ["--limit", str(items)] if items else []
-        run_verb("eval", str(self.run.path), "--name", self.evaluation, *limit, secrets=_secrets())
+        items = form.count("ITEMS", items)
+        if self._has_held_out():
+            asked = f"held_out-{form.as_name(self.held_out)}-step{self._last_step()}"
+            self.evaluation = asked + (f"-first{items}" if items else "")
+            result = self.run.evaluations / self.evaluation / "eval.json"
+            if result.is_file():
+                print(made("figures", file=str(result)))
+                return
+            options = ["--set", f"data.eval={self.held_out}", *(["--limit", str(items)] if items else [])]
+            run_verb("eval", str(self.run.path), "--name", self.evaluation, *options, secrets=_secrets())
 
     def sample_after(self) -> None:
         """Shows base and tuned answers of the first held-out items side by side."""
-        if self._require_held_out():
+        if self._has_held_out():
+            if not self.evaluation:
+                raise StepFailed("These are answers of the measurement: run the cell above first.")
             self._show_answers(self.run, self.evaluation)
 
     def _show_answers(self, run: RunDir, evaluation: str) -> None:
         display(HTML(made("answers", run=str(run.path), evaluation=evaluation, shown=SHOWN)))
 
-    def _require_held_out(self) -> bool:
-        if not self.has_held_out:
+    def _has_held_out(self) -> bool:
+        if not self.held_out:
             print("No held-out items: set HELD_OUT in the form above.")
-        return self.has_held_out
+        return bool(self.held_out)
 
     def report(self, download: bool = False) -> None:
         """One page with everything, to open in a browser; in Colab, the browser downloads it."""
-        _one_of("DOWNLOAD", download, (True, False))
+        form.one_of("DOWNLOAD", download, (True, False))
         run_verb("report", str(self.run.path))
         if not download:
             return
@@ -181,7 +184,7 @@ class Session:
 
     def export(self, to: str) -> None:
         """`merged`, `gguf` or `ollama`, beside the adapter; "nothing" does nothing."""
-        _one_of("EXPORT_TO", to, ("nothing", "merged", "gguf", "ollama"))
+        form.one_of("EXPORT_TO", to, ("nothing", "merged", "gguf", "ollama"))
         if to == "nothing":
             print("Nothing was exported: choose a format in EXPORT_TO.")
             return
@@ -189,9 +192,9 @@ class Session:
 
     def push(self, repo: str, what: str = "adapter", private: bool = True) -> None:
         """Pushes to the Hub with a model card; an empty `repo` does nothing."""
-        repo = _repo("PUSH_TO", repo)
-        _one_of("WHAT", what, ("adapter", "merged", "gguf"))
-        _one_of("PRIVATE", private, (True, False))
+        repo = form.repo("PUSH_TO", repo)
+        form.one_of("WHAT", what, ("adapter", "merged", "gguf"))
+        form.one_of("PRIVATE", private, (True, False))
         if not repo:
             print("Nothing was pushed: set PUSH_TO to ORG/NAME.")
             return
@@ -262,36 +265,6 @@ def _rows(path: Path) -> list[dict]:
         return list(read_jsonl(path)) if path.is_file() else []
     except UserError as error:
         raise StepFailed("\n".join(error.problems)) from None
-
-
-# --- fields of the form ----------------------------------------------------------------------------------------------
-
-
-def _text(field: str, value: Any) -> str:
-    if not isinstance(value, str | None):
-        raise StepFailed(f"{field}: {value!r} is not text; put it into quotes.")
-    return (value or "").strip()
-
-
-def _count(field: str, value: Any, at_least: int = 1) -> int:
-    """An emptied field is 0, which leaves the recipe's own value."""
-    value = value or 0
-    if type(value) is not int or value and value < at_least:
-        raise StepFailed(f"{field}: {value!r} is not possible; use a whole number from {at_least} on, or 0.")
-    return value
-
-
-def _one_of(field: str, value: Any, choices: tuple) -> Any:
-    if value not in choices:
-        raise StepFailed(f"{field}: {value!r} is not possible; use one of {', '.join(map(repr, choices))}.")
-    return value
-
-
-def _repo(field: str, value: Any, needed: bool = False) -> str:
-    value = _text(field, value)
-    if (value or needed) and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-        raise StepFailed(f"{field}: {value!r} is not a repository on the Hub; write ORG/NAME.")
-    return value
 
 
 # --- Colab -----------------------------------------------------------------------------------------------------------

@@ -6,15 +6,14 @@ process frees its GPU memory when it ends. If it is killed for lack of memory, t
 
 import ctypes
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from apo_lora.notebook.cell_output import CellOutput
 
@@ -78,26 +77,25 @@ def run_module(
     lock: Path | None = None,
 ) -> None:
     """The same with `python -m module`; `name` is what a failure is reported under."""
-    with _held(lock) as held:
+    # Into a file and not a pipe: a step outlives its kernel for as long as it takes to save its work.
+    with _held(lock) as held, tempfile.NamedTemporaryFile() as said:
         process = subprocess.Popen(
             [python(), "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.STDOUT,
             env={**environment(), **(secrets or {})},
             pass_fds=held,
             **lifetime(),
         )
-        chunks: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=_pump, args=(process.stdout, chunks), daemon=True).start()
         cell = CellOutput(sys.stdout)
         try:
-            _follow(process, chunks, cell, meanwhile)
+            with open(said.name, "rb") as output:
+                _follow(process, output, cell, meanwhile)
         finally:
             cell.close()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
     if process.returncode:
         raise StepFailed(_failure(name, process.returncode))
 
@@ -128,38 +126,29 @@ def _held(lock: Path | None) -> Iterator[tuple[int, ...]]:
         yield (file.fileno(),)
 
 
-def _follow(
-    process: subprocess.Popen, chunks: "queue.Queue[bytes | None]", cell: CellOutput, meanwhile: Meanwhile | None
-) -> None:
+def _follow(process: subprocess.Popen, output: BinaryIO, cell: CellOutput, meanwhile: Meanwhile | None) -> None:
     """Follows the output until the process ends. An interrupt is passed on; the process decides how to end."""
-    looked = 0.0
-    while True:
+    ended = False
+    while not ended:
         try:
-            try:
-                chunk = chunks.get(timeout=SECONDS_BETWEEN_LOOKS)
-            except queue.Empty:
-                chunk = b""
-            if chunk is None:
-                process.wait()
-                return
-            cell.write(chunk)
-            if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
-                cell.show()
-                looked = time.monotonic()
-                try:
-                    if meanwhile and (line := meanwhile()):
-                        cell.say(line)
-                except Exception as error:  # what cannot be shown ends no training
-                    cell.say(f"(no more curves: {type(error).__name__}: {error})")
-                    meanwhile = None
+            ended = _ends_soon(process)
+            cell.write(output.read())
+            cell.show()
+            if meanwhile and (line := meanwhile()):
+                cell.say(line)
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
+        except Exception as error:  # what cannot be shown ends no training
+            cell.say(f"(no more curves: {type(error).__name__}: {error})")
+            meanwhile = None
 
 
-def _pump(stream, chunks: "queue.Queue[bytes | None]") -> None:
-    while chunk := stream.read1(65536):
-        chunks.put(chunk)
-    chunks.put(None)
+def _ends_soon(process: subprocess.Popen) -> bool:
+    try:
+        process.wait(SECONDS_BETWEEN_LOOKS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _failure(name: str, code: int) -> str:

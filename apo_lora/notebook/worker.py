@@ -5,7 +5,6 @@
 """
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from apo_lora.evaluation.evaluate import SECTIONS
 from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.evaluation.table import table
 from apo_lora.machine.host import find_gpu
+from apo_lora.notebook.form import as_name
 from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
@@ -38,24 +38,23 @@ def form(
 ) -> None:
     """The form as a recipe with a few keys changed. Empty and 0 leave its own value. Raises RecipeError, DataError.
 
-    Writes {overrides, run, max_steps, has_held_out, samples: [data, split], lines}, and the recipe of the base's
-    samples into a run directory beside the run; samples of other settings are removed.
+    Writes {overrides, run, max_steps, held_out, samples: [data, split], lines}, the first as training takes them. Into
+    a run directory beside the run goes the recipe of the base's samples; samples of other settings are removed.
     """
     overrides = [
         "train.evaluate=false",  # the notebook measures in a cell of its own
         *([f"data.train={dataset}", "data.eval=null", "data.general=null"] if dataset else []),
-        *([f"data.eval={held_out}"] if held_out else []),
         *([f"train.max_steps={steps}"] if steps else []),
         *(_group_size(recipe, num_generations) if num_generations else []),
         *([] if apo else ["apo.dads=null", "apo.stcr=null"]),
     ]
-    filled = load_recipe(find_recipe(recipe), overrides)
+    filled = load_recipe(find_recipe(recipe), [*overrides, *([f"data.eval={held_out}"] if held_out else [])])
     data = filled.data
     for spec in filter(None, (data.train, data.eval)):
         refuse_missing(spec)
     # Runs of other settings get other names, but not of another length: a longer run continues a shorter one.
     parts = [recipe, dataset, "apo" if apo else "grpo", f"g{filled.grpo.num_generations}"]
-    run = Path(folder) / "-".join(re.sub(r"\W+", "_", part).strip("_") for part in parts if part)
+    run = Path(folder) / "-".join(map(as_name, filter(None, parts)))
     _prepare_samples(RunDir(f"{run}-base"), filled)
     write_json(
         Path(out),
@@ -63,7 +62,7 @@ def form(
             "overrides": [*overrides, f"output.dir={run}"],
             "run": str(run),
             "max_steps": filled.train.max_steps,
-            "has_held_out": data.eval is not None,
+            "held_out": data.eval,
             "samples": [data.eval, data.eval_split] if data.eval else [data.train, data.split],
             "lines": [f"{filled.method} with {recipe}.yaml on {data.train}, into {run}"],
         },
