@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -51,7 +52,8 @@ def run(*command: str, meanwhile: Callable[[], None] = lambda: None) -> None:
         try:
             while process.poll() is None:
                 meanwhile()
-                time.sleep(0.5)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
         finally:
             process.kill()
             process.wait()

@@ -37,11 +37,11 @@ def made(what: str, **arguments: Any) -> str:
         )
         problems = out.with_name("out.problems")
         if problems.is_file():
-            raise StepFailed(problems.readform.text(encoding="utf-8"))
+            raise StepFailed(problems.read_text(encoding="utf-8"))
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise StepFailed(f"{what}: failed (exit code {done.returncode}): {last}")
-        return out.readform.text(encoding="utf-8") if out.is_file() else ""
+        return out.read_text(encoding="utf-8") if out.is_file() else ""
 
 
 @functools.cache

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 from twin_frontend import Cell, Frontend, cells_of, colab_environment
-from twin_machine import CACHE, PYTHON, checkout, find_python, find_uv, kernel_python, uv_settings
+from twin_machine import CACHE, PYTHON, find_python, find_uv, kernel_python, uv_settings
 
 sys.path.insert(0, str(PROJECT / "colab"))
 import install
+from execute import repository
 
-NOTEBOOK = PROJECT / "colab" / "apo_lora_qwen2_5_vl.ipynb"
 FORM = {"NUM_GENERATIONS": 2, "ITEMS": 4}
 STEPS = 6
 
@@ -73,14 +73,14 @@ def told(python: Path, folder: Path) -> Story:
     content.mkdir()
     environment = {**colab_environment(kernel, uv, folder / "home", asked), **settings, "OMP_NUM_THREADS": "1"}
     command = [str(kernel), str(Path(__file__).with_name("launcher.py"))]
-    source = checkout(PROJECT, folder / "repository")
+    source = repository(folder / "repository")
     record = content / "runs" / "tiny_cpu-apo-g2" / "metrics.jsonl"
 
     def steps() -> list[int]:
         return [json.loads(line)["step"] for line in record.read_text().splitlines()] if record.is_file() else []
 
     def cells(steps: int, source: str = source) -> list[Cell]:
-        return cells_of(NOTEBOOK, {**FORM, "SOURCE": source, "STEPS": steps})
+        return cells_of({**FORM, "SOURCE": source, "STEPS": steps})
 
     story.packages.append(_files(kernel))
     with Frontend(command, content, environment) as colab:
@@ -131,7 +131,7 @@ def test_a_wrong_address_is_one_line_and_the_next_run_goes_on(story):
 def test_run_all_ends_with_every_cell_done(story, part):
     cells = story.parts[part]
     assert [(cell.title, cell.text()) for cell in cells if cell.failed] == []
-    assert len(cells) == len(cells_of(NOTEBOOK, {}))
+    assert len(cells) == len(cells_of({}))
 
 
 def test_the_first_run_all_shows_a_whole_run(story):

@@ -1,7 +1,7 @@
 """Colab's side of a notebook: cells are sent to a kernel one after the other, and what they show is kept."""
 
 import os
-import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +11,9 @@ from typing import Any
 import nbformat
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpec
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "colab"))
+from execute import NOTEBOOK, as_a_screen_shows, filled
 
 
 @dataclass
@@ -25,22 +28,16 @@ class Cell:
     def text(self) -> str:
         """What its streams and errors say, as a screen shows it: a line that was written again stands once."""
         raw = "".join(o.get("text", "") + "\n".join(o.get("traceback", ())) for o in self.outputs)
-        return "\n".join(line.split("\r")[-1].rstrip() for line in raw.split("\n"))
+        return as_a_screen_shows(raw)
 
     def data(self, kind: str) -> list[Any]:
         return [output["data"][kind] for output in self.outputs if kind in output.get("data", {})]
 
 
-def cells_of(notebook: Path, form: Mapping[str, Any]) -> list[Cell]:
-    """Its code, with these values in the form."""
-    cells = []
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if cell.cell_type == "code":
-            source = cell.source
-            for name, value in form.items():
-                source = re.sub(rf"(?m)^{name} = .*?(?=  #@param)", f"{name} = {value!r}", source)
-            cells.append(Cell(source.partition("\n")[0].removeprefix("#@title "), source))
-    return cells
+def cells_of(form: Mapping[str, Any]) -> list[Cell]:
+    """The notebook's code, with these values in its form."""
+    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    return [Cell(source.partition("\n")[0].removeprefix("#@title "), filled(source, form)) for source in code]
 
 
 class Frontend:

@@ -67,19 +67,6 @@ def kernel_python(python: Path, uv: Path, settings: dict[str, str]) -> Path:
     return made
 
 
-def checkout(project: Path, target: Path) -> str:
-    """The working tree as a repository that can be cloned; its address."""
-    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=project, text=True)
-    for name in filter(None, listed.split("\0")):
-        if (project / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(project / name, target / name)
-    who = ("-c", "user.name=twin", "-c", "user.email=twin@localhost")
-    for arguments in (["init", "--quiet"], ["add", "--all", "--force"], [*who, "commit", "--quiet", "-m", "all"]):
-        _run("git", *arguments, cwd=target)
-    return target.as_uri()
-
-
 def _run(*command: str, **options) -> None:
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
