@@ -30,7 +30,7 @@ PYTHON = "3.12"
 DOWNLOAD_GB, DISK_GB = 4.4, 8.2
 """Measured: the wheels, and the environment. tests/colab_twin compares the second with the disk."""
 MINUTES = "1 to 5"
-"""Measured: 44 s on a fast line and 159 s, on 2 cores."""
+"""Measured on 2 cores: 44 to 97 s on a fast line, 159 s on a slower one."""
 
 ENVIRONMENT = Path("apo-lora-env").absolute()
 OWN_PYTHON = ENVIRONMENT / "bin" / "python"

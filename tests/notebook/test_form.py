@@ -74,6 +74,18 @@ def test_emptied_fields_leave_the_recipe_s_own_values(run, capsys):
     assert capsys.readouterr().out.count("Nothing was") == 2
 
 
+def test_a_t4_is_told_the_modelled_time_and_its_plan(tiny, monkeypatch, capsys):
+    found = {"lines": ["GPU       Tesla T4"], "recipe": "colab_t4", "vram": 14.74}
+    monkeypatch.setattr(session, "machine", lambda: found)
+    asked = []
+    monkeypatch.setattr(session, "run_verb", lambda *arguments, **options: asked.append(arguments))
+    session.show_machine()
+    run = session.Session()
+    assert asked == [("plan", "--recipe", "colab_t4", "--vram", "14.7")]
+    assert run.held_out == "hiyouga/geometry3k" and "train.evaluate=false" in run.overrides
+    assert "60 steps of 80 to 100 s (modelled, not measured)" in capsys.readouterr().out
+
+
 def test_held_out_data_is_asked_for_in_the_measurement_and_changes_no_training(tiny, monkeypatch):
     """Else another HELD_OUT after the training would be another recipe, and the run could not be continued."""
     run = session.Session(held_out="boards:level1")
