@@ -63,10 +63,11 @@ def run(*command: str, meanwhile: Callable[[], None] = lambda: None) -> None:
 
 
 def reason(output: str) -> str:
-    """Of what uv, git or pip printed before it failed: the error in one line, and what to do."""
-    said = re.split(r"(?m)^\s*(?:error:|ERROR:|fatal:|[x×])", output)[-1]
-    said = re.sub(r"[\s│├└╰─▶]+|\bhint:.*", " ", said).strip(" .")[:400] or "it ended without a word"
-    remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, said, re.IGNORECASE)), None)
+    """Of what uv or pip printed before it failed: the error and its first cause in one line, and what to do."""
+    error = re.split(r"(?m)^\s*(?:error:|ERROR:|[x×])", output)[-1].partition("hint:")[0]
+    causes = [" ".join(part.split()).strip(" .│") for part in re.split(r"[├╰]─▶|(?:\b[Cc]aused? ?(?:by)?:)", error)]
+    said = ": ".join(dict.fromkeys([causes[0], causes[-1]]))[:400] or "it ended without a word"
+    remedy = next((text for pattern, text in REMEDIES.items() if re.search(pattern, error, re.IGNORECASE)), None)
     return f"{said}; {remedy or 'see whether the address and the machine are right'}"
 
 
@@ -136,7 +137,10 @@ def install() -> None:
 
 if __name__ == "__main__":
     if os.environ.get("APO_PYTHON", str(OWN_PYTHON)) == str(OWN_PYTHON):
-        install()
+        try:
+            install()
+        except KeyboardInterrupt:
+            raise StepFailed("install: stopped. Run this cell again; what has arrived is kept.") from None
         os.environ["APO_PYTHON"] = str(OWN_PYTHON)  # for apo_lora.notebook, the kernel's side
         if str(OWN_PYTHON.parent) not in os.environ["PATH"].split(os.pathsep):
             os.environ["PATH"] += os.pathsep + str(OWN_PYTHON.parent)  # last: for `!apo-lora ...` in a cell

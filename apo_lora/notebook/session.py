@@ -11,8 +11,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
-from IPython.display import HTML, FileLink, Image, display
+from IPython.display import HTML, Image, display
 
 from apo_lora.errors import UserError
 from apo_lora.notebook import form, times
@@ -178,7 +179,7 @@ class Session:
         try:
             from google.colab import files
         except ImportError:
-            display(FileLink(self.run.report))
+            display(HTML(f'<a href="{quote(str(self.run.report))}" target="_blank">{self.run.report.name}</a>'))
         else:
             files.download(str(self.run.report))
 

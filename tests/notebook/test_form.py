@@ -1,6 +1,8 @@
 """A field of the form is what it must be, or one line names it and says what to write."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +118,42 @@ def test_a_drive_gets_its_folder_which_the_mirror_needs(tiny, monkeypatch):
     run = session.Session(checkpoints="Google Drive")
     assert (tiny / "apo-lora").is_dir()
     assert f"output.mirror=[{tiny}/apo-lora/tiny_cpu-apo-g8]" in run.overrides
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """google.colab, whose functions note what they were asked for, or raise `colab.error`."""
+    module = SimpleNamespace(asked=[], error=None)
+
+    def ask(*arguments):
+        module.asked.append(arguments)
+        if module.error:
+            raise module.error
+
+    module.drive, module.files = SimpleNamespace(mount=ask), SimpleNamespace(download=ask)
+    monkeypatch.setitem(sys.modules, "google", SimpleNamespace(colab=module))
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    return module
+
+
+def test_a_drive_that_is_refused_is_one_line(tiny, colab):
+    assert str(session._drive()) == "/content/drive/MyDrive" and colab.asked == [("/content/drive",)]
+    colab.error = ValueError("mount failed")
+    with pytest.raises(StepFailed, match=r"^CHECKPOINTS: Google Drive could not be mounted \(mount failed\); [^\n]+$"):
+        session.Session(checkpoints="Google Drive")
+
+
+def test_the_report_is_offered_as_a_download_in_colab_and_as_a_link_elsewhere(run, colab, monkeypatch):
+    shown = []
+    monkeypatch.setattr(session, "run_verb", lambda *arguments: None)
+    monkeypatch.setattr(session, "display", lambda html: shown.append(html.data))
+    run.report(download=False)
+    assert colab.asked == shown == []
+    run.report(download=True)
+    assert colab.asked == [(str(run.run.report),)] and shown == []
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    run.report(download=True)
+    assert f'href="{run.run.report}"' in shown[0]
 
 
 def test_what_fails_in_the_other_process_is_one_line(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_the_kernel_s_own_python_serves_where_the_tested_one_cannot_be_had(machi
     [
         (
             "Resolved 9 packages\n  × Failed to download `torch==2.10.0`\n  ├─▶ error sending request\n  ╰─▶ dns error",
-            "install: Failed to download `torch==2.10.0` error sending request dns error; check the network",
+            "install: Failed to download `torch==2.10.0`: dns error; check the network",
         ),
         ("error: Failed to write\n  Caused by: No space left on device (os error 28)", "make room"),
         ("error: Request failed\n  Caused by: operation timed out", "check the network"),
