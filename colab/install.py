@@ -118,7 +118,8 @@ def install() -> None:
     started, used = time.monotonic(), shutil.disk_usage(ENVIRONMENT.parent).used
 
     def show() -> None:
-        gigabytes = max(0, shutil.disk_usage(ENVIRONMENT.parent).used - used) / 1e9
+        gigabytes = (shutil.disk_usage(ENVIRONMENT.parent).used - used) / 1e9  # others may write to that disk as well
+        gigabytes = min(max(gigabytes, 0), DISK_GB)
         print(f"\r{gigabytes:4.1f} of {DISK_GB} GB, {time.monotonic() - started:3.0f} s", end="", flush=True)
 
     tool = uv()

@@ -6,12 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo_lora.notebook import session
+from apo_lora.notebook import session, worker
 from apo_lora.notebook.verbs import StepFailed
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
+    """A machine without a GPU, in an empty folder; the worker is called, and no process is started for it."""
+
+    def run(command, **options):
+        return SimpleNamespace(returncode=worker.main(*command[-2:]), stderr="")
+
+    monkeypatch.setattr(session.subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "machine", lambda: {"lines": [], "recipe": "tiny_cpu", "vram": None})
     return tmp_path
