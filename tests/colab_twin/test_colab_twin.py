@@ -22,6 +22,10 @@ sys.path.insert(0, str(PROJECT / "colab"))
 import install
 from execute import repository
 
+COLAB_PYTHON = find_python()
+if COLAB_PYTHON is None:
+    pytest.skip(f"the twin of Colab needs Python {PYTHON}, which is not on this machine", allow_module_level=True)
+
 FORM = {"NUM_GENERATIONS": 2, "ITEMS": 4}
 STEPS = 6
 
@@ -53,13 +57,10 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story():
-    python = find_python()
-    if python is None:
-        pytest.skip(f"the twin of Colab needs Python {PYTHON}, which is not on this machine")
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="twin-", dir=CACHE))  # on the disk of uv's cache, for hard links
     try:
-        yield told(python, folder)
+        yield told(COLAB_PYTHON, folder)
     finally:
         shutil.rmtree(folder)
 
