@@ -43,7 +43,7 @@ def form(
     """
     overrides = [
         "train.evaluate=false",  # the notebook measures in a cell of its own
-        *([f"data.train={dataset}", "data.eval=null", "data.general=null"] if dataset else []),
+        *([f"data.train={dataset}", "data.eval=null", "data.general=null", "data.columns={}"] if dataset else []),
         *([f"train.max_steps={steps}"] if steps else []),
         *(_group_size(recipe, num_generations) if num_generations else []),
         *([] if apo else ["apo.dads=null", "apo.stcr=null"]),
