@@ -98,8 +98,8 @@ class Session:
         if checkpoints == "Google Drive":
             folder = _drive() / "apo-lora"
             folder.mkdir(exist_ok=True)
-            return [f"output.mirror=[{folder / self.run.path.name}]"]
-        return [f"output.mirror=['hub:{hub_repo}']"] if checkpoints == "Hub" else []
+            return [f"output.mirror={json.dumps([str(folder / self.run.path.name)])}"]
+        return [f"output.mirror={json.dumps([f'hub:{hub_repo}'])}"] if checkpoints == "Hub" else []
 
     # --- the cells ---------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Session:
             if result.is_file():
                 print(made("figures", file=str(result)))
                 return
-            options = ["--set", f"data.eval={self.held_out}", *(["--limit", str(items)] if items else [])]
+            options = ["--set", f"data.eval={json.dumps(self.held_out)}", *(["--limit", str(items)] if items else [])]
             run_verb("eval", str(self.run.path), "--name", self.evaluation, *options, secrets=_secrets())
 
     def sample_after(self) -> None:

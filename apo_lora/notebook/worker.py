@@ -17,12 +17,16 @@ from apo_lora.evaluation.evaluate import SECTIONS
 from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.evaluation.table import table
 from apo_lora.machine.host import find_gpu
+from apo_lora.machine.paths import at_home
 from apo_lora.notebook.form import as_name
 from apo_lora.notebook.machine import banner, suited_recipe
-from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.recipe.files import find_recipe, load_recipe, override
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl, replacing, write_atomically, write_json
+
+OTHER_DATA = ("data.eval=null", "data.general=null", "data.columns={}")
+"""What the recipe says of its own data."""
 
 
 def machine(out: str) -> None:
@@ -43,23 +47,23 @@ def form(
     """
     overrides = [
         "train.evaluate=false",  # the notebook measures in a cell of its own
-        *([f"data.train={dataset}", "data.eval=null", "data.general=null", "data.columns={}"] if dataset else []),
+        *([override("data.train", dataset), *OTHER_DATA] if dataset else []),
         *([f"train.max_steps={steps}"] if steps else []),
         *(_group_size(recipe, num_generations) if num_generations else []),
         *([] if apo else ["apo.dads=null", "apo.stcr=null"]),
     ]
-    filled = load_recipe(find_recipe(recipe), [*overrides, *([f"data.eval={held_out}"] if held_out else [])])
+    filled = load_recipe(find_recipe(recipe), [*overrides, *([override("data.eval", held_out)] if held_out else [])])
     data = filled.data
     for spec in filter(None, (data.train, data.eval)):
         refuse_missing(spec)
     # Runs of other settings get other names, but not of another length: a longer run continues a shorter one.
     parts = [recipe, dataset, "apo" if apo else "grpo", f"g{filled.grpo.num_generations}"]
-    run = Path(folder) / "-".join(map(as_name, filter(None, parts)))
+    run = Path(at_home(folder)) / "-".join(map(as_name, filter(None, parts)))
     _prepare_samples(RunDir(f"{run}-base"), filled)
     write_json(
         Path(out),
         {
-            "overrides": [*overrides, f"output.dir={run}"],
+            "overrides": [*overrides, override("output.dir", str(run))],
             "run": str(run),
             "max_steps": filled.train.max_steps,
             "held_out": data.eval,

@@ -101,7 +101,7 @@ def test_held_out_data_is_asked_for_in_the_measurement_and_changes_no_training(t
     asked = []
     monkeypatch.setattr(session, "run_verb", lambda *arguments, **options: asked.append(arguments))
     run.evaluate(items=4)
-    assert asked[0][asked[0].index("--set") + 1] == "data.eval=boards:level1"
+    assert asked[0][asked[0].index("--set") + 1] == 'data.eval="boards:level1"'
     assert run.evaluation == "held_out-boards_level1-step0-first4"
 
 
@@ -123,7 +123,7 @@ def test_a_drive_gets_its_folder_which_the_mirror_needs(tiny, monkeypatch):
     monkeypatch.setattr(session, "_drive", lambda: tiny)
     run = session.Session(checkpoints="Google Drive")
     assert (tiny / "apo-lora").is_dir()
-    assert f"output.mirror=[{tiny}/apo-lora/tiny_cpu-apo-g8]" in run.overrides
+    assert f'output.mirror=["{tiny}/apo-lora/tiny_cpu-apo-g8"]' in run.overrides
 
 
 @pytest.fixture
