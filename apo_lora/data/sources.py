@@ -41,8 +41,7 @@ class Source:
 
 def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir: Path | None) -> Source:
     """The first `limit` rows of a data set. Relative paths start at `base_dir`, or else at the working directory."""
-    if not spec.strip():
-        raise DataError("data: the name is empty; give `boards`, a file, a folder or a Hugging Face id")
+    refuse_missing(spec, base_dir)
     if spec in BOARDS:
         return _boards(spec, split, limit or BOARDS_ROWS, seed)
     if (found := find_benchmark(spec)) is not None:
@@ -53,6 +52,14 @@ def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir
     if path.is_dir():
         return _from_folder(path, split, limit)
     return _from_files([path], limit, path.parent)
+
+
+def refuse_missing(spec: str, base_dir: Path | None = None) -> None:
+    """Raises DataError for what names nothing that could be opened. Opens nothing, and asks no network."""
+    if not spec.strip():
+        raise DataError("data: the name is empty; give `boards`, a file, a folder or a Hugging Face id")
+    if spec not in BOARDS and find_benchmark(spec) is None:
+        _local_path(spec, base_dir)
 
 
 def _local_path(spec: str, base_dir: Path | None) -> Path | None:

@@ -42,7 +42,20 @@ def prepare_process() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _show_downloads()
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\b")
+
+
+def _show_downloads() -> None:
+    """The Hub's progress bars also where there is no terminal, as in a notebook's cell: gigabytes take minutes.
+
+    Its switch for that is a variable from which tqdm, when it is imported, takes the place of every bar; so it is set
+    after that.
+    """
+    os.environ.pop("TQDM_POSITION", None)
+    import tqdm  # noqa: F401
+
+    os.environ["TQDM_POSITION"] = "-1"

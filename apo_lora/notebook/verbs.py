@@ -1,23 +1,32 @@
 """The verbs of the command line in a notebook: each in a separate process, with live output in the cell.
 
-A separate process frees its GPU memory when it ends. If it is killed for lack of memory, the kernel keeps running.
+The kernel's side: IPython and the standard library alone, whatever packages the notebook's machine has. A separate
+process frees its GPU memory when it ends. If it is killed for lack of memory, the kernel keeps running.
 """
 
-import codecs
+import ctypes
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import TextIO
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from apo_lora.notebook.cell_output import CellOutput
 
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a progress bar moves in the cell, and `meanwhile` is called."""
 
 Secrets = Mapping[str, str]
+Meanwhile = Callable[[], str | None]
+"""May return a line to be shown."""
+
+FOREIGN = ("UV_", "PYTHON", "VIRTUAL_ENV", "CONDA_", "MPLBACKEND")
+"""Beginnings of variables by which a machine speaks of its own Python. Colab sets UV_SYSTEM_PYTHON and MPLBACKEND."""
+_PR_SET_PDEATHSIG = 1
 
 
 class StepFailed(Exception):
@@ -27,69 +36,119 @@ class StepFailed(Exception):
         return [str(self)]
 
 
-def run_verb(*arguments: str, meanwhile: Callable[[], None] | None = None, secrets: Secrets | None = None) -> None:
+def python() -> str:
+    """The interpreter that has apo-lora: colab/install.py says which; without it, the kernel's own."""
+    return os.environ.get("APO_PYTHON", sys.executable)
+
+
+def without_foreign() -> dict[str, str]:
+    """The environment variables for another Python than the kernel's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+
+
+def environment() -> dict[str, str]:
+    """For a process of `python()`."""
+    return {
+        **(os.environ if python() == sys.executable else without_foreign()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore::SyntaxWarning",  # of packages that are compiled when they are first imported
+        "COLUMNS": "100",
+    }
+
+
+def run_verb(
+    *arguments: str, meanwhile: Meanwhile | None = None, secrets: Secrets | None = None, lock: Path | None = None
+) -> None:
     """`apo-lora *arguments`, with live output in the cell.
 
     `meanwhile` is called about once a second. `secrets` go into the environment of that process and nowhere else.
-    Interrupting the cell is Ctrl-C for the verb, which then ends in its own way. Raises StepFailed.
+    `lock`: a file that only one process at a time may hold. Interrupting the cell is Ctrl-C for the verb, which then
+    ends in its own way. Raises StepFailed.
     """
-    run_module("apo_lora.commands.main", *arguments, name=arguments[0], meanwhile=meanwhile, secrets=secrets)
+    run_module("apo_lora.commands.main", *arguments, name=arguments[0], meanwhile=meanwhile, secrets=secrets, lock=lock)
 
 
 def run_module(
     module: str,
     *arguments: str,
     name: str,
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Meanwhile | None = None,
     secrets: Secrets | None = None,
+    lock: Path | None = None,
 ) -> None:
     """The same with `python -m module`; `name` is what a failure is reported under."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", **(secrets or {})},
-        start_new_session=True,  # else an interrupt would reach it twice: from Jupyter, and from here
-    )
-    chunks: queue.Queue[bytes | None] = queue.Queue()
-    threading.Thread(target=_pump, args=(process.stdout, chunks), daemon=True).start()
-    cell = CellOutput(sys.stdout)
-    try:
-        _follow(process, chunks, cell, meanwhile)
-    finally:
-        cell.close()
-        if process.poll() is None:
+    # Into a file and not a pipe: a step outlives its kernel for as long as it takes to save its work.
+    with _held(lock) as held, tempfile.NamedTemporaryFile() as said:
+        process = subprocess.Popen(
+            [python(), "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**environment(), **(secrets or {})},
+            pass_fds=held,
+            **lifetime(),
+        )
+        cell = CellOutput(sys.stdout)
+        try:
+            with open(said.name, "rb") as output:
+                _follow(process, output, cell, meanwhile)
+        finally:
+            cell.close()
             process.kill()
             process.wait()
     if process.returncode:
         raise StepFailed(_failure(name, process.returncode))
 
 
-def _follow(process: subprocess.Popen, chunks: queue.Queue, cell: "CellOutput", meanwhile: Callable | None) -> None:
-    """Follows the output until the process ends. An interrupt is passed on; the process decides how to end."""
-    looked = 0.0
-    while True:
+def lifetime() -> dict:
+    """Arguments of Popen: not interrupted with the kernel, which passes an interrupt on, and ended when it dies."""
+    if sys.platform != "linux":
+        return {"start_new_session": True}
+    libc = ctypes.CDLL(None)  # before the fork
+    return {"start_new_session": True, "preexec_fn": lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)}
+
+
+@contextmanager
+def _held(lock: Path | None) -> Iterator[tuple[int, ...]]:
+    """The lock's file descriptor, for the process that is to hold it: also after the kernel has died."""
+    if lock is None or sys.platform == "win32":
+        yield ()
+        return
+    import fcntl
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         try:
-            try:
-                chunk = chunks.get(timeout=SECONDS_BETWEEN_LOOKS)
-            except queue.Empty:
-                chunk = b""
-            if chunk is None:
-                process.wait()
-                return
-            cell.write(chunk)
-            if meanwhile and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
-                meanwhile()
-                looked = time.monotonic()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("The step that a restarted kernel left is saving its work; waiting for it to end.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield (file.fileno(),)
+
+
+def _follow(process: subprocess.Popen, output: BinaryIO, cell: CellOutput, meanwhile: Meanwhile | None) -> None:
+    """Follows the output until the process ends. An interrupt is passed on; the process decides how to end."""
+    ended = False
+    while not ended:
+        try:
+            ended = _ends_soon(process)
+            cell.write(output.read())
+            cell.show()
+            if meanwhile and (line := meanwhile()):
+                cell.say(line)
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
+        except Exception as error:  # what cannot be shown ends no training
+            cell.say(f"(no more curves: {type(error).__name__}: {error})")
+            meanwhile = None
 
 
-def _pump(stream, chunks: "queue.Queue[bytes | None]") -> None:
-    while chunk := stream.read1(65536):
-        chunks.put(chunk)
-    chunks.put(None)
+def _ends_soon(process: subprocess.Popen) -> bool:
+    try:
+        process.wait(SECONDS_BETWEEN_LOOKS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _failure(name: str, code: int) -> str:
@@ -98,43 +157,3 @@ def _failure(name: str, code: int) -> str:
     if code == -signal.SIGKILL:
         return f"{name}: killed by the system, usually for lack of memory. Saved checkpoints are kept."
     return f"{name}: failed (exit code {code}); see the line above."
-
-
-class CellOutput:
-    """Text with progress bars in it, as a cell can show it: lines at once, a bar's newest state once a second."""
-
-    def __init__(self, out: TextIO):
-        self.out = out
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._line = ""
-        self._bar = ""
-        """What the last carriage return left standing."""
-        self._shown = ""
-        self._shown_at = 0.0
-
-    def write(self, chunk: bytes) -> None:
-        for character in self._decode(chunk):
-            if character == "\n":
-                self._end_line()
-            elif character == "\r":
-                self._bar, self._line = self._line.rstrip() or self._bar, ""
-                self._show_bar()
-            else:
-                self._line += character
-        self.out.flush()
-
-    def close(self) -> None:
-        """Ends a last line that has no end."""
-        if self._line or self._shown:
-            self._end_line()
-        self.out.flush()
-
-    def _end_line(self) -> None:
-        line = self._line.rstrip() or self._bar
-        self.out.write(("\r" if self._shown else "") + line.ljust(len(self._shown)) + "\n")
-        self._line = self._bar = self._shown = ""
-
-    def _show_bar(self) -> None:
-        if self._bar and time.monotonic() - self._shown_at > SECONDS_BETWEEN_LOOKS:
-            self.out.write("\r" + self._bar.ljust(len(self._shown)))
-            self._shown, self._shown_at = self._bar, time.monotonic()

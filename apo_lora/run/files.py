@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import lock_descriptor
-
 from apo_lora.errors import RunDirError
 
 
@@ -36,6 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _is_taken(descriptor: int) -> bool:
+    from filelock import lock_descriptor  # a notebook's kernel, which may not have it, reads files with this module
+
     try:
         return lock_descriptor(descriptor, blocking=False)
     except OSError:

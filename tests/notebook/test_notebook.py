@@ -1,11 +1,13 @@
 """The Colab notebook: what its cells may do, and Run all without a GPU."""
 
 import ast
-import io
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -15,12 +17,14 @@ from conftest import PROJECT
 from apo_lora.machine.host import Gpu
 from apo_lora.notebook import session, verbs
 from apo_lora.notebook.machine import banner, suited_recipe
-from apo_lora.notebook.verbs import CellOutput, StepFailed, run_module
+from apo_lora.notebook.verbs import StepFailed, run_module
 from apo_lora.recipe.files import shipped_recipes
 from apo_lora.run.directory import RunDir
 
 sys.path.insert(0, str(PROJECT / "colab"))
-from execute import NOTEBOOK, as_a_screen_shows, executed
+sys.path.insert(0, str(PROJECT / "tests" / "colab_twin"))
+from execute import NOTEBOOK, executed
+from twin_machine import find_python
 
 NOTEBOOK_NODE = nbformat.read(NOTEBOOK, as_version=4)
 CODE = [cell.source for cell in NOTEBOOK_NODE.cells if cell.cell_type == "code"]
@@ -51,9 +55,9 @@ def test_the_badge_is_in_notebook_and_readme_and_opens_this_file():
     assert target.split("/github/")[1].startswith(re.search(r'github\.com/([\w-]+/[\w-]+)"', CODE[0])[1])
 
 
-def test_the_install_cell_imports_nothing_and_installs_the_pinned_set():
-    assert "import" not in CODE[0]
-    assert "constraints.txt" in CODE[0]
+def test_the_install_cell_hands_over_to_the_checkout_s_script():
+    assert CODE[0].endswith('runpy.run_path("apo-lora-source/colab/install.py", run_name="__main__");')
+    assert "!" not in "".join(line[:1] for line in CODE[0].splitlines())  # a shell's failure fails no cell
 
 
 @pytest.mark.parametrize("source", CODE[1:])
@@ -102,25 +106,6 @@ def test_the_recipe_suits_the_card(card, recipe):
 # --- output and interrupts -------------------------------------------------------------------------------------------
 
 
-def test_a_progress_bar_becomes_its_last_state():
-    out = io.StringIO()
-    cell = CellOutput(out)
-    cell.write(b"start\n\rbar  0%\rbar 50%")
-    cell.write("\rbar 100% \u00e9".encode()[:-1])  # half a character
-    cell.write("\u00e9".encode()[-1:] + b"\nend")
-    cell.close()
-    assert as_a_screen_shows(out.getvalue()) == "start\nbar 100% \u00e9\nend\n"
-
-
-def test_a_line_written_over_a_bar_stands_alone(monkeypatch):
-    monkeypatch.setattr(verbs, "SECONDS_BETWEEN_LOOKS", -1)
-    out = io.StringIO()
-    cell = CellOutput(out)
-    cell.write(b"\ra long bar 50%\r              \rstep 1\n\ra long bar 60%\n")
-    assert "a long bar 50%" in out.getvalue()
-    assert as_a_screen_shows(out.getvalue()) == "step 1\na long bar 60%\n"
-
-
 def test_a_failing_verb_is_one_line_without_traceback(capsys):
     with pytest.raises(StepFailed, match="exit code 2") as failure:
         verbs.run_verb("train", "--recipe", "nowhere.yaml")
@@ -133,8 +118,6 @@ def test_secrets_reach_the_process_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     run_module("tell", name="tell", secrets={"HF_TOKEN": "hf_secret"})
-    import os
-
     assert "HF_TOKEN" not in os.environ
 
 
@@ -165,29 +148,103 @@ def test_an_interrupted_cell_is_ctrl_c_for_the_verb(monkeypatch, tmp_path, capsy
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def test_curves_of_a_run_that_starts_again_are_drawn_again(tmp_path, monkeypatch):
-    """A run that was cut before its first checkpoint has steps, and train empties that record when it starts anew."""
+@pytest.fixture
+def curves(tmp_path, monkeypatch):
+    """Curves of a run, whose pictures are collected, without the process that draws them."""
     shown = []
     handle = SimpleNamespace(update=shown.append)
-    monkeypatch.setattr(session, "display", lambda picture, display_id: shown.append(picture) or handle)
-    run = RunDir(tmp_path)
-    curves = session.Curves(run)
-    for steps, num_shown in ((1, 1), (0, 1), (0, 1), (1, 2), (2, 3), (2, 3)):
-        run.metrics.write_text(
-            "".join(f'{{"step": {n}, "reward": 0.5, "accuracy": 0.5}}\n' for n in range(1, steps + 1))
-        )
-        curves.redraw()
-        assert len(shown) == num_shown
+    monkeypatch.setattr(session, "display", lambda picture, display_id: handle)
+    monkeypatch.setattr(session, "Image", lambda data: data)
+    monkeypatch.setattr(session, "made", lambda what, png, **arguments: Path(png).write_bytes(b"last"))
+    idle = SimpleNamespace(kill=lambda: None, wait=lambda: None)
+    monkeypatch.setattr(session.subprocess, "Popen", lambda *command, **options: idle)
+    curves = session.Curves(RunDir(tmp_path), steps=20)
+    curves.pictures = shown
+    return curves
+
+
+def record(run, steps):
+    rows = ({"step": step, "seconds": 9.0 if step == 1 else 2.0} for step in range(1, steps + 1))
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_record_that_is_emptied_and_grows_again_shows_what_is_drawn(curves):
+    """A run that was cut before its first checkpoint has steps, and train empties that record when it starts anew."""
+    record(curves.run, 2)
+    with curves:
+        record(curves.run, 0)
+        curves.look()
+        assert curves.pictures == []
+        curves._png.write_bytes(b"first")
+        curves.look()
+        curves.look()
+        assert curves.pictures == [b"first"]
+        record(curves.run, 1)
+    assert curves.pictures == [b"first", b"last"]
+
+
+def test_the_time_of_the_rest_is_said_once_after_the_first_steps(curves):
+    with curves:
+        said = []
+        for steps in range(8):
+            record(curves.run, steps)
+            said.append(curves.look())
+    assert said[:4] == [None] * 4 and said[5:] == [None] * 3
+    assert said[4] == "Measured: 2 s per step, so 32 s for the other 16 steps."
+
+
+def test_curves_that_cannot_be_shown_end_no_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "works.py").write_text("import time; time.sleep(0.3); print('saved')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(verbs, "SECONDS_BETWEEN_LOOKS", 0.05)
+
+    def broken():
+        raise ValueError("no picture")
+
+    run_module("works", name="train", meanwhile=broken)
+    out = capsys.readouterr().out
+    assert "saved" in out and out.count("no more curves: ValueError: no picture") == 1
+
+
+# --- a kernel that dies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_step_whose_kernel_died_is_asked_to_end_may_save_and_the_next_one_waits_for_it(tmp_path):
+    (tmp_path / "saves.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    print('saving', flush=True)\n    time.sleep(1)\n"
+        "    pathlib.Path(sys.argv[1]).write_text('saved')\n    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    (tmp_path / "after.py").write_text("import pathlib, sys; print(pathlib.Path(sys.argv[1]).read_text())")
+    kernel = (
+        "import pathlib, sys\nfrom apo_lora.notebook.verbs import run_module\n"
+        "run_module(sys.argv[1], sys.argv[2], name='train', lock=pathlib.Path(sys.argv[3]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
+
+    def start(module):
+        command = [sys.executable, "-c", kernel, module, str(tmp_path / "work"), str(tmp_path / "lock")]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    with start("saves") as first:
+        assert first.stdout.readline() == "ready\n"
+        first.kill()
+    assert not (tmp_path / "work").exists()
+    with start("after") as second:
+        said = second.communicate(timeout=30)[0]
+    assert "waiting for it to end" in said and said.endswith("saved\n")
 
 
 # --- Run all ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_python() is not None, reason="tests/colab_twin runs the notebook")
 def test_run_all_without_a_gpu(tmp_path):
-    notebook = executed(
-        tmp_path, {"RECIPE": "tiny_cpu", "STEPS": 3, "NUM_GENERATIONS": 4, "ITEMS": 16, "MORE_STEPS": 2}
-    )
+    form = {"RECIPE": "tiny_cpu", "STEPS": 3, "NUM_GENERATIONS": 4, "ITEMS": 16, "MORE_STEPS": 2}
+    notebook = executed(tmp_path, form, {"APO_PYTHON": sys.executable})
     outputs = {cell.source.splitlines()[0].removeprefix("#@title "): _text(cell) for cell in notebook.cells[1:-1]}
     assert "No GPU here" in outputs["The machine"]
     assert "GRPO + DADS + STCR with tiny_cpu.yaml" in outputs["What to train"]
@@ -203,7 +260,7 @@ def test_run_all_without_a_gpu(tmp_path):
     assert (
         "Nothing was pushed" in outputs["Push to the Hub: needs HF_TOKEN in Colab's secrets (the key icon on the left)"]
     )
-    run, base = sorted((tmp_path / "runs").iterdir())
+    run, base = sorted(path for path in (tmp_path / "content" / "runs").iterdir() if path.is_dir())
     assert base.name == f"{run.name}-base" and not (base / "metrics.jsonl").exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]

@@ -1,0 +1,5 @@
+from google.colab import note
+
+
+def mount(mountpoint, force_remount=False):
+    note("drive.mount", mountpoint)

@@ -1,0 +1,42 @@
+"""What is said about time: modelled before a run, measured after its first steps."""
+
+import pytest
+from conftest import PROJECT
+
+from apo_lora.notebook import times
+from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(40, "40 s"), (99, "99 s"), (300, "5 min"), (4800, "80 min"), (6000, "1 h 40 min")]
+)
+def test_a_duration_in_words(seconds, text):
+    assert times.duration(seconds) == text
+
+
+def test_the_expected_time_is_said_to_be_modelled_where_there_is_a_model():
+    (line,) = times.expected("colab_t4", 60)
+    assert "60 steps of 80 to 100 s (modelled, not measured)" in line and "80 min to 1 h 40 min" in line
+    assert times.expected("tiny_cpu", 60) == times.expected("colab_t4", None) == []
+
+
+def test_the_modelled_seconds_are_those_of_the_documentation():
+    table = (PROJECT / "docs" / "performance.md").read_text()
+    assert set(times.MODELLED) <= set(shipped_recipes())
+    for recipe, (low, high) in times.MODELLED.items():
+        assert f"| `{recipe}.yaml`, T4 | {low} to {high} |" in table
+
+
+def test_a_t4_s_run_fits_a_session_with_everything_around_it():
+    """Two hours of training at the slower end, of the three and more that free sessions have lasted."""
+    recipe = load_recipe(find_recipe("colab_t4"))
+    slow = times.MODELLED["colab_t4"][1]
+    assert recipe.train.max_steps * slow <= 2 * 3600
+    assert recipe.train.save_minutes <= 15  # what a cut may cost
+    assert recipe.data.eval_limit <= 64
+
+
+def test_the_measured_time_leaves_out_the_first_step_and_is_said_once_there_are_enough():
+    assert times.remaining([30, 2, 2], 10, 3) is None
+    assert times.remaining([30, 2, 9, 2], 10, 4) == "Measured: 2 s per step, so 12 s for the other 6 steps."
+    assert times.remaining([30, 2, 2, 2], 4, 4) is None
