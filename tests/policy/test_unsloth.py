@@ -104,7 +104,7 @@ def test_unsloth_is_asked_for_the_named_model_with_offloaded_checkpointing(monke
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=FastVisionModel))
     model = ModelSection(name="some/model", revision="abc", load_in_4bit=True, gradient_checkpointing=True)
     with pytest.raises(EnvironmentError, match="enough"):
-        _load_with_unsloth(model, LoraSection(), torch.float16, 0)
+        _load_with_unsloth(model, LoraSection(), None, torch.float16, 0)
     assert asked == {
         "name": "some/model", "revision": "abc", "use_exact_model_name": True, "load_in_4bit": True,
         "dtype": torch.float16, "use_gradient_checkpointing": "unsloth", "trust_remote_code": False,
@@ -125,7 +125,7 @@ def test_unsloths_config_changes_nothing_of_ours(facts):
 def test_float32_on_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ModelError, match="model.dtype: on a GPU, Unsloth trains float32 weights in 16 bits"):
-        _load_with_unsloth(ModelSection(name="tiny"), LoraSection(), torch.float32, 0)
+        _load_with_unsloth(ModelSection(name="tiny"), LoraSection(), None, torch.float32, 0)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def loaded(model: nn.Module) -> dict[str, Any]:
 
 
 def other_loads() -> dict[str, Any]:
-    half, _ = _load_with_unsloth(ModelSection(name="tiny"), LoraSection(), torch.float16, 0)
+    half, _ = _load_with_unsloth(ModelSection(name="tiny"), LoraSection(), None, torch.float16, 0)
     try:
         refusal = load_tiny({"dtype": "bfloat16"}).summary
     except ModelError as error:
