@@ -104,8 +104,7 @@ class DataSection(Section):
     instruction: str | None = None
     """Text added after every problem, for instance the answer format to use."""
     max_pixels: Count | None = None
-    """Shrink larger images to this many pixels, keeping the aspect ratio. A token is 28 x 28 pixels
-    in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
+    """Shrink larger images to this many pixels, keeping their shape; a token is 28 x 28 (Qwen3-VL: 32 x 32) pixels."""
     min_pixels: Count | None = None
     """Enlarge smaller images to this many pixels, keeping the aspect ratio."""
     max_prompt_tokens: Count = 2048
