@@ -7,6 +7,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from apo_lora.data.examples import Example
     from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
+    from apo_lora.rollout.sampling import Sampler
     from apo_lora.run.callbacks import OrderlyStop
     from apo_lora.trainer import APOTrainer
 
@@ -75,6 +77,8 @@ def _train(
     from apo_lora.data.items import prompt_dataset
     from apo_lora.evaluation.held_out import measure_held_out
     from apo_lora.rewards.functions import probe, reward_functions, verifier_of
+    from apo_lora.rollout.vllm.sampler import sampler_of
+    from apo_lora.rollout.vllm.server import serving
     from apo_lora.run.callbacks import OrderlyStop
 
     inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
@@ -88,6 +92,7 @@ def _train(
         ranks.joined(),
         verifier_of(recipe.rewards) as verifier,
         trackers_in(run_dir),
+        ExitStack() as inside,
     ):
         # A user's own function fails here, before the model is loaded.
         rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
@@ -98,6 +103,8 @@ def _train(
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
+        # Before the model is loaded: it takes its share of a GPU's memory first.
+        servers = inside.enter_context(serving(recipe, run_dir.path, loaded.examples))
         policy = _load_policy(recipe)
         say(_plan(recipe, len(loaded.examples)))
         wanted = fitted_as_before(recipe, run_dir) if checkpoint else recipe
@@ -128,7 +135,8 @@ def _train(
         if checkpoint is None:
             measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
-        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop)
+        sampler = sampler_of(servers, policy, fitted)
+        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop, sampler)
         started = time.perf_counter()
         with stop, only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -182,6 +190,7 @@ def _trainer(
     troubles: Callable[[], dict[str, float]],
     mirrors: Mirrors,
     stop: "OrderlyStop",
+    sampler: "Sampler | None",
 ) -> "APOTrainer":
     """The drop-in trainer, with the run's record as callbacks."""
     from transformers import PrinterCallback, ProgressCallback
@@ -217,6 +226,7 @@ def _trainer(
             SealedCheckpoints(run_dir, trained, mirrors, recipe.train.keep_checkpoints),
             stop,
         ],
+        sampler=sampler,
     )
     refuse_changes(trainer.args, vars(arguments), by=type(trainer).__mro__[1])
     for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; Screen prints readable lines
@@ -299,10 +309,11 @@ def run_preflight(recipe: Recipe) -> bool:
 
     import_engine(recipe.model)
     from apo_lora.preflight.checks import preflight
+    from apo_lora.rollout.vllm.server import serving
 
     inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
-    policy = _load_policy(recipe)
-    checks, _ = preflight(policy, inputs.train.examples, recipe)
+    with serving(recipe, Path(recipe.output.dir), inputs.train.examples):  # it has its share of a GPU's memory
+        checks, _ = preflight(_load_policy(recipe), inputs.train.examples, recipe)
     return not report_checks(checks)
 
 
@@ -313,20 +324,17 @@ def _require_device(recipe: Recipe) -> None:
     import torch
 
     from apo_lora.policy.loading import needs_gpu
-    from apo_lora.rollout.vllm import vllm_problem
+    from apo_lora.rollout.vllm.server import servers_problem
 
-    problems = needs_gpu(recipe.model), vllm_problem(recipe, has_gpu=torch.cuda.is_available())
+    problems = needs_gpu(recipe.model), servers_problem(recipe, has_gpu=torch.cuda.is_available())
     if any(problems):
         raise ModelError(*filter(None, problems))
 
 
 def _load_policy(recipe: Recipe) -> "Policy":
     from apo_lora.policy.loading import load_policy
-    from apo_lora.rollout.vllm import loading_options
 
-    policy = load_policy(
-        recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed, unsloth_options=loading_options(recipe)
-    )
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
     say(policy.summary)
     return policy
 

@@ -210,9 +210,22 @@ class GrpoSection(Section):
 
 class RolloutSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples completions: the model's own generate(), or vLLM on the same GPU through Unsloth, if installed."""
+    """What samples completions: the model's own generate(), or a vLLM server that takes the adapter of every step.
+    `apo-lora setup-vllm` makes its environment."""
+    servers: Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    """`auto` starts a vLLM server on this machine, one per process, and stops it with the run; or the URLs of servers
+    that share the requests, and to which output.dir must be visible under the same path. Their key is VLLM_API_KEY."""
     vllm_gpu_memory_utilization: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    """Fraction of GPU memory that vLLM may use, including the weights it shares with the trainer."""
+    """Fraction of the GPU's memory that the server may use: its own copy of the weights, and the cache."""
+    quantization: Literal["auto", "bitsandbytes", "none"] = "auto"
+    """How the server holds the base: `auto` is as it is trained, bitsandbytes for model.load_in_4bit."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the server on this machine's loopback; 0 is any free one."""
+    server_seconds: Positive = 600.0
+    """Longest wait for the server's start, and for one answer of it."""
+    importance_cap: Positive | None = 2.0
+    """Largest importance weight of a token: where the sampler's log-probabilities are known, the policy term is
+    weighted by the trainer's probability over the sampler's; null leaves it unweighted."""
 
 
 class ApoSection(Section):
@@ -393,13 +406,18 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield f"data.min_pixels: {recipe.data.min_pixels} must not exceed data.max_pixels = {recipe.data.max_pixels}"
 
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""What vLLM makes room for; a smaller adapter fits into a larger one."""
+
+
 def _vllm_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.lora.vision:
         yield "lora.vision: vLLM applies adapters only to language layers; use false, or rollout.engine=transformers"
-    if recipe.model.engine == "transformers":
-        yield "model.engine: rollout.engine=vllm needs Unsloth; use auto, or rollout.engine=transformers"
-    if recipe.model.revision is not None:
-        yield "model.revision: vLLM through Unsloth loads only the default branch; leave it out, or use a local folder"
+    if recipe.lora.r > LORA_RANKS[-1]:
+        yield f"lora.r: vLLM takes at most {LORA_RANKS[-1]}; lower it, or use rollout.engine=transformers"
+    for url in () if recipe.rollout.servers == "auto" else recipe.rollout.servers:
+        if not re.fullmatch(r"https?://[^/@\s]+", url):
+            yield f"rollout.servers: {url!r} is not a server's URL; write http://HOST:PORT, its key in VLLM_API_KEY"
 
 
 def _divisors(number: int) -> list[int]:

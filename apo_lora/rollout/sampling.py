@@ -1,8 +1,8 @@
 """Prompts into tensors, tensors into completions: sampling outside the trainer, for evaluation and preflight."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,24 @@ from apo_lora.recipe.schema import Recipe
 
 # Greedy; None removes options that generate() would warn about.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+class Sampler(Protocol):
+    """Samples a rollout for APOTrainer, instead of the model's own generate()."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        step: int,
+        prompts: Sequence[Sequence[Mapping[str, Any]]],
+        prompt_ids: Sequence[Sequence[int]],
+        groups: Sequence[int],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """One completion per row, with the adapter that `model` has before step `step` + 1.
+
+        `prompts` are messages with PIL images in them, and `prompt_ids` what the trainer reads in them; rows with the
+        same group have the same prompt. Returns the token ids, end token included, and the log-prob of each.
+        """
 
 
 class Completion(NamedTuple):
