@@ -4,6 +4,7 @@ it. test_vllm_server.py has the real one.
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,8 +121,9 @@ class Adapter:
 
 
 @pytest.fixture
-def fake(monkeypatch):
+def fake(monkeypatch, tmp_path):
     """fake(fault, times) is a started LocalServer that is fake_vllm.py, and a sampler that asks it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a faulty server leaves its log
     monkeypatch.setattr(vllm_server, "interpreter", lambda: Path(sys.executable))
     monkeypatch.setattr(vllm_server, "LAUNCHER", Path(fake_vllm.__file__))
     started = []
