@@ -125,7 +125,8 @@ class VllmSampler:
         self.loaded = name
 
     def _ask(self, endpoint: Endpoint, name: str, job: Group) -> list[tuple[list[int], list[float]]]:
-        body = {"model": name, "messages": job.messages, "n": len(job.rows), "seed": job.seed, **self.options}
+        body = {"model": name, "messages": job.messages, "n": len(job.rows), "seed": job.seed}
+        body |= self.options_of(job)
         if image_processor := getattr(self.processor, "image_processor", None):
             # At every request: preflight may have lowered data.max_pixels after the server's start.
             body["mm_processor_kwargs"] = {"size": dict(image_processor.size)}
@@ -143,6 +144,10 @@ class VllmSampler:
         if any(not self.never_sampled.isdisjoint(ids) for ids, _ in completions):
             raise ServerFault("it sampled a vision token, which it was told to hold back")
         return completions
+
+    def options_of(self, job: Group) -> dict[str, Any]:
+        """How its completions are sampled."""
+        return self.options
 
     def _compare(self, read: Sequence[int], job: Group) -> None:
         """Raises TrainingStopped where the server's prompt is not the trainer's."""
