@@ -321,12 +321,11 @@ def _require_device(recipe: Recipe) -> None:
     """Raises ModelError for what this machine lacks, before anything is downloaded or a heavy library is imported."""
     if recipe.model.name == "tiny" and recipe.rollout.engine == "transformers":
         return  # runs anywhere
-    import torch
 
     from apo_lora.policy.loading import needs_gpu
     from apo_lora.rollout.vllm.server import servers_problem
 
-    problems = needs_gpu(recipe.model), servers_problem(recipe, has_gpu=torch.cuda.is_available())
+    problems = needs_gpu(recipe.model), servers_problem(recipe)
     if any(problems):
         raise ModelError(*filter(None, problems))
 

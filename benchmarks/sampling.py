@@ -34,7 +34,7 @@ from apo_lora.policy.shared_prompt.prefill import prompts_read_once  # noqa: E40
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
 from apo_lora.rollout.sampling import generating, generation_options, prompt_inputs  # noqa: E402
-from apo_lora.rollout.vllm.sampler import Group, VllmSampler  # noqa: E402
+from apo_lora.rollout.vllm.sampler import Group, VllmSampler, with_images  # noqa: E402
 from apo_lora.rollout.vllm.server import serving  # noqa: E402
 from apo_lora.run.directory import RunDir  # noqa: E402
 from apo_lora.run.files import read_jsonl, write_json  # noqa: E402
@@ -87,7 +87,12 @@ class RaggedSampler(VllmSampler):
 
     def options_of(self, job: Group) -> dict[str, Any]:
         length = self.lengths[job.rows[0]]
-        return self.options | {"max_tokens": length, "min_tokens": length, "ignore_eos": True, "stop_token_ids": []}
+        return super().options_of(job) | {
+            "max_tokens": length,
+            "min_tokens": length,
+            "ignore_eos": True,
+            "stop_token_ids": [],
+        }
 
 
 def by_vllm(
@@ -104,28 +109,13 @@ def by_vllm(
     inputs = prompt_inputs(policy, rows, recipe)
     masks = inputs["attention_mask"].bool()
     prompt_ids = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
-    prompts = [with_images(example, recipe) for example in rows]
+    prompts = [with_images(example, recipe.data) for example in rows]
     sampler.lengths = lengths
     ids, _ = sampler(policy.model, step, prompts, prompt_ids, range(len(rows)))
     seconds = time.perf_counter() - started
     if [len(row) for row in ids] != list(lengths):
         raise SystemExit("vLLM did not sample the lengths that it was asked for")
     return seconds
-
-
-def with_images(example: Example, recipe: Recipe) -> list[dict[str, Any]]:
-    """The example's messages with its images in their places, as TRL hands them around."""
-    images = iter(example.images)
-    return [
-        {
-            **message,
-            "content": [
-                {"type": "image", "image": next(images).open()} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in example.messages(recipe.data)
-    ]
 
 
 def rollouts(model: str, name: str, prompts: int, longest: int, repeats: int) -> list[dict[str, Any]]:

@@ -17,6 +17,10 @@ from apo_lora.recipe.schema import Recipe
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
+Sampled = tuple[list[list[int]], list[list[float]]]
+"""Token ids of every row, end token included, and the log-prob of each."""
+
+
 class Sampler(Protocol):
     """Samples a rollout for APOTrainer, instead of the model's own generate()."""
 
@@ -27,11 +31,11 @@ class Sampler(Protocol):
         prompts: Sequence[Sequence[Mapping[str, Any]]],
         prompt_ids: Sequence[Sequence[int]],
         groups: Sequence[int],
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> Sampled:
         """One completion per row, with the adapter that `model` has before step `step` + 1.
 
         `prompts` are messages with PIL images in them, and `prompt_ids` what the trainer reads in them; rows with the
-        same group have the same prompt. Returns the token ids, end token included, and the log-prob of each.
+        same group have the same prompt.
         """
 
 
@@ -75,10 +79,11 @@ def sample(policy: Policy, examples: Sequence[Example], recipe: Recipe, **change
     ends = policy.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     completions = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_until_end(ids, ends, policy.processor) for ids in completions]
+    return [until_end(ids, ends, policy.processor) for ids in completions]
 
 
-def _until_end(ids: list[int], ends: list[int], processor: Any) -> Completion:
+def until_end(ids: list[int], ends: list[int], processor: Any) -> Completion:
+    """Of the sampled ids, what comes before the first end token, and that one."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     return Completion(processor.decode(ids[:length], skip_special_tokens=True), length, ids[length - 1] not in ends)
 

