@@ -199,26 +199,46 @@ def test_it_listens_on_the_loopback_only_and_answers_to_its_key_only(server):
     assert not any(server.endpoints[0].key in part for process in processes for part in process.cmdline())
 
 
-def test_a_run_trains_on_it_and_continues_after_a_fault(server, tmp_path, monkeypatch, capfd):
-    """Through its URL, as a server on another machine: a run that loses it after step 2 ends like one that does not."""
+def command(server, folder):
+    """A run of four steps through the server's URL, as if it were on another machine."""
+    return [
+        "train", "--recipe", "tiny_cpu", "--resume", "auto", "rollout.engine=vllm", "train.max_steps=4",
+        f"rollout.servers=['{server.endpoints[0].url}']", "train.save_steps=2", "grpo.prompts_per_step=2",
+        "grpo.num_generations=4", "grpo.completions_per_pass=4", "grpo.max_completion_length=24",
+        "train.evaluate=false", "train.preflight=false", "data.limit=16", f"output.dir={folder}",
+    ]  # fmt: skip
+
+
+def completions_of(run):
+    return [row["completion"] for row in read_jsonl(run.completions)]
+
+
+@pytest.fixture
+def its_key(server, monkeypatch):
     monkeypatch.setenv(KEY, server.endpoints[0].key)
+
+
+@pytest.fixture(scope="module")
+def whole_run(server, tmp_path_factory):
+    run = RunDir(tmp_path_factory.mktemp("whole") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY, server.endpoints[0].key)
+        assert main(command(server, run.path)) == 0
+    return run
+
+
+def test_a_run_on_it_records_how_far_the_two_are_apart(whole_run, server):
+    rows = list(read_jsonl(whole_run.metrics))
+    assert all(row["sampler_difference"] < 1e-3 and 0.9 < row["importance_weight"] < 1.1 for row in rows)
+    assert all(row["importance_weight_max"] <= RECIPE.rollout.importance_cap for row in rows)
+    assert not [path for path in whole_run.path.iterdir() if path.name.startswith(".")]
+    texts = [path.read_text() for path in whole_run.path.glob("*.*") if path.suffix != ".png"]
+    assert texts and not any(server.endpoints[0].key in text for text in texts)
+
+
+def test_a_run_that_loses_it_stops_in_order_and_continues(server, whole_run, its_key, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("apo_lora.rollout.vllm.server.RemoteServers.PATIENCE", 0.0)
-
-    def command(name):
-        return [
-            "train", "--recipe", "tiny_cpu", "--resume", "auto", "rollout.engine=vllm", "train.max_steps=4",
-            f"rollout.servers=['{server.endpoints[0].url}']", "train.save_steps=2", "grpo.prompts_per_step=2",
-            "grpo.num_generations=4", "grpo.completions_per_pass=4", "grpo.max_completion_length=24",
-            "train.evaluate=false", "train.preflight=false", "data.limit=16", f"output.dir={tmp_path}/{name}",
-        ]  # fmt: skip
-
-    assert main(command("whole")) == 0
-    whole = list(read_jsonl(RunDir(tmp_path / "whole").metrics))
-    assert all(row["sampler_difference"] < 1e-3 and 0.9 < row["importance_weight"] < 1.1 for row in whole)
-    assert all(row["importance_weight_max"] <= RECIPE.rollout.importance_cap for row in whole)
-    assert server.endpoints[0].key not in "".join(capfd.readouterr())
-
-    ask = Endpoint.ask
+    cut, ask = RunDir(tmp_path / "cut"), Endpoint.ask
 
     def lost(self, path, body=None):
         if str((body or {}).get("lora_name", "")).endswith("-step-2"):
@@ -226,21 +246,34 @@ def test_a_run_trains_on_it_and_continues_after_a_fault(server, tmp_path, monkey
         return ask(self, path, body)
 
     monkeypatch.setattr(Endpoint, "ask", lost)
-    assert main(command("cut")) == 1
-    assert "vLLM failed again after a restart: it answered 500" in capfd.readouterr().err
-    cut = RunDir(tmp_path / "cut")
+    assert main(command(server, cut.path)) == 1
+    said = capfd.readouterr()
+    assert "vLLM failed again after a restart: it answered 500" in said.err
+    assert server.endpoints[0].key not in said.out + said.err
     assert [path.name for path in cut.valid_checkpoints()] == ["checkpoint-2"]
     monkeypatch.setattr(Endpoint, "ask", ask)
-    assert main(command("cut")) == 0
-    tokens = [[row["completion"] for row in read_jsonl(run.completions)] for run in (cut, RunDir(tmp_path / "whole"))]
-    assert tokens[0] == tokens[1] and len(tokens[0]) == 4 * 8
-    assert not [path for path in cut.path.iterdir() if path.name.startswith(".")]
-    assert server.endpoints[0].key not in "".join(p.read_text() for p in cut.path.glob("*.json*"))
+    assert main(command(server, cut.path)) == 0
+    assert completions_of(cut) == completions_of(whole_run) and len(completions_of(cut)) == 4 * 8
 
 
-def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server, tmp_path, monkeypatch):
+@pytest.mark.matrix
+def test_a_run_that_is_killed_while_it_samples_continues(server, whole_run, its_key, tmp_path):
+    killed = RunDir(tmp_path / "killed")
+    arguments = [sys.executable, "-m", "apo_lora", *command(server, killed.path)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and not (
+            killed.metrics.exists() and len(killed.metrics.read_text().splitlines()) == 3
+        ):
+            time.sleep(0.01)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL and [p.name for p in killed.valid_checkpoints()] == ["checkpoint-2"]
+    assert main(command(server, killed.path)) == 0
+    assert completions_of(killed) == completions_of(whole_run)
+    assert not [path for path in killed.path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server, its_key, tmp_path):
     """Greedy answers differ only where two tokens are as likely within the kernels' rounding."""
-    monkeypatch.setenv(KEY, server.endpoints[0].key)
     run = stirred_run(tmp_path / "run", [f"rollout.servers=['{server.endpoints[0].url}']"], scale=0.05)
     answers = {}
     for engine in ("transformers", "vllm"):
@@ -258,8 +291,7 @@ def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server,
     assert any(own["base", row]["text"] != own["tuned", row]["text"] for _, row in own)
 
 
-def test_a_server_for_shorter_sequences_is_refused(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(KEY, server.endpoints[0].key)
+def test_a_server_for_shorter_sequences_is_refused(server, its_key, tmp_path, capsys):
     servers = [f"rollout.servers=['{server.endpoints[0].url}']", f"data.max_prompt_tokens={2**20}"]
     assert main(["train", "--recipe", "tiny_cpu", "rollout.engine=vllm", *servers, f"output.dir={tmp_path}/run"]) == 2
     assert "start it with --max-model-len" in capsys.readouterr().err
