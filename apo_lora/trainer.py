@@ -6,8 +6,7 @@ and steps. Overridden are:
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       leaves the old policy's log-probs to _score_frozen_policies
-    _tokenize_prompts                        keeps the prompts for a sampler outside of this process
-    _generate_single_turn                    reads each prompt once for its G completions, its images processed once
+    _tokenize_prompts, _generate_single_turn reads each prompt once for its G completions, or hands them to the sampler
     _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
     training_step                            collects the step's figures, tells the guard against NaN the loss
