@@ -17,6 +17,7 @@ from apo_lora.errors import ModelError, RecipeError
 from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.machine.versions import environment
+from apo_lora.machine.vllm_environment import VERSION
 from apo_lora.recipe.schema import Recipe, combination_problems
 from apo_lora.rewards.calls import RewardFunction
 from apo_lora.rewards.plugins import find_rewards
@@ -290,6 +291,8 @@ def _open_run(
 ) -> None:
     """Creates the run directory, or rewinds its record to the checkpoint."""
     here = environment(engine)
+    if (recipe.rollout.engine, recipe.rollout.servers) == ("vllm", "auto"):
+        here["packages"]["vllm"] = VERSION
     if resume is None:
         run_dir.create()
     else:

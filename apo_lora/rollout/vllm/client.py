@@ -31,7 +31,7 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             raise ServerFault(f"it answered {error.code} to {path}{_message(error)}") from None
         except TimeoutError:
-            raise ServerFault(f"no answer to {path} within {self.seconds:g} seconds") from None
+            raise ServerFault(f"no answer to {path} within {self.seconds:g} seconds (server_seconds)") from None
         except OSError as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
                 raise ServerFault(f"no connection within {self.seconds:g} seconds") from None
