@@ -5,20 +5,22 @@ Imports nothing of apo-lora. The arguments are those of vLLM's server.
 
 import hmac
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from typing import Any
 
-PARENT = "APO_LORA_PARENT"
-"""Environment variable with the process that the server belongs to."""
+PARENT, FOLDER = "APO_LORA_PARENT", "APO_LORA_FOLDER"
+"""Environment variables with the process that the server belongs to, and with the folder that both use meanwhile."""
 
 
-def follow(parent: int) -> None:
+def follow(parent: int, folder: str) -> None:
     """Ends the server and its workers as soon as the parent is gone, also by SIGKILL: this process then has another."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)  # adapters and log: nobody is left who would
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -34,7 +36,7 @@ async def only_with_key(request: Any, call_next: Any) -> Any:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=follow, args=(int(os.environ[PARENT]),), daemon=True).start()
+    threading.Thread(target=follow, args=(int(os.environ[PARENT]), os.environ[FOLDER]), daemon=True).start()
     sys.argv += ["--middleware", "__main__.only_with_key"]
     from vllm.entrypoints.launchers.api_server.entry import main
 

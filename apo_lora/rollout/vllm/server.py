@@ -26,7 +26,7 @@ from apo_lora.machine.vllm_environment import build, interpreter, problem
 from apo_lora.policy.loading import base_path
 from apo_lora.recipe.schema import LORA_RANKS, Recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
-from apo_lora.rollout.vllm.launcher import PARENT
+from apo_lora.rollout.vllm.launcher import FOLDER, PARENT
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 KEY = "VLLM_API_KEY"
@@ -97,6 +97,7 @@ class LocalServer(Servers):
             **({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else cache),
             KEY: self.endpoints[0].key,
             PARENT: str(os.getpid()),
+            FOLDER: str(self.folder),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it shares the cores with the trainer
             "VLLM_HOST_IP": "127.0.0.1",  # else its workers meet at an address of the network
