@@ -34,7 +34,7 @@ from apo_lora.policy.shared_prompt.prefill import prompts_read_once  # noqa: E40
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
 from apo_lora.rollout.sampling import generating, generation_options, prompt_inputs  # noqa: E402
-from apo_lora.rollout.vllm.sampler import Group, VllmSampler, with_images  # noqa: E402
+from apo_lora.rollout.vllm.sampler import Group, VllmSampler  # noqa: E402
 from apo_lora.rollout.vllm.server import serving  # noqa: E402
 from apo_lora.run.directory import RunDir  # noqa: E402
 from apo_lora.run.files import read_jsonl, write_json  # noqa: E402
@@ -109,9 +109,9 @@ def by_vllm(
     inputs = prompt_inputs(policy, rows, recipe)
     masks = inputs["attention_mask"].bool()
     prompt_ids = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
-    prompts = [with_images(example, recipe.data) for example in rows]
+    items = [{"prompt": e.messages(recipe.data), "images": [i.open() for i in e.images]} for e in rows]
     sampler.lengths = lengths
-    ids, _ = sampler(policy.model, step, prompts, prompt_ids, range(len(rows)))
+    ids, _ = sampler(policy.model, step, items, prompt_ids, range(len(rows)))
     seconds = time.perf_counter() - started
     if [len(row) for row in ids] != list(lengths):
         raise SystemExit("vLLM did not sample the lengths that it was asked for")

@@ -10,7 +10,7 @@ from apo_lora.policy.scoring import token_logps
 from apo_lora.preflight.sample import as_batch
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Completion, prompt_inputs, until_end
-from apo_lora.rollout.vllm.sampler import VllmSampler, with_images
+from apo_lora.rollout.vllm.sampler import VllmSampler
 
 
 class AnswersByVllm:
@@ -26,9 +26,9 @@ class AnswersByVllm:
         inputs = prompt_inputs(policy, examples, recipe)
         masks = inputs["attention_mask"].bool()
         prompt_ids = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
-        prompts = [with_images(example, recipe.data) for example in examples]
+        items = [{"prompt": e.messages(recipe.data), "images": [i.open() for i in e.images]} for e in examples]
         changes = {"temperature": 0.0} if greedy else {}
-        completions, _ = self.sampler(policy.model, self.step, prompts, prompt_ids, range(len(examples)), **changes)
+        completions, _ = self.sampler(policy.model, self.step, items, prompt_ids, range(len(examples)), **changes)
         lengths = torch.tensor([len(ids) for ids in completions])
         rows = [torch.tensor(ids) for ids in completions]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.model.device)

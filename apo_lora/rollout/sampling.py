@@ -28,14 +28,14 @@ class Sampler(Protocol):
         self,
         model: nn.Module,
         step: int,
-        prompts: Sequence[Sequence[Mapping[str, Any]]],
+        items: Sequence[Mapping[str, Any]],
         prompt_ids: Sequence[Sequence[int]],
         groups: Sequence[int],
     ) -> Sampled:
         """One completion per row, with the adapter that `model` has before step `step` + 1.
 
-        `prompts` are messages with PIL images in them, and `prompt_ids` what the trainer reads in them; rows with the
-        same group have the same prompt.
+        `items` are the data set's, with messages in `prompt` and PIL images in `images`; `prompt_ids` is what the
+        trainer reads in them; rows with the same group have the same prompt.
         """
 
 

@@ -147,8 +147,8 @@ def fake(monkeypatch, tmp_path):
 
 
 def rollout(sampler, step=0, groups=(0, 0, 1, 1)):
-    prompts = [[{"role": "user", "content": f"question {group}"}] for group in groups]
-    return sampler(Adapter(), step, prompts, [fake_vllm.PROMPT] * len(groups), groups)
+    items = [{"prompt": [{"role": "user", "content": f"question {group}"}]} for group in groups]
+    return sampler(Adapter(), step, items, [fake_vllm.PROMPT] * len(groups), groups)
 
 
 def test_completions_come_as_they_were_sampled_in_the_order_of_the_rows(fake):
@@ -287,8 +287,8 @@ def test_images_are_sent_without_loss():
     import io
 
     image = Image.frombytes("RGB", (7, 5), os.urandom(105))
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
-    (sent,) = as_request([{"role": "user", "content": content}])
+    content = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    (sent,) = as_request({"prompt": [{"role": "user", "content": content}], "images": [image]})
     data = sent["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
     with Image.open(io.BytesIO(base64.b64decode(data))) as back:
         assert back.tobytes() == image.tobytes() and back.size == image.size

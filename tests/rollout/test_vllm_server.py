@@ -62,15 +62,15 @@ def pictures(sizes=SIZES):
     return [Image.fromarray(array.numpy()) for array in pixels]
 
 
-def messages_of(image):
-    text = {"type": "text", "text": "How many red shapes are there?"}
-    return [{"role": "user", "content": [{"type": "image", "image": image}, text]}]
+def item_of(image):
+    content = [{"type": "image"}, {"type": "text", "text": "How many red shapes are there?"}]
+    return {"prompt": [{"role": "user", "content": content}], "images": [image]}
 
 
 def batch_of(policy, images, completions=None):
     """The trainer's own reading: processor's inputs, and a batch with these completions."""
     texts = [
-        policy.processor.apply_chat_template(messages_of(image), add_generation_prompt=True, tokenize=False)
+        policy.processor.apply_chat_template(item_of(image)["prompt"], add_generation_prompt=True, tokenize=False)
         for image in images
     ]
     inputs = policy.processor(
@@ -100,7 +100,7 @@ def sampled(server, policy, images, *, step=0, sampler=None, per_prompt=2):
     rows = [image for image in images for _ in range(per_prompt)]
     groups = [number for number in range(len(images)) for _ in range(per_prompt)]
     prompt_ids, _ = batch_of(policy, rows)
-    completions, logps = sampler(policy.model, step, list(map(messages_of, rows)), prompt_ids, groups)
+    completions, logps = sampler(policy.model, step, list(map(item_of, rows)), prompt_ids, groups)
     _, batch = batch_of(policy, rows, completions)
     with torch.no_grad():
         scored, _ = token_logps(policy.model, batch)
@@ -152,7 +152,7 @@ def test_it_samples_from_the_trainers_distribution(server, policy, temperature):
             "/v1/chat/completions",
             {
                 "model": sampler.loaded,
-                "messages": as_request(messages_of(image)),
+                "messages": as_request(item_of(image)),
                 "return_tokens_as_token_ids": True,
                 "mm_processor_kwargs": {"size": dict(policy.processor.image_processor.size)},
                 **options,
@@ -183,7 +183,7 @@ def test_a_prompt_that_it_reads_otherwise_ends_the_run(server, policy):
     ids, _ = batch_of(policy, [image])
     sampler = VllmSampler(server, policy, RECIPE)
     with pytest.raises(TrainingStopped, match="differ from token 5 on"):
-        sampler(policy.model, 0, [messages_of(image)], [ids[0][:5] + [1] + ids[0][6:]], [0])
+        sampler(policy.model, 0, [item_of(image)], [ids[0][:5] + [1] + ids[0][6:]], [0])
 
 
 def test_it_listens_on_the_loopback_only_and_answers_to_its_key_only(server):

@@ -19,15 +19,12 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from apo_lora.data.examples import Example
 from apo_lora.errors import TrainingStopped
 from apo_lora.policy.loading import Policy
-from apo_lora.recipe.schema import DataSection, Recipe
+from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Sampled
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.server import Servers
-
-Messages = Sequence[Mapping[str, Any]]
 
 NEVER = -100.0
 """The lowest bias of a token that vLLM admits; next to it a token's probability is about 1e-44."""
@@ -73,7 +70,7 @@ class VllmSampler:
         self,
         model: nn.Module,
         step: int | None,
-        prompts: Sequence[Messages],
+        items: Sequence[Mapping[str, Any]],
         prompt_ids: Sequence[Sequence[int]],
         groups: Sequence[int],
         **changes: Any,
@@ -86,7 +83,7 @@ class VllmSampler:
         # Drawn as generate() would: a resumed run draws the same, and so does the second try after a fault.
         seeds = torch.randint(2**31, (len(parts),)).tolist()
         jobs = [
-            Group(range(rows[0], rows[-1] + 1), as_request(prompts[rows[0]]), prompt_ids[rows[0]], seed, changes)
+            Group(range(rows[0], rows[-1] + 1), as_request(items[rows[0]]), prompt_ids[rows[0]], seed, changes)
             for rows, seed in zip(parts, seeds, strict=True)
         ]
         try:
@@ -175,33 +172,19 @@ def sampler_of(servers: Servers | None, policy: Policy, recipe: Recipe) -> VllmS
     return VllmSampler(servers, policy, recipe) if servers else None
 
 
-def with_images(example: Example, data: DataSection) -> list[dict[str, Any]]:
-    """The example's messages with its images in their places, as the trainer hands them around."""
-    images = (image.open() for image in example.images)
-    return [
-        {
-            **message,
-            "content": [
-                {"type": "image", "image": next(images)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in example.messages(data)
-    ]
+def as_request(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An item's messages as the API takes them: the pixels of its images losslessly, as PNG in a data URL."""
+    images = iter(item.get("images") or ())
 
+    def content_of(message: Mapping[str, Any]) -> Any:
+        if isinstance(message["content"], str):
+            return message["content"]
+        return [
+            {"type": "image_url", "image_url": {"url": _data_url(next(images))}} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
 
-def as_request(messages: Messages) -> list[dict[str, Any]]:
-    """Chat messages with PIL images as the API takes them: the pixels losslessly, as PNG in a data URL."""
-    return [{**message, "content": _content(message["content"])} for message in messages]
-
-
-def _content(content: str | Sequence[Mapping[str, Any]]) -> Any:
-    if isinstance(content, str):
-        return content
-    return [
-        {"type": "image_url", "image_url": {"url": _data_url(part["image"])}} if part["type"] == "image" else dict(part)
-        for part in content
-    ]
+    return [{**message, "content": content_of(message)} for message in item["prompt"]]
 
 
 def _data_url(image: Image.Image) -> str:

@@ -24,7 +24,8 @@ from apo_lora.errors import ModelError
 from apo_lora.machine import ranks
 from apo_lora.machine.vllm_environment import build, interpreter, problem
 from apo_lora.policy.loading import base_path
-from apo_lora.recipe.schema import LORA_RANKS, Recipe
+from apo_lora.recipe.combinations import LORA_RANKS
+from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.launcher import FOLDER, PARENT
 
