@@ -177,7 +177,7 @@ def optional_lines(host: Host) -> Iterator[DoctorLine]:
     flash = package_line(host, "flash-attn", needed=False)
     yield replace(flash, name="flash attention", remedy="" if flash.status == "ok" else remedy)
     if host.vllm_problem:
-        yield DoctorLine("vLLM", "note", host.vllm_problem, "optional: samples faster on a GPU (rollout.engine=vllm)")
+        yield DoctorLine("vLLM", "note", host.vllm_problem, "optional: for rollout.engine=vllm")
     else:
         yield DoctorLine("vLLM", "ok", f"{VERSION}, in an environment of its own; off by default")
     if absent := [name for name in LLAMA_CPP if name not in host.commands]:
