@@ -186,6 +186,17 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, StepTotals], Tensor]] = {
 """A micro-batch's share of the surrogate's mean over the step, of (B, T) values that are 0 outside the completions."""
 
 
+def importance_weights(old_logps_BT: Tensor, sampler_logps_BT: Tensor, cap: float) -> Tensor:
+    """By how much likelier the old policy finds each token than the sampler did, at most `cap`. Returns (B, T), >= 0.
+
+    Truncated importance sampling (Espeholt et al. 2018, arXiv 1802.01561): completions that another engine sampled,
+    which rounds differently, then teach as if the old policy had. Equal log-probs give exactly 1, and so does a token
+    whose log-prob the sampler does not know (NaN).
+    """
+    log_ratio_BT = (old_logps_BT - sampler_logps_BT).nan_to_num(nan=0.0)
+    return torch.exp(log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).clamp(max=cap)
+
+
 def apo_loss(
     logps_BT: Tensor,
     old_logps_BT: Tensor,
@@ -204,12 +215,14 @@ def apo_loss(
     max_tokens: int | None = None,
     entropies_BT: Tensor | None = None,
     entropy_coef: float = 0.0,
+    policy_weights_BT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of an optimizer step's loss; the shares of a step add up to its loss.
 
     logps, old and ref are log-probabilities of the sampled tokens, (B, T); mask is 1 on completion tokens.
     num_tokens and num_sequences count the WHOLE optimizer step (all micro-batches, all processes), so that any split
     gives the same gradient. entropies_BT with entropy_coef > 0 adds an entropy bonus, mean over tokens.
+    policy_weights_BT, without a gradient, multiplies each token's policy term (see importance_weights).
 
     What departs from APO's own loss: `epsilon_high` clips the ratio at 1 + epsilon_high instead of 1 + epsilon (DAPO's
     clip-higher), `ratio` is a key of RATIOS, and `normalization` one of NORMALIZATIONS, of which "constant" needs
@@ -235,8 +248,11 @@ def apo_loss(
     highest = 1.0 + (epsilon if epsilon_high is None else epsilon_high)
     unclipped_BT = ratio_BT * advantages_B1
     clipped_BT = ratio_BT.clamp(1.0 - epsilon, highest) * advantages_B1
+    surrogate_BT = torch.minimum(unclipped_BT, clipped_BT)
+    if policy_weights_BT is not None:
+        surrogate_BT = policy_weights_BT * surrogate_BT
     step = StepTotals(num_tokens, num_sequences, max_tokens or 0)
-    policy_loss = NORMALIZATIONS[normalization](masked(-torch.minimum(unclipped_BT, clipped_BT)), inside_BT, step)
+    policy_loss = NORMALIZATIONS[normalization](masked(-surrogate_BT), inside_BT, step)
 
     kl_BT = masked(token_kl(logps_BT, ref_logps_BT))
     kl_loss = (kl_weights_B * _sequence_means(kl_BT, inside_BT)).sum() / num_sequences

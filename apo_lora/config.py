@@ -45,6 +45,7 @@ class APOConfig(GRPOConfig):
     correct_from            smallest value of that reward that counts as correct
     shared_prompt           compute each prompt once for all of its completions, where the model allows it; same result
     zero_variance_groups    groups whose rewards are all equal: keep, skip, or resample other prompts (twice at most)
+    importance_cap          largest importance weight of a token, where vLLM sampled it; None leaves tokens unweighted
     max_nonfinite_steps     stop after this many optimizer steps in a row with a loss or gradient that is not finite
 
     Defaults that differ from TRL 1.15's, because those contradict APO (arXiv 2506.21655 and its released code):
@@ -53,7 +54,7 @@ class APOConfig(GRPOConfig):
     |-------------------------------------|--------|--------|--------------------------------------------------------|
     | beta                                | 0.0    | 1e-3   | DADS weighs the KL to the reference                    |
     | use_bias_correction_kl              | True   | False  | the released KL has no correction factor               |
-    | vllm_importance_sampling_correction | True   | False  | it multiplies TRL's loss, which does not run       |
+    | vllm_importance_sampling_correction | True   | False  | it multiplies TRL's loss; importance_cap is ours   |
 
     Of TRL's own, these choose among the tables of apo.py, as they do in TRL:
 
@@ -81,6 +82,9 @@ class APOConfig(GRPOConfig):
     zero_variance_groups: str = field(
         default="keep", metadata={"help": "Groups with equal rewards: keep, skip or resample."}
     )
+    importance_cap: float | None = field(
+        default=2.0, metadata={"help": "Largest importance weight of a token that another engine sampled."}
+    )
     max_nonfinite_steps: int = field(
         default=3, metadata={"help": "Stop after this many non-finite optimizer steps in a row."}
     )
@@ -103,6 +107,8 @@ class APOConfig(GRPOConfig):
                 raise ValueError(f"APOConfig: {name}={given!r} must be one of {', '.join(allowed)}")
         if self.epsilon_high is not None and not self.epsilon_high > 0:
             raise ValueError(f"APOConfig: epsilon_high={self.epsilon_high!r} must be above 0; None is epsilon")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise ValueError(f"APOConfig: importance_cap={self.importance_cap!r} must be above 0; None is off")
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"APOConfig: steps_per_generation={self.steps_per_generation} must be a multiple of "

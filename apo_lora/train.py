@@ -7,6 +7,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,9 @@ from apo_lora.errors import ModelError, RecipeError
 from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.machine.versions import environment
-from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.machine.vllm_environment import VERSION
+from apo_lora.recipe.combinations import combination_problems
+from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.calls import RewardFunction
 from apo_lora.rewards.plugins import find_rewards
 from apo_lora.run.adapter import save_adapter
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from apo_lora.data.examples import Example
     from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
+    from apo_lora.rollout.sampling import Sampler
     from apo_lora.run.callbacks import OrderlyStop
     from apo_lora.trainer import APOTrainer
 
@@ -75,6 +79,8 @@ def _train(
     from apo_lora.data.items import prompt_dataset
     from apo_lora.evaluation.held_out import measure_held_out
     from apo_lora.rewards.functions import probe, reward_functions, verifier_of
+    from apo_lora.rollout.vllm.sampler import sampler_of
+    from apo_lora.rollout.vllm.server import serving
     from apo_lora.run.callbacks import OrderlyStop
 
     inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
@@ -88,6 +94,7 @@ def _train(
         ranks.joined(),
         verifier_of(recipe.rewards) as verifier,
         trackers_in(run_dir),
+        ExitStack() as inside,
     ):
         # A user's own function fails here, before the model is loaded.
         rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
@@ -98,6 +105,8 @@ def _train(
         if dry_run:
             say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
             return run_dir
+        # Before the model is loaded: it takes its share of a GPU's memory first.
+        servers = inside.enter_context(serving(recipe, run_dir.path, loaded.examples))
         policy = _load_policy(recipe)
         say(_plan(recipe, len(loaded.examples)))
         wanted = fitted_as_before(recipe, run_dir) if checkpoint else recipe
@@ -128,7 +137,8 @@ def _train(
         if checkpoint is None:
             measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
-        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop)
+        sampler = sampler_of(servers, policy, fitted)
+        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop, sampler)
         started = time.perf_counter()
         with stop, only_plain_data(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -182,6 +192,7 @@ def _trainer(
     troubles: Callable[[], dict[str, float]],
     mirrors: Mirrors,
     stop: "OrderlyStop",
+    sampler: "Sampler | None",
 ) -> "APOTrainer":
     """The drop-in trainer, with the run's record as callbacks."""
     from transformers import PrinterCallback, ProgressCallback
@@ -217,6 +228,7 @@ def _trainer(
             SealedCheckpoints(run_dir, trained, mirrors, recipe.train.keep_checkpoints),
             stop,
         ],
+        sampler=sampler,
     )
     refuse_changes(trainer.args, vars(arguments), by=type(trainer).__mro__[1])
     for upstream_screen in (PrinterCallback, ProgressCallback):  # dicts of raw numbers; Screen prints readable lines
@@ -280,6 +292,8 @@ def _open_run(
 ) -> None:
     """Creates the run directory, or rewinds its record to the checkpoint."""
     here = environment(engine)
+    if (recipe.rollout.engine, recipe.rollout.servers) == ("vllm", "auto"):
+        here["packages"]["vllm"] = VERSION
     if resume is None:
         run_dir.create()
     else:
@@ -299,10 +313,11 @@ def run_preflight(recipe: Recipe) -> bool:
 
     import_engine(recipe.model)
     from apo_lora.preflight.checks import preflight
+    from apo_lora.rollout.vllm.server import serving
 
     inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
-    policy = _load_policy(recipe)
-    checks, _ = preflight(policy, inputs.train.examples, recipe)
+    with serving(recipe, Path(recipe.output.dir), inputs.train.examples):  # it has its share of a GPU's memory
+        checks, _ = preflight(_load_policy(recipe), inputs.train.examples, recipe)
     return not report_checks(checks)
 
 
@@ -310,23 +325,19 @@ def _require_device(recipe: Recipe) -> None:
     """Raises ModelError for what this machine lacks, before anything is downloaded or a heavy library is imported."""
     if recipe.model.name == "tiny" and recipe.rollout.engine == "transformers":
         return  # runs anywhere
-    import torch
 
     from apo_lora.policy.loading import needs_gpu
-    from apo_lora.rollout.vllm import vllm_problem
+    from apo_lora.rollout.vllm.server import servers_problem
 
-    problems = needs_gpu(recipe.model), vllm_problem(recipe, has_gpu=torch.cuda.is_available())
+    problems = needs_gpu(recipe.model), servers_problem(recipe)
     if any(problems):
         raise ModelError(*filter(None, problems))
 
 
 def _load_policy(recipe: Recipe) -> "Policy":
     from apo_lora.policy.loading import load_policy
-    from apo_lora.rollout.vllm import loading_options
 
-    policy = load_policy(
-        recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed, unsloth_options=loading_options(recipe)
-    )
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
     say(policy.summary)
     return policy
 

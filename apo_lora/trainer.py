@@ -6,7 +6,7 @@ and steps. Overridden are:
     _calculate_rewards                       remembers rewards and true lengths of the rollout
     _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
     _get_per_token_logps_and_entropies       leaves the old policy's log-probs to _score_frozen_policies
-    _generate_single_turn                    reads each prompt once for its G completions, its images processed once
+    _generate_single_turn                    reads each prompt once for its G completions, or hands them to the sampler
     _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
     compute_loss                             apo.apo_loss, with its backward
     training_step                            collects the step's figures, tells the guard against NaN the loss
@@ -47,7 +47,8 @@ from apo_lora.rewards.calls import CheckedRewards
 from apo_lora.rewards.functions import completion_text
 from apo_lora.rollout.credit import Rollout, credit_rule
 from apo_lora.rollout.group_images import RowPixels, images_processed_once
-from apo_lora.rollout.sampling import generation_fault, watched_forwards, without_dropout
+from apo_lora.rollout.off_policy import correction
+from apo_lora.rollout.sampling import Sampler, generation_fault, watched_forwards, without_dropout
 from apo_lora.rollout.zero_variance import resampled, without_rows
 from apo_lora.run.callbacks import NonFiniteGuard
 from apo_lora.run.hooks import APOCallback
@@ -58,10 +59,11 @@ class APOTrainer(GRPOTrainer):
     """GRPO with DADS and STCR on a LoRA policy; replaces `trl.GRPOTrainer` and takes its arguments.
 
     The reference is the same model with its adapter off: no second model and no copy of the adapter is made. `args` is
-    an APOConfig. Callbacks may be APOCallbacks. Raises ValueError for a model without an adapter, and for tools.
+    an APOConfig, and `sampler` samples in place of generate(). Raises ValueError for a model without an adapter.
     """
 
-    def __init__(self, model, reward_funcs=None, args: APOConfig | None = None, *arguments: Any, **named: Any):
+    def __init__(self, model, reward_funcs=None, args: APOConfig | None = None, *arguments, sampler=None, **named):
+        self.sampler: Sampler | None = sampler
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = APOConfig(f"{Path(name).name}-APO")
@@ -75,7 +77,9 @@ class APOTrainer(GRPOTrainer):
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * (reward_funcs is not None)
         reward_funcs = [self.checked_rewards.of(one) if _is_function(one) else one for one in given]
         # With a beta, TRL would copy the fresh adapter as a reference policy, and run an extra pass over it.
-        super().__init__(model, reward_funcs, _without_beta(args), *arguments, **named)
+        own = copy.copy(args)
+        own.beta = 0.0
+        super().__init__(model, reward_funcs, own, *arguments, **named)
         self.args.beta = args.beta
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             raise ValueError("APOTrainer: the model has no adapter; give peft_config=LoraConfig(...), or a PeftModel")
@@ -130,13 +134,16 @@ class APOTrainer(GRPOTrainer):
         return rewards_BF
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *arguments, **options):
+        model, groups = self.accelerator.unwrap_model(self.model), self._groups(len(prompt_ids))
+        if self.sampler:
+            return self.sampler(model, self.state.global_step, self.rollout_items, prompt_ids, groups)
         if self.use_vllm or not self.shares_prompts:
             if self.rollout_pixels and not self.use_vllm:  # vLLM processes them itself; the others need every row's
                 pixels = [part for part in self.rollout_pixels if part is not None]
                 multimodal_fields = {**multimodal_fields, "pixel_values": torch.cat(pixels)}
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
         images_per_row = [len(own or ()) for own in images or [None] * len(prompt_ids)]
-        with prompts_read_once(self._inner_model, self._groups(len(prompt_ids)), images_per_row) as features:
+        with prompts_read_once(self._inner_model, groups, images_per_row) as features:
             output = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
         if tower_is_frozen(self._inner_model):
             self.rollout_features = features
@@ -166,7 +173,7 @@ class APOTrainer(GRPOTrainer):
 
     def _sample(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], Rollout]:
         """TRL's rollout of these items, G to a prompt, with what lets scoring compute each prompt once."""
-        self.rollout_features = None
+        self.rollout_features, self.rollout_items = None, inputs
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         if inputs[0].get("image") is not None or inputs[0].get("images"):
@@ -180,7 +187,8 @@ class APOTrainer(GRPOTrainer):
                 batch = super()._generate_and_score_completions(inputs)
         except torch.OutOfMemoryError:
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
-        if not (self.use_vllm or self.use_transformers_continuous_batching) and (fault := generation_fault(forwards)):
+        elsewhere = self.sampler or self.use_vllm or self.use_transformers_continuous_batching
+        if fault := None if elsewhere else generation_fault(forwards):
             warnings.warn(f"{fault} while sampling, which makes it many times slower", RuntimeWarning, stacklevel=2)
         self.window.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
         self.window.seconds["reward"] += self.rollout.seconds_for_rewards
@@ -317,10 +325,12 @@ class APOTrainer(GRPOTrainer):
 
     def _forward(self, inputs: dict[str, Any], num_tokens: float, num_sequences: float) -> Pass:
         logps, entropies = self._score(inputs)
+        # Fully on-policy, the old policy is the policy: the ratio is 1 and only its gradient matters.
+        old_logps = inputs.get("old_per_token_logps", logps.detach())
+        correct = correction(inputs, old_logps, self.args.importance_cap, num_tokens)
         loss, figures = apo_loss(
             logps,
-            # Fully on-policy, the old policy is the policy: the ratio is 1 and only its gradient matters.
-            inputs.get("old_per_token_logps", logps.detach()),
+            old_logps,
             inputs["ref_logps"],
             inputs["completion_mask"],
             inputs["advantages"],
@@ -335,8 +345,9 @@ class APOTrainer(GRPOTrainer):
             num_sequences=num_sequences,
             entropies_BT=entropies,
             entropy_coef=self.args.entropy_coef,
+            policy_weights_BT=correct.weights_BT,
         )
-        return Pass(inputs, loss, figures, logps, entropies)
+        return Pass(inputs, loss, figures | correct.figures, logps, entropies, correct.largest)
 
     def _step_totals(self, inputs: dict[str, Any]) -> tuple[float, float]:
         """Tokens and sequences that this optimizer step trains on, over all its micro-batches and processes."""
@@ -387,9 +398,3 @@ class APOTrainer(GRPOTrainer):
 def _is_function(reward: Any) -> bool:
     """And not a reward model, or its name."""
     return callable(reward) and not isinstance(reward, nn.Module)
-
-
-def _without_beta(args: APOConfig) -> APOConfig:
-    args = copy.copy(args)
-    args.beta = 0.0
-    return args

@@ -56,6 +56,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=count_of("answers"),
         help="answers generated at once (default: as many as in training)",
     )
+    add(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what generates the answers: the model itself, or a vLLM server (see apo-lora setup-vllm)",
+    )
     add("--name", metavar="NAME", type=_folder_name, help="name of the result folder, RUN/evaluations/NAME")
 
 

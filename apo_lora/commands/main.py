@@ -21,6 +21,7 @@ from apo_lora.commands import (
     preflight,
     recipes,
     report,
+    setup_vllm,
     sweep,
     train,
 )
@@ -40,6 +41,7 @@ VERBS = {
     "eval": eval,
     "report": report,
     "export": export,
+    "setup-vllm": setup_vllm,
     "doctor": doctor,
 }
 

@@ -9,11 +9,14 @@ import torch
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
+from apo_lora.evaluation.by_vllm import AnswersByVllm
 from apo_lora.evaluation.folder import EvaluationBatch, EvaluationFolder
-from apo_lora.evaluation.measure import Scorer, answer_rows, measure
+from apo_lora.evaluation.measure import Answers, Scorer, answer_rows, by_generate, measure
 from apo_lora.policy.loading import Policy, load_policy, reference_mode
 from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
+from apo_lora.rollout.vllm.sampler import VllmSampler
+from apo_lora.rollout.vllm.server import Servers
 from apo_lora.run.adapter import AdapterSource
 from apo_lora.run.directory import RunDir
 from apo_lora.run.pictures import saved_images
@@ -66,28 +69,38 @@ def answer(
     score: Scorer,
     folder: EvaluationFolder,
     run: RunDir,
+    servers: Servers | None = None,
 ) -> None:
-    """Answers every pending batch, and records it before the next one."""
+    """Answers every pending batch, and records it before the next one. `servers` answer instead of generate()."""
     for model, policy in switched:
         own = [batch for batch in todo if batch.model == model]
+        answers = AnswersByVllm(VllmSampler(servers, policy, recipe), model) if servers else by_generate
         total, left = (
             sum(len(batch.examples) for batch in batches if batch.model == model) for batches in (wanted, todo)
         )
         with tqdm(total=total, initial=total - left, desc=model, unit="answer") as bar:
             for batch in own:
                 bar.set_description(f"{model}: {batch.title}, {'sampled' if batch.sample else 'greedy'}")
-                folder.add(_answered(batch, policy, recipe, score, folder, run))
+                folder.add(_answered(batch, policy, recipe, score, folder, run, answers))
                 bar.update(len(batch.examples))
-        del policy  # before the next model is loaded
+        del policy, answers  # before the next model is loaded
 
 
 def _answered(
-    batch: EvaluationBatch, policy: Policy, recipe: Recipe, score: Scorer, folder: EvaluationFolder, run: RunDir
+    batch: EvaluationBatch,
+    policy: Policy,
+    recipe: Recipe,
+    score: Scorer,
+    folder: EvaluationFolder,
+    run: RunDir,
+    answers: Answers,
 ) -> list[dict[str, Any]]:
     greedy, size = batch.sample == 0, len(batch.examples)
     seed = batch.seed(recipe.train.seed)
     try:
-        judged = measure(policy, batch.examples, recipe, score, seed=seed, greedy=greedy, batch_size=size)
+        judged = measure(
+            policy, batch.examples, recipe, score, seed=seed, greedy=greedy, batch_size=size, answers=answers
+        )
     except torch.OutOfMemoryError:
         raise ModelError(
             f"--batch-size: {size} answers at once do not fit in GPU memory; give fewer (and another --name, if there "

@@ -6,6 +6,7 @@ Cheap checks come first, then heavy imports, then data, then the model. Recorded
 import hashlib
 import re
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def evaluate(
     model: str | None = None,
     samples: int = 0,
     batch_size: int | None = None,
+    engine: str = "transformers",
     name: str | None = None,
 ) -> Path:
     """Answers, verifies and compares; prints the table and returns the folder RUN/evaluations/NAME.
@@ -50,7 +52,8 @@ def evaluate(
     `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` replaces the
     recipe's held-out sets, `split` and `limit` replace the recipe's. `base`: evaluate only that model; `model`: the
     folder of a merged export instead of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
-    `batch_size`: answers generated at once, by default as many as fitted in training. Continues an existing one.
+    `batch_size`: answers generated at once, by default as many as fitted in training. `engine`: transformers, or vllm
+    for answers from a server, as the recipe's section rollout describes it. Continues an existing one.
     Raises UserError for what a user can fix, before anything is written where possible.
     """
     if ranks.num_processes() > 1:
@@ -59,6 +62,9 @@ def evaluate(
     if not run.recipe.is_file():
         raise ModelError(f"{run.path}: not a run directory (it has no {run.recipe.name}); give a run directory")
     asked = evaluation_recipe(run, recipe, overrides)
+    asked = asked.model_copy(update={"rollout": asked.rollout.model_copy(update={"engine": engine})})
+    if engine == "vllm" and model:
+        raise UserError("apo-lora eval: --engine vllm answers with the run's adapter; leave --model out")
     sets = sets_to_measure(asked, data, split, limit)
     source = None if base or model else find_adapter(run.path)
     asked = on_its_base(asked, source) if source else asked
@@ -67,8 +73,9 @@ def evaluate(
 
     print("Loading libraries ...", flush=True)
     from apo_lora.policy.loading import import_engine, load_processor, needs_gpu
+    from apo_lora.rollout.vllm.server import servers_problem, serving
 
-    if problem := needs_gpu(asked.model):
+    if problem := needs_gpu(asked.model) or servers_problem(asked):
         raise ModelError(problem)
     import_engine(asked.model)
     from apo_lora.evaluation.answering import answer, policies
@@ -89,10 +96,11 @@ def evaluate(
         "batch_size": batch_size,
         "recipe": {section: getattr(asked, section).model_dump(mode="json") for section in SECTIONS},
         "seed": asked.train.seed,
+        **({"engine": engine} if engine != "transformers" else {}),
         **_fingerprint_of_tuned(source, exported),
     }
     record = EvaluationFolder(folder)
-    with record.locked(), verifier_of(asked.rewards) as verifier:
+    with record.locked(), verifier_of(asked.rewards) as verifier, ExitStack() as inside:
         settings = record.open(settings)
         plan = planned({title: of_set.examples for title, of_set in loaded.items()}, samples, batch_size)
         wanted = [batch for batch in plan if batch.model == "base" or not base]
@@ -100,8 +108,10 @@ def evaluate(
         todo = [batch for batch in wanted if batch.keys[0] not in done]
         if len(todo) < len(wanted):
             print(f"Continuing: {len(done)} answers are already recorded.", flush=True)
+        examples = [example for of_set in loaded.values() for example in of_set.examples] if todo else []
+        servers = inside.enter_context(serving(asked, run.path, examples))
         switched = policies(asked, source, exported, {batch.model for batch in todo})
-        answer(todo, wanted, switched, asked, verifier.score, record, run)
+        answer(todo, wanted, switched, asked, verifier.score, record, run, servers)
         if given_up := verifier.timeouts + verifier.crashes:
             print(f"{given_up} answers exceeded the verifier's time or memory limit and count as wrong.")
     rows = record.rows()

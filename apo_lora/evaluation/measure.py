@@ -11,12 +11,16 @@ from apo_lora.policy.loading import Policy
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.answers.text import final_answer
 from apo_lora.rewards.scores import format_reward
-from apo_lora.rollout.sampling import GREEDY, sample
+from apo_lora.rollout.sampling import GREEDY, Completion, sample
 
 ITEMS_PER_BATCH = 64
 
 Scorer = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
 """(completions, gold answers, choices) -> 1.0 where right; Verifier.score is one."""
+
+
+Answers = Callable[[Policy, Sequence[Example], Recipe, bool], tuple[list[Completion], list[float]]]
+"""(policy, examples, recipe, greedy) -> a completion of each, and its mean entropy."""
 
 
 class JudgedCompletion(NamedTuple):
@@ -29,6 +33,15 @@ class JudgedCompletion(NamedTuple):
     """Nats per token, mean over the completion: of the policy's whole distribution at temperature 1."""
 
 
+def by_generate(
+    policy: Policy, examples: Sequence[Example], recipe: Recipe, greedy: bool
+) -> tuple[list[Completion], list[float]]:
+    """The model's own answers."""
+    entropies = EntropyRecorder()
+    sampled = sample(policy, examples, recipe, logits_processor=[entropies], **(GREEDY if greedy else {}))
+    return sampled, entropies.means([completion.length for completion in sampled])
+
+
 def measure(
     policy: Policy,
     examples: Sequence[Example],
@@ -38,6 +51,7 @@ def measure(
     seed: int,
     greedy: bool = False,
     batch_size: int = ITEMS_PER_BATCH,
+    answers: Answers = by_generate,
     progress: Callable[[int], object] = lambda items: None,
 ) -> list[JudgedCompletion]:
     """One completion per example: the likeliest tokens, or sampled at the recipe's temperature.
@@ -50,15 +64,12 @@ def measure(
         torch.manual_seed(seed)
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
-            entropies = EntropyRecorder()
-            changes = GREEDY if greedy else {}
-            sampled = sample(policy, batch, recipe, logits_processor=[entropies], **changes)
+            sampled, means = answers(policy, batch, recipe, greedy)
             verdicts = score(
                 [completion.text for completion in sampled],
                 [example.answer for example in batch],
                 [list(example.choices) if example.choices else None for example in batch],
             )
-            means = entropies.means([completion.length for completion in sampled])
             judged += [
                 JudgedCompletion(completion.text, completion.length, completion.truncated, verdict == 1, mean)
                 for completion, verdict, mean in zip(sampled, verdicts, means, strict=True)

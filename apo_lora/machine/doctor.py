@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from apo_lora import __version__
 from apo_lora.machine.host import CACHE_PACKAGES, LLAMA_CPP, Gpu, Host, look
-from apo_lora.machine.versions import VLLM
+from apo_lora.machine.vllm_environment import VERSION
 
 GiB = 2**30
 
@@ -176,12 +176,10 @@ def optional_lines(host: Host) -> Iterator[DoctorLine]:
         remedy = f"pip uninstall flash-attn ({remedy})"
     flash = package_line(host, "flash-attn", needed=False)
     yield replace(flash, name="flash attention", remedy="" if flash.status == "ok" else remedy)
-    if "vllm" in host.installed:
-        found = f"{host.installed['vllm']}; off by default, and supports LoRA only on language layers"
-        yield DoctorLine("vLLM", "ok", found)
+    if host.vllm_problem:
+        yield DoctorLine("vLLM", "note", host.vllm_problem, "optional: for rollout.engine=vllm")
     else:
-        remedy = f"optional, off by default: pip install {VLLM} (it installs an older numpy: run doctor again)"
-        yield DoctorLine("vLLM", "note", "not installed", remedy)
+        yield DoctorLine("vLLM", "ok", f"{VERSION}, in an environment of its own; off by default")
     if absent := [name for name in LLAMA_CPP if name not in host.commands]:
         remedy = (
             "needed only for GGUF: build https://github.com/ggml-org/llama.cpp and put it and its scripts on the PATH"

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from apo_lora.family.lookup import FAMILIES
+from apo_lora.machine import vllm_environment
 
 CACHE_PACKAGES = ("unsloth-zoo", "unsloth", "transformers", "trl")  # in the order of a cached file's first lines
 LLAMA_CPP = ("llama-mtmd-cli", "llama-quantize", "convert_hf_to_gguf.py")
@@ -69,6 +70,8 @@ class Host:
     """Where the Hub's files go; None where that is the same disk."""
     commands: frozenset[str]
     has_token: bool
+    vllm_problem: str | None
+    """Why vLLM's own environment cannot be used; None where it can."""
     cache: Path
     """Unsloth's rewritten trainers."""
     installed_at: float
@@ -91,12 +94,13 @@ def look() -> Host:
         broken={name: result.problem for name, result in tried.items() if result.problem},
         torch_of_torchvision=_torch_of(packages.get("torchvision")),
         gpu=_as_gpu(gpu.value),
-        gpu_problem=gpu.problem if gpu.problem and _driver_sees_gpu() else None,
+        gpu_problem=gpu.problem if gpu.problem and vllm_environment.driver_sees_gpu() else None,
         free_ram=_free_ram(),
         free_disk=shutil.disk_usage(".").free,
         free_hub_disk=None if os.stat(hub).st_dev == os.stat(".").st_dev else shutil.disk_usage(hub).free,
         commands=frozenset(name for name in LLAMA_CPP if shutil.which(name)),
         has_token=has_token,
+        vllm_problem=vllm_environment.problem(),
         cache=Path(os.environ.get("UNSLOTH_COMPILE_LOCATION") or "unsloth_compiled_cache"),
         installed_at=max((_installed_at(packages[name]) for name in CACHE_PACKAGES if name in packages), default=0.0),
     )
@@ -265,14 +269,6 @@ IMPORTS: dict[str, str | Callable[[], Any]] = {
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
-
-
-def _driver_sees_gpu() -> bool:
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listed.returncode == 0 and b"GPU" in listed.stdout
 
 
 def _free_ram() -> int:

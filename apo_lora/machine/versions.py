@@ -12,10 +12,6 @@ PACKAGES = (
 )  # fmt: skip
 
 
-VLLM = "vllm==0.19.1"
-"""The version for the tested torch and transformers. It needs an older numpy, so it is not in constraints.txt."""
-
-
 def installed(package: str) -> str | None:
     try:
         return version(package)

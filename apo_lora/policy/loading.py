@@ -115,12 +115,10 @@ def load_policy(
     *,
     seed: int,
     adapter: Mapping[str, Any] | None = None,
-    unsloth_options: Mapping[str, Any] | None = None,
 ) -> Policy:
     """The base, frozen, with a fresh LoRA adapter seeded by `seed`. Raises ModelError.
 
-    `adapter`: arguments of PEFT's LoraConfig in place of those in `lora`. `unsloth_options` are passed to Unsloth's
-    from_pretrained; rollout/vllm.py uses them.
+    `adapter`: arguments of PEFT's LoraConfig in place of those in `lora`.
     """
     has_gpu = torch.cuda.is_available()
     engine = choose_engine(model.engine, has_gpu)
@@ -129,7 +127,7 @@ def load_policy(
         raise ModelError(problem)
     with _one_line_load_errors(model.name):
         if engine == "unsloth":
-            peft_model, processor = _load_with_unsloth(model, lora, adapter, dtype, seed, **(unsloth_options or {}))
+            peft_model, processor = _load_with_unsloth(model, lora, adapter, dtype, seed)
         else:
             peft_model, processor = _load_with_transformers(model, lora, adapter, dtype, seed)
     if model.load_in_4bit and not is_4bit(peft_model):
@@ -196,7 +194,6 @@ def _load_with_unsloth(
     adapter: Mapping[str, Any] | None,
     dtype: torch.dtype,
     seed: int,
-    **options: Any,
 ) -> tuple:
     if dtype == torch.float32 and torch.cuda.is_available():
         raise ModelError(
@@ -213,7 +210,6 @@ def _load_with_unsloth(
         dtype=dtype,
         use_gradient_checkpointing=checkpointing,
         trust_remote_code=False,
-        **options,
     )
     if (
         loaded_as := base.get_output_embeddings().weight.dtype

@@ -4,7 +4,7 @@ Out of memory is answered with passes of half as many rows, for the rest of the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -27,9 +27,11 @@ class Pass:
     figures: dict[str, Tensor]
     logps: Tensor
     entropies: Tensor
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    """Figures of which the step has the largest, not the sum."""
 
     def detached(self) -> "Pass":
-        return Pass(self.rows, self.loss.detach(), self.figures, self.logps.detach(), self.entropies.detach())
+        return replace(self, loss=self.loss.detach(), logps=self.logps.detach(), entropies=self.entropies.detach())
 
 
 class StepFigures:
@@ -37,18 +39,23 @@ class StepFigures:
 
     def __init__(self):
         self.loss_shares: dict[str, float] = {}
+        self.largest: dict[str, float] = {}
         self.token_means = TokenMeans()
 
     def add(self, done: Pass) -> None:
         for name, share in {"loss": done.loss, **done.figures}.items():
             self.loss_shares[name] = self.loss_shares.get(name, 0.0) + share.item()
+        for name, value in done.largest.items():
+            self.largest[name] = max(self.largest.get(name, value.item()), value.item())
         rows = done.rows
         self.token_means.add(
             done.logps, rows["ref_logps"], done.entropies, rows["completion_mask"], rows["advantages"], rows["correct"]
         )
 
     def over_ranks(self) -> dict[str, float | None]:
-        return {**ranks.summed(self.loss_shares), **self.token_means.over_ranks().means()}
+        everywhere = [found for own in ranks.gathered([self.largest]) for found in own.items()]
+        largest = {name: max(value for other, value in everywhere if other == name) for name, _ in everywhere}
+        return {**ranks.summed(self.loss_shares), **largest, **self.token_means.over_ranks().means()}
 
 
 class PassSize:

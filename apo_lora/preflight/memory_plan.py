@@ -112,11 +112,17 @@ def plan(shape: ModelShape, recipe: Recipe) -> Plan:
     rows = (
         *weight_rows(shape, recipe),
         *adapter_rows(shape, recipe),
-        *sampling_rows(shape, recipe, load),
+        *(sampling_rows(shape, recipe, load) if recipe.rollout.engine == "transformers" else ()),
         *scoring_rows(shape, recipe, load),
         *training_rows(shape, recipe, load),
     )
     return Plan(load, tuple(row for row in rows if row.bytes))
+
+
+def server_share(recipe: Recipe) -> float:
+    """Of the GPU's memory, what a vLLM server on it takes at its start: for its own weights and cache."""
+    rollout = recipe.rollout
+    return rollout.vllm_gpu_memory_utilization if (rollout.engine, rollout.servers) == ("vllm", "auto") else 0.0
 
 
 def uses_unsloth(recipe: Recipe) -> bool:

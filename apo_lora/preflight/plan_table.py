@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from apo_lora.family.lookup import find_shape
 from apo_lora.family.shape import ModelShape
-from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group, plan
+from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group, plan, server_share
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.tables import aligned
 
@@ -29,7 +29,7 @@ def print_plan(name: str, recipe: Recipe, *, gpu_memory: float | None = None) ->
     shape = find_shape(recipe.model.name, recipe.model.revision)
     planned, gpu_memory = plan(shape, recipe), gpu_memory or _visible_gpu()
     print("\n".join(plan_lines(name, recipe, shape, planned, gpu_memory)))
-    return gpu_memory is None or planned.total <= gpu_memory * GiB
+    return gpu_memory is None or planned.total <= gpu_memory * (1 - server_share(recipe)) * GiB
 
 
 def _visible_gpu() -> float | None:
@@ -48,15 +48,14 @@ def plan_lines(name: str, recipe: Recipe, shape: ModelShape, planned: Plan, gpu_
         f"{load.prompt:,} tokens ({load.image:,} of an image), completions at most {load.completion:,}."
     )
     if recipe.rollout.engine == "vllm":
-        share = recipe.rollout.vllm_gpu_memory_utilization
         yield (
-            f"vLLM reserves {share:.0%} of the GPU memory at its start (rollout.vllm_gpu_memory_utilization); the "
-            "columns prefill and decode do not apply."
+            f"vLLM samples: its server takes {server_share(recipe):.0%} of this GPU at its start "
+            "(rollout.vllm_gpu_memory_utilization), for weights and cache of its own. The table is without it."
         )
     yield ""
     yield from _part_table(planned)
     yield ""
-    yield from _verdict(planned, gpu_memory)
+    yield from _verdict(planned, gpu_memory, server_share(recipe))
     yield ""
     yield from _group_table(recipe, shape, (gpu_memory,) if gpu_memory else USUAL_SIZES)
 
@@ -74,17 +73,20 @@ def _cell(row: Row, moment: str) -> str:
     return f"{row.bytes / GiB:.2f}" if row.bytes >= 0.005 * GiB else "<0.01"
 
 
-def _verdict(planned: Plan, gpu_memory: float | None) -> Iterator[str]:
+def _verdict(planned: Plan, gpu_memory: float | None, share: float) -> Iterator[str]:
     largest, needed = max(planned.peaks, key=planned.peaks.__getitem__), planned.total / GiB
     yield (
         f"Needed: {needed:.2f} = {planned.peaks[largest] / GiB:.2f} ({largest}) + {OVERHEAD / GiB:.2f} for "
         "CUDA's context and fragmentation (assumed)"
     )
-    if gpu_memory and needed <= gpu_memory:
-        yield f"Fits a GPU with {gpu_memory:g} GiB; {gpu_memory - needed:.2f} to spare."
-    elif gpu_memory:
-        too_much = needed - gpu_memory
-        yield f"Does not fit a GPU with {gpu_memory:g} GiB: {too_much:.2f} too much; lower {REMEDIES[largest]}."
+    if gpu_memory is None:
+        return
+    left = gpu_memory * (1 - share)
+    gpu = f"a GPU with {gpu_memory:g} GiB" + (f", of which vLLM leaves {left:.2f}" if share else "")
+    if needed <= left:
+        yield f"Fits {gpu}; {left - needed:.2f} to spare."
+    else:
+        yield f"Does not fit {gpu}: {needed - left:.2f} too much; lower {REMEDIES[largest]}."
 
 
 def _group_table(recipe: Recipe, shape: ModelShape, sizes: Sequence[float]) -> list[str]:
@@ -102,4 +104,5 @@ def _group_table(recipe: Recipe, shape: ModelShape, sizes: Sequence[float]) -> l
 
 
 def _largest(recipe: Recipe, shape: ModelShape, gpu_memory: float, prompts: int, completion: int) -> str:
-    return str(largest_group(shape, recipe, int(gpu_memory * GiB), prompts=prompts, completion=completion) or "none")
+    left = int(gpu_memory * (1 - server_share(recipe)) * GiB)
+    return str(largest_group(shape, recipe, left, prompts=prompts, completion=completion) or "none")

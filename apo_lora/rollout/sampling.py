@@ -1,8 +1,8 @@
 """Prompts into tensors, tensors into completions: sampling outside the trainer, for evaluation and preflight."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,28 @@ from apo_lora.recipe.schema import Recipe
 
 # Greedy; None removes options that generate() would warn about.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+Sampled = tuple[list[list[int]], list[list[float]]]
+"""Token ids of every row, end token included, and the log-prob of each."""
+
+
+class Sampler(Protocol):
+    """Samples a rollout for APOTrainer, instead of the model's own generate()."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        step: int,
+        items: Sequence[Mapping[str, Any]],
+        prompt_ids: Sequence[Sequence[int]],
+        groups: Sequence[int],
+    ) -> Sampled:
+        """One completion per row, with the adapter that `model` has before step `step` + 1.
+
+        `items` are the data set's, with messages in `prompt` and PIL images in `images`; `prompt_ids` is what the
+        trainer reads in them; rows with the same group have the same prompt.
+        """
 
 
 class Completion(NamedTuple):
@@ -57,10 +79,11 @@ def sample(policy: Policy, examples: Sequence[Example], recipe: Recipe, **change
     ends = policy.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     completions = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_until_end(ids, ends, policy.processor) for ids in completions]
+    return [until_end(ids, ends, policy.processor) for ids in completions]
 
 
-def _until_end(ids: list[int], ends: list[int], processor: Any) -> Completion:
+def until_end(ids: list[int], ends: list[int], processor: Any) -> Completion:
+    """Of the sampled ids, what comes before the first end token, and that one."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     return Completion(processor.decode(ids[:length], skip_special_tokens=True), length, ids[length - 1] not in ends)
 

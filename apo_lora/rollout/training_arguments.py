@@ -13,7 +13,6 @@ from apo_lora.errors import ModelError
 from apo_lora.machine import ranks
 from apo_lora.policy.loading import Policy
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.vllm import generation_values
 
 
 def training_arguments(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: int) -> APOConfig:
@@ -42,14 +41,14 @@ def changed_values(config: Any, asked: Mapping[str, Any]) -> list[str]:
 DEPENDED_ON = {
     "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
     "num_iterations", "max_completion_length", "mask_truncated_completions", "temperature", "top_p", "top_k",
-    "min_p", "repetition_penalty", "generation_kwargs", "use_vllm", "vllm_mode",
+    "min_p", "repetition_penalty", "generation_kwargs", "use_vllm",
     "vllm_importance_sampling_correction", "beta", "use_bias_correction_kl", "epsilon", "epsilon_high", "loss_type",
     "importance_sampling_level", "scale_rewards", "reward_weights", "max_steps", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "seed", "gradient_checkpointing", "use_cpu", "bf16", "fp16", "shuffle_dataset",
     "remove_unused_columns", "output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
     "dads", "stcr", "stcr_amplify_positive", "correct_by", "correct_from", "entropy_coef", "shared_prompt",
-    "zero_variance_groups", "max_nonfinite_steps",
+    "zero_variance_groups", "importance_cap", "max_nonfinite_steps",
 }  # fmt: skip
 """What a run's sampling, loss, optimisation or record depends on. The others may differ: Unsloth,
 for example, sets the precision of an evaluation that no run performs (bf16_full_eval, fp16_full_eval)."""
@@ -73,7 +72,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: 
         "temperature": grpo.temperature,
         "top_p": grpo.top_p,
         "top_k": grpo.top_k,
-        **generation_values(recipe, policy.never_sampled),
+        "use_vllm": False,  # TRL's own; rollout.engine=vllm is the trainer's sampler
         "zero_variance_groups": grpo.zero_variance_groups,
         # credit and loss
         "reward_weights": list(recipe.rewards.weights) if recipe.rewards.weights else None,
@@ -89,6 +88,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: 
         "epsilon_high": grpo.epsilon_high,
         "importance_sampling_level": grpo.ratio,
         "loss_type": next(name for name, value in LOSS_TYPES.items() if value == grpo.normalization),
+        "importance_cap": recipe.rollout.importance_cap,
         "shared_prompt": grpo.shared_prompt,
         # optimisation
         "max_steps": max_steps,

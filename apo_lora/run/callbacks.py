@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from apo_lora.errors import Interrupted, TrainingStopped
 from apo_lora.machine import ranks
 from apo_lora.run.directory import RunDir
-from apo_lora.run.figures import ALARM_SHARE, FIGURES, format_figure, is_recorded
+from apo_lora.run.figures import ALARM_DIFFERENCE, ALARM_SHARE, FIGURES, format_figure, is_recorded
 from apo_lora.run.files import append_jsonl
 from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
 
@@ -173,6 +173,7 @@ class Screen(TrainerCallback):
         self.logging_steps = logging_steps
         self.steps_without_signal = 0
         self.steps_truncated = 0
+        self.drifted = False
 
     def on_train_begin(self, args, state, control, **kwargs: Any):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", smoothing=0.1)
@@ -194,6 +195,15 @@ class Screen(TrainerCallback):
                 f"warning: for {SIGNAL_ALARM_STEPS} steps more than half of the completions were cut at "
                 "grpo.max_completion_length, and cut answers cannot be right. Raise it, or ask for shorter answers."
             )
+
+        drifted = (logs.get("sampler_difference") or 0.0) > ALARM_DIFFERENCE
+        if drifted and not self.drifted:
+            self.bar.write(
+                f"warning: the sampler's log-probs differ by {logs['sampler_difference']:.2g} nats per token from the "
+                "trainer's: it may hold another base or adapter, or quantise it otherwise. Check rollout.quantization, "
+                "or use rollout.engine=transformers."
+            )
+        self.drifted = drifted
 
     def on_train_end(self, args, state, control, **kwargs: Any):
         self.bar.close()

@@ -57,6 +57,13 @@ PASSES = (
     Figure("entropy_wrong", "entropy when wrong", "nats per token"),
 )
 
+# Where another engine samples than trains: rollout/off_policy.py. Not in PER_STEP, since most runs have none.
+SAMPLER = (
+    Figure("importance_weight", "importance weight", "mean of tokens", ".4f"),
+    Figure("importance_weight_max", "largest importance weight", "of a token", ".4f"),
+    Figure("sampler_difference", "log-prob difference, sampler to trainer", "nats per token", ".2e"),
+)
+
 # Of the optimizer step itself: the trainer.
 STEP = (
     Figure("grad_norm", "gradient norm", "before clipping", ".4f"),
@@ -84,7 +91,7 @@ EVALUATION = (Figure("well_formatted", "well formatted", "share of completions",
 PER_STEP = (*ROLLOUT, *PASSES, *STEP, *COST)
 """What a line of metrics.jsonl holds, besides `step` and `reward_FUNCTION` for every reward function of the recipe."""
 
-FIGURES = {figure.name: figure for figure in (*PER_STEP, *EVALUATION)}
+FIGURES = {figure.name: figure for figure in (*PER_STEP, *SAMPLER, *EVALUATION)}
 
 HELD_OUT = ("accuracy", "length_correct", "length_wrong", "truncated", "well_formatted")
 """What is shown of held-out items, in this order."""
@@ -116,6 +123,9 @@ class Panel(NamedTuple):
 
 ALARM_SHARE = 0.5
 """Of the groups without reward variance, or of the completions that were truncated: more than that is too many."""
+
+ALARM_DIFFERENCE = 0.1
+"""Nats per token between sampler and trainer: 16-bit kernels and quantised weights explain a tenth of that."""
 
 ACCURACY = Panel("Accuracy", {"accuracy": ""})
 REWARD = Panel("Reward", {"reward": ""})

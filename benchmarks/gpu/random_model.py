@@ -31,6 +31,17 @@ from tools.tiny_base.architecture import CHAT_TEMPLATE
 
 SHAPES = {
     "3b": QWEN2_5_VL.published["3b"],
+    "31m": replace(
+        QWEN2_5_VL.published["3b"],
+        hidden=512,
+        intermediate=1408,
+        layers=8,
+        heads=8,
+        vocabulary=1088,
+        vision_hidden=256,
+        vision_intermediate=512,
+        vision_layers=8,
+    ),
     # Widths are multiples of 64, the block of NF4.
     "tiny": replace(
         QWEN2_5_VL.published["3b"],
@@ -52,7 +63,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-ORDINARY_TOKENS = {"3b": 151_643, "tiny": 1_000}
+ORDINARY_TOKENS = {"3b": 151_643, "31m": 1_000, "tiny": 1_000}
 
 
 def measure(record: Record, setting: Setting) -> None:

@@ -26,7 +26,7 @@ RTX = Gpu("NVIDIA RTX 4060", 1, (8, 9), ("sm_75", "sm_86", "sm_90"), "bfloat16",
 HOST = Host(
     python="3.12",
     python_allowed=">=3.11,<3.13",
-    installed=TESTED | {"torch": "2.10.0+cu128", "flash-attn": "2.9", "vllm": "0.20"},
+    installed=TESTED | {"torch": "2.10.0+cu128", "flash-attn": "2.9"},
     tested=TESTED,
     broken={},
     torch_of_torchvision="2.10.0",
@@ -37,6 +37,7 @@ HOST = Host(
     free_hub_disk=100 * GiB,
     commands=frozenset(doctor_host.LLAMA_CPP),
     has_token=True,
+    vllm_problem=None,
     cache=Path("nowhere"),
     installed_at=0.0,
 )
@@ -121,7 +122,7 @@ def test_a_python_is_bad_only_where_the_package_itself_excludes_it():
         ({"broken": {"xformers": "built for 2.9"}}, "xformers", "note", "built for 2.9", "xformers==1.2.3"),
         (installed(flash_attn=None), "flash attention", "note", "not installed", "optional"),
         ({"broken": {"flash-attn": "undefined symbol"}}, "flash attention", "note", "undefined", "pip uninstall"),
-        (installed(vllm=None), "vLLM", "note", "not installed", "pip install vllm"),
+        ({"vllm_problem": "is not there; make it"}, "vLLM", "note", "is not there; make it", "optional"),
         ({"commands": frozenset({"llama-quantize"})}, "llama.cpp", "note", "llama-mtmd-cli, convert", "llama.cpp"),
         ({"has_token": False}, "Hub token", "note", "none", "hf auth login"),
     ],
@@ -134,7 +135,9 @@ def test_one_thing_amiss_is_one_line_with_its_remedy(changes, name, status, foun
     assert sum(line.status == "bad" for line in lines.values()) == (status == "bad")
 
 
-@pytest.mark.parametrize(("changes", "code"), [({}, 0), (NO_GPU, 0), (installed(vllm=None), 0), ({"free_ram": 1}, 1)])
+@pytest.mark.parametrize(
+    ("changes", "code"), [({}, 0), (NO_GPU, 0), ({"vllm_problem": "is not there"}, 0), ({"free_ram": 1}, 1)]
+)
 def test_exit_code_1_only_where_training_could_not_work(changes, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "look", lambda: replace(HOST, **changes))
     assert cli.main(["doctor"]) == code

@@ -134,3 +134,9 @@ def test_the_main_process_decides_when_to_save(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert saves(1, 1, 100, 1) == []
     assert asked == [True, False]  # both took part
+
+
+def test_a_sampler_that_drifts_apart_is_an_alarm_at_once_and_once():
+    assert shown_after({"sampler_difference": 0.02}, 5) == []
+    (alarm,) = shown_after({"sampler_difference": 0.3}, 5)
+    assert "0.3 nats per token" in alarm and "rollout.quantization" in alarm

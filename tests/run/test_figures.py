@@ -7,14 +7,14 @@ import torch
 
 from apo_lora.apo import assign_credit
 from apo_lora.run.callbacks import STEP_LINE
-from apo_lora.run.figures import CURVES, FIGURES, PER_STEP, PLOTS, SIGNAL_CURVES, format_figure
+from apo_lora.run.figures import CURVES, FIGURES, PER_STEP, PLOTS, SAMPLER, SIGNAL_CURVES, format_figure
 from apo_lora.run.metrics import TokenMeans, rollout_metrics
 
 PANELS = [*CURVES, *SIGNAL_CURVES, *(panel for panels in PLOTS.values() for panel in panels)]
 
 
 def test_a_figure_is_declared_once():
-    names = [figure.name for figure in PER_STEP]
+    names = [figure.name for figure in (*PER_STEP, *SAMPLER)]
     assert len(set(names)) == len(names)
 
 
