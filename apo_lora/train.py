@@ -16,7 +16,8 @@ from apo_lora.errors import ModelError, RecipeError
 from apo_lora.machine import ranks
 from apo_lora.machine.process import prepare_process
 from apo_lora.machine.versions import environment
-from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.recipe.combinations import combination_problems
+from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.calls import RewardFunction
 from apo_lora.rewards.plugins import find_rewards
 from apo_lora.run.adapter import save_adapter

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from apo_lora.errors import RecipeError
-from apo_lora.recipe.schema import Recipe, Section, combination_problems
+from apo_lora.recipe.combinations import combination_problems
+from apo_lora.recipe.schema import Recipe, Section
 
 
 def describe_keys() -> Iterator[str]:

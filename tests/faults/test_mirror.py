@@ -10,7 +10,8 @@ from fake_hub import FakeHub
 
 from apo_lora.commands.main import main
 from apo_lora.errors import RunDirError
-from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.recipe.combinations import combination_problems
+from apo_lora.recipe.schema import Recipe
 from apo_lora.run.checkpoints import COMPLETE, seal_checkpoint
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import append_jsonl

@@ -16,8 +16,9 @@ from two_ranks import GENERATIONS, PROMPTS
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
 from apo_lora.machine import ranks
 from apo_lora.preflight.checks import next_rung
+from apo_lora.recipe.combinations import combination_problems
 from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
-from apo_lora.recipe.schema import Recipe, combination_problems
+from apo_lora.recipe.schema import Recipe
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 

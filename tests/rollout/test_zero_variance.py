@@ -8,7 +8,7 @@ from apo_lora import APOCallback
 from apo_lora.policy.batches import row_slices, with_rows_replaced
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.scoring import token_logps
-from apo_lora.recipe.schema import combination_problems
+from apo_lora.recipe.combinations import combination_problems
 
 
 def spoiled(trainer, prompts):

@@ -111,6 +111,6 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
     def refuses(*_, **options):
         raise OSError(errno.ENOTSUP, "no locks here")
 
-    monkeypatch.setattr("apo_lora.run.files.lock_descriptor", refuses)
+    monkeypatch.setattr("filelock.lock_descriptor", refuses)
     with locked(tmp_path), locked(tmp_path):
         pass
