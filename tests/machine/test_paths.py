@@ -57,6 +57,7 @@ WORDS = {
     "report": "~/r ~/s --out ~/o",
     "export": "~/r --to gguf --out ~/o --llama-cpp ~/l",
     "doctor": "",
+    "setup-vllm": "",
 }
 
 
