@@ -51,10 +51,6 @@ class Qwen3VLShape(ModelShape):
         )
 
     @property
-    def layer_forward(self) -> int:
-        return 3 * self.hidden + 4 * self.intermediate
-
-    @property
     def layer_saved(self) -> int:
         """Queries and keys also before their norms and in float32."""
         return 10 * self.hidden + 5 * self.query_width + 4 * self.intermediate + 4 * self.kv_width
