@@ -1,4 +1,4 @@
-"""Words that take an answer back: negations, hedges and bounds, in the languages that models answer in."""
+"""Words that take an answer back: negations, hedges, conditions and bounds, in the languages that models answer in."""
 
 import re
 
@@ -8,7 +8,8 @@ _NEGATIONS = r"""
     far from|nicht|keine?[nrms]?|pas|jamais|non|não|nao|нет|не|nie|niet|geen"""
 _BOUNDS = r"""
     at most|at least|than|up to|under|over|below|above|beyond|exceed(?:s|ing)?|surpass(?:es)?|almost|nearly|
-    close to|bounded by|(?:maximum|minimum|limit) of|within|until|before|after|between|au plus|au moins|höchstens|
+    close to|bounded by|might be|could be|may be|unless it is|if it (?:is|were|was)|(?:maximum|minimum|limit) of|within|
+    until|before|after|between|au plus|au moins|höchstens|
     mindestens|como máximo|al menos|más de|menos de|plus de|moins de|не более|не менее|больше|меньше"""
 _BOUNDS_UNSPACED = "最多|至多|至少|大于|小于|超过|不到|少于|多于|최대|최소"
 
@@ -21,7 +22,7 @@ NEGATED = re.compile(rf"\b(?:{_alternatives(_NEGATIONS)})\b|n't\b|[不没沒非�
 HEDGED = re.compile(
     r"(?<![a-zA-Z])(?:or|either|maybe|perhaps|possibly|oder|ou)(?![a-zA-Z])|或|または|또는", re.IGNORECASE
 )
-# Right before a value, they make it a bound.
+# Right before a value, they make it a bound or a guess.
 BOUNDED = re.compile(
     rf"(?:\b(?:{_alternatives(_BOUNDS)})|{_BOUNDS_UNSPACED})\s*(?:about|just|the|an?|only)?\s*$", re.IGNORECASE
 )

@@ -177,8 +177,14 @@ _IN_BASE = re.compile(
 )
 
 
+_PREFIXED = re.compile(r"0([xXoObB])([0-9A-Fa-f]+)")
+_BASE_OF_PREFIX = {"x": 16, "o": 8, "b": 2}
+
+
 def read_base(text: str) -> tuple[str, int] | None:
-    """(digits, base) of "1011_2" or "23 base five"; None for anything else."""
+    """(digits, base) of "1011_2", "23 base five" or "0b1011"; None for anything else."""
+    if prefixed := _PREFIXED.fullmatch(text.strip()):
+        return prefixed.group(2).upper().lstrip("0") or "0", _BASE_OF_PREFIX[prefixed.group(1).lower()]
     match = _IN_BASE.fullmatch(text.strip())
     if match is None:
         return None

@@ -30,6 +30,9 @@ _SAME_MEANING = (
 )
 
 
+_SHORT_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]{1,2}(?![^\W\d_])")
+
+
 def same_text(a: str, b: str) -> bool:
     """The same writing up to spaces; for plain words also up to case, article, hyphen and spelling."""
     if compact(a) == compact(b):
@@ -43,7 +46,10 @@ def same_text(a: str, b: str) -> bool:
     # Single letters and digits are not words: "x" and "X", "1.2 m" and "1 2 m" are different.
     if key_a != key_b or not re.search(r"[^\W\d_]{2}", key_a):
         return False
-    return not re.search(r"\d", key_a) or compact(a).casefold() == compact(b).casefold()
+    if not re.search(r"\d", key_a):
+        return True
+    # Case tells short units apart: "5 mW" is not "5 MW".
+    return compact(a).casefold() == compact(b).casefold() and _SHORT_WORD.findall(a) == _SHORT_WORD.findall(b)
 
 
 def _same_relation(a: str, b: str) -> bool:

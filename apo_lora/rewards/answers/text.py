@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from apo_lora.rewards.answers.denials import takes_back
+from apo_lora.rewards.answers.denials import NEGATED, takes_back
 from apo_lora.rewards.answers.plain import unify_signs
 
 MAX_ANSWER_CHARS = 1000  # a longer "answer" is an essay or an attack: it earns 0
@@ -96,6 +96,7 @@ def _from_json(text: str) -> str:
         return text
     if not isinstance(found, dict) or not found:
         return text
+    found = {key: value for key, value in found.items() if not NEGATED.search(key.replace("_", " "))}
     named = [value for key, value in found.items() if "answer" in key.lower()] or list(found.values())
     value = named[0] if len(named) == 1 else None
     parts = value if isinstance(value, list) else [value]

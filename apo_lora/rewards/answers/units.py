@@ -182,7 +182,9 @@ _NO_UNIT_WORDS = """
     hundredths thousandths squared cubed factorial pi root modulo mod sin cos tan log ln sqrt frac base isn would could
     might may must should most least less more fewer maximum minimum max exceeds upper lower bound limit"""
 _NO_UNIT = set(_NO_UNIT_WORDS.split())
-_CHANGES_VALUE = re.compile(r"[半多余餘几]|分之|multiplied|times (?:the|as|its)\b|以上|以下|以内|未満|미만|이상|이하")
+_CHANGES_VALUE = re.compile(
+    r"[半多余餘几]|分之|multiplied|times (?:the|as|its)\b|以上|以下|以内|未満|より|を超え|以外|之外|초과|미만|이상|이하"
+)
 
 
 def unit_after(rest: str, attached: bool, gold: bool) -> str | None:
