@@ -33,6 +33,7 @@ IMAGE_MARK = "<image>"
 
 _USER_ROLES, _ASSISTANT_ROLES = ("user", "human"), ("assistant", "gpt")
 _NUMBERED_MARK = re.compile(r"<image[ _]?(\d{1,2})>")
+_MEDIA_MARK = re.compile(r"<(?:video|audio)(?:[ _]?\d{1,2})?>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def read_row(row: Any, columns: Columns) -> Fields:
     chat = read_problem(pick(row, columns.problem))
     choices = read_choices(pick_choices(row, columns.choices))
     images = chat.images or tuple(pick(row, name) for name in columns.image)
-    media = next((name for name in columns.media if holds(row, name)), None)
+    marked = _MEDIA_MARK.search(chat.problem)
+    media = marked[0] if marked else next((name for name in columns.media if holds(row, name)), None)
     if media and not chat.images and not any(holds(row, name) for name in columns.image):
         raise BadRow("video or sound", f"the row has {media!r} and no image; the model is shown only images")
     gold = pick(row, columns.answer)

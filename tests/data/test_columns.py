@@ -163,3 +163,15 @@ def test_what_only_sounds_like_media_is_none(tmp_path):
     rows = [{**ROW, "problem": "Which one plays a.mp4", "video": False, "audio": {"path": None}, "videos": []}] * 2
     loaded = load(write_jsonl(tmp_path / "data.jsonl", rows))
     assert len(loaded.examples) == 2 and not loaded.warnings
+
+
+def test_a_mark_of_a_video_or_sound_without_an_image_is_dropped(folder):
+    rows = [
+        {"problem": "<video>What falls?", "answer": "ball"},
+        {"problem": "<Audio>Who speaks?", "answer": "Ann"},
+        {"problem": "What is <b>bold</b>?", "answer": "text"},
+        {"problem": "Which of the two?", "answer": "left"},
+        {"problem": "What is round?", "answer": "ball"},
+    ]
+    loaded = load(write_jsonl(folder / "data.jsonl", rows))
+    assert [row for row, _ in loaded.dropped["video or sound"]] == [1, 2] and len(loaded.examples) == 3
