@@ -74,8 +74,10 @@ def _compared(held_out: Loaded, trained: Loaded) -> Loaded:
 
 
 def _look(example: Example) -> tuple[Any, ...]:
-    """What is cheap to compare of a question."""
-    return example.problem, example.choices, example.gold, tuple(image.size for image in example.images)
+    """What is cheap to compare of a question, however it is spaced, cased or answered. Without a picture, the choices
+    may be all that tells two questions apart."""
+    words = " ".join(example.problem.casefold().split())
+    return words, tuple(image.size for image in example.images) or example.choices
 
 
 def _pictures(example: Example) -> tuple[str, ...]:

@@ -84,7 +84,8 @@ def test_held_out_rows_that_are_trained_on_are_named(image, tmp_path, capsys):
         (tmp_path / name).write_bytes(png(color))
     row = {"problem": "Which color?", "answer": "3", "image": "a.png"}
     train = write_jsonl(tmp_path / "train.jsonl", [row, {**row, "problem": "And this?"}])
-    others = [{**row, "answer": "4"}, {**row, "image": image}, {**row, "problem": "Which one?"}]
+    said_otherwise = {"problem": " which  color?", "answer": "three", "image": image}
+    others = [{**row, "problem": "What else?"}, said_otherwise, {**row, "problem": "Which one?"}]
     held_out = write_jsonl(tmp_path / "other.jsonl", others)
     small = [f"data.train={train}", f"data.eval={held_out}", "data.general=null", f"output.dir={tmp_path}/out"]
     small += ["grpo.prompts_per_step=2", "grpo.completions_per_pass=2"]
