@@ -23,7 +23,7 @@ _WORD = r"(?:(?:option|choice|answer|选项)[\s_]*)?"
 _LABEL = rf"{_WORD}[(\[{{<【]?\s*([A-Za-z]{{1,4}}|\d{{1,2}}|[^\W\d_a-zA-Z])\s*"
 # After a label: a bracket, a stop, a colon (but "a:b" is a ratio), a dash before a word, or only space after a letter.
 _BEFORE_TEXT = re.compile(
-    rf"{_LABEL}(?:[)\]}}>】]\s*[.:]?|[.、。](?!\d)|(?<!\d):(?=\s|\S\S)|\s+[-–—]\s+(?=[^\W\d_]{{2}})|\t|(?-i:(?<=[A-Z])\s(?=\w)))\s*",
+    rf"{_LABEL}(?:[)\]}}>】]\s*[.:]?|[.、。](?!\d)|(?<!\d):(?=\s|\S\S)|[:/](?=\s+[^\W\d_])|\s+[-–—]\s+(?=[^\W\d_]{{2}})|\t|(?-i:(?<=[A-Z])\s(?=\w)))\s*",
     re.IGNORECASE,
 )
 _ENCLOSED = re.compile(r"\s*([①-ⓩ])\s*")

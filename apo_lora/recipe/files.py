@@ -190,6 +190,8 @@ def _one_line(detail: Any) -> str:
         return f"{key}: missing; it is required"
     if kind in ("model_type", "model_attributes_type"):
         return f"{key}: must be a mapping of keys, not {detail['input']!r}"
+    if kind == "tuple_type":
+        return f"{key}: must be a list such as [a, b], not {detail['input']!r}"
     return f"{key}: {detail['input']!r} is not valid ({detail['msg'][0].lower()}{detail['msg'][1:]})"
 
 

@@ -22,11 +22,15 @@ def _number_from_text(value: Any) -> Any:
     return value
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 """One name, or a list of them."""
 Place = Annotated[str, AfterValidator(at_home)]
 """A path, or a name of something that is not one; a leading ~ is the home folder."""
@@ -128,7 +132,7 @@ BUILT_IN_REWARDS = {"accuracy": 1.0, "relaxed": 1.0, "iou": 1.0, "format": 0.5, 
 
 
 class RewardsSection(Section):
-    functions: tuple[Place, ...] = ("accuracy", "format")
+    functions: Annotated[tuple[Place, ...], BeforeValidator(_one_or_several)] = ("accuracy", "format")
     """Reward functions: `accuracy` (0 or 1), `relaxed` (the same with a tolerance for numbers), `iou` (overlap of
     boxes, 0 to 1), `format` (0 or 0.5), the penalties `overlong` and `repetition` (-1 to 0), or your own as
     `module:function` or `file.py:function`."""

@@ -8,6 +8,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
+from apo_lora.rewards.answers.denials import NEGATED
+
 Box = tuple[float, float, float, float]
 
 _MOST_CHARS = 4000  # an answer of more boxes than fit is no answer
@@ -21,9 +23,12 @@ def iou_reward(completion: str, answer: str, unit: str = "pixels") -> float:
     """Intersection over union of the completion's box with the gold `answer`'s, in 0..1. `unit`: see boxes_in.
 
     Of several boxes each is paired once, those with the largest overlap first; the sum is divided by the number of
-    boxes in gold or completion, whichever has more, so that both a missing box and one too many cost.
+    boxes in gold or completion, whichever has more, so that both a missing box and one too many cost. "Not [...]" is
+    no box.
     """
-    gold, said = boxes_in(answer, unit), boxes_in(_final_part(completion), unit)
+    part = _final_part(completion)
+    is_denied = NEGATED.search(re.sub(r'"[^"]*"', "", part))  # a label may say "no hat"
+    gold, said = boxes_in(answer, unit), [] if is_denied else boxes_in(part, unit)
     overlaps = sorted(
         ((_iou(box, other), i, j) for i, box in enumerate(gold) for j, other in enumerate(said)), reverse=True
     )

@@ -84,6 +84,8 @@ def test_letters_keep_their_places(value, texts):
     [
         (["1. kite", "2. drum"], ("1", "2")),
         ({"0": "kite", "1": "drum"}, ("0", "1")),
+        (["1: kite", "2: drum"], ("1", "2")),
+        (["A/ kite", "B/ drum"], ("A", "B")),
         (["(i) kite", "(ii) drum"], ("I", "II")),
         (["甲、kite", "乙、drum"], ("甲", "乙")),
         (["kite", "drum"], ()),
@@ -98,6 +100,8 @@ def test_a_rows_own_labels_are_known(value, labels):
     [
         ["1:2", "2:3"],  # ratios
         ["a:b", "b:c"],
+        ["1: 2", "2: 3"],
+        ["a/b", "b/c"],
         ["1.5", "2.5"],
         ["a - b", "b - c"],
         ["A level", "B level"],

@@ -74,6 +74,8 @@ def test_overrides_are_typed(tmp_path):
     recipe = load_recipe(recipe_file(tmp_path, MINIMAL + "apo: {stcr: 1.1}\n"), overrides)
     assert recipe.grpo.num_generations == 4 and recipe.model.load_in_4bit is True
     assert recipe.rewards.functions == ("accuracy",) and recipe.apo.stcr is None
+    recipe = load_recipe(recipe_file(tmp_path, MINIMAL), ["rewards.functions=accuracy"])
+    assert recipe.rewards.functions == ("accuracy",)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_overrides_are_typed(tmp_path):
             "data.columns.anwser: unknown key; did you mean data.columns.answer?",
         ),
         ("data: {train: x, columns: y}", "data.columns: must be a mapping of keys, not 'y'"),
-        ("data: {train: x, columns: {image: 5}}", "data.columns.image: 5 is not valid"),
+        ("data: {train: x, columns: {image: 5}}", "data.columns.image: must be a list such as [a, b], not 5"),
         ("data: {train: x, answer_as: place}", "'from_0'"),
         ("data: {train: x, instruction: 'See <|image_pad|>.'}", "data.instruction: contains <|image_pad|>"),
         ("data: {train: x, system_prompt: 'Hi <|im_end|>'}", "data.system_prompt: contains <|im_end|>"),

@@ -53,6 +53,8 @@ def test_thousandths_end_at_1000():
         ("[0, 0, 10, 10], [0, 0, 10, 10]", 1 / 2),  # a second guess costs
         ("[0, 0, 10, 10], [50, 50, 60, 60], [70, 70, 80, 80]", 1 / 3),
         ("somewhere", 0.0),
+        ("not [0, 0, 10, 10]", 0.0),
+        ('{"bbox_2d": [0, 0, 10, 10], "label": "no hat"}', 1.0),
     ],
 )
 def test_overlap_with_one_box(said, expected):

@@ -473,6 +473,22 @@ KINDS = {
         (r"(-\infty,3)", "x<3", None, 1),
         ("x=2", "(2,3)", None, 0),
     ],
+    "a letter set equal to another choice": [
+        ("A = 12", "C", ("4", "8", "12"), 0),
+        ("12 = A", "C", ("4", "8", "12"), 0),
+        ("B equals 12", "C", ("4", "8", "12"), 0),
+        ("C = 12", "C", ("4", "8", "12"), 1),
+        ("y = 12", "C", ("4", "8", "12"), 1),
+    ],
+    "thinking in another spelling": [
+        ("!<Think>It may well be 18", "18", None, 0),
+        ("!<thinking>The answer is 18", "18", None, 0),
+        ("!<Thinking>hm</Thinking>The answer is 18", "18", None, 1),
+    ],
+    "struck out": [
+        ("~~18~~", "18", None, 0),
+        ("~~17~~ 18", "18", None, 1),
+    ],
     "guesses and conditions": [
         ("could be 18", "18", None, 0),
         ("It might be 18", "18", None, 0),

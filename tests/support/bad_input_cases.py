@@ -164,7 +164,7 @@ RECIPES = [
     override(r"rewards.correct_by: 'accuracy' must be one of rewards.functions \['format'\]", "rewards.functions=[format]"),
     override(r"rewards.weights: 3 weights for 2 functions; give one per function", "rewards.weights=[1,2,3]"),
     override(r"rewards.weights: all are 0, so there is nothing to learn from", "rewards.weights=[0,0]"),
-    override(r"rewards.functions: ", "rewards.functions=accuracy"),
+    override(r"rewards.functions: must be a list such as \[a, b\], not 3", "rewards.functions=3"),
     override(r"'train.seed=012': .* \(012 would be read as 10; write a plain decimal number\)", "train.seed=012"),
     override(r"'train.max_steps=2:00': .* \(2:00 would be read as 120;", "train.max_steps=2:00"),
     override(r"lora.target_modules: lm_head shares its weight .*; leave it out", "lora.target_modules=[q_proj,lm_head]"),

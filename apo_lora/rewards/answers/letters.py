@@ -24,6 +24,15 @@ _OTHER = re.compile(r"(?<![\w\\])([A-Z])\s*[).:,;]|(?<![\w\\])([A-Z])$")
 _BETWEEN = re.compile(r"\s*[,/;&和]\s*(?:and\s+)?|\s+(?:and\s+)?|(?<=\))(?=\()")
 
 
+_EQUATED = re.compile(r"([A-Z])\s*(?::?=|\s(?:is|equals)\s)\s*(\S.*)|(\S.*?)\s*=\s*([A-Z])")
+
+
+def equated(text: str) -> tuple[int, str] | None:
+    """(index, the rest) of "C = 5", "C is 5" or "5 = C": a label, or a variable of that name; None for others."""
+    match = _EQUATED.fullmatch(text)
+    return match and (ord(match[1] or match[4]) - 65, match[2] or match[3])
+
+
 def bare_letter(text: str) -> int | None:
     """The index of a letter that is the whole text: "B", "(b)", "Option B."; None for anything else."""
     match = _BARE.fullmatch(text.strip())

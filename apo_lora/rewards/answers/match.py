@@ -10,6 +10,7 @@ from apo_lora.rewards.answers.denials import HEDGED
 from apo_lora.rewards.answers.gold import Gold
 from apo_lora.rewards.answers.letters import (
     bare_letter,
+    equated,
     explicit_letter,
     is_rivalled,
     labelled,
@@ -184,6 +185,9 @@ def _named(text: str, choices: tuple[str, ...], is_value: bool) -> set[Named]:
     letter = bare_letter(text)
     if letter is not None and letter < len(choices):
         return {Named({letter})}
+    # "C = 5" where 5 is B: whether label or variable is meant, the two contradict.
+    if (said := equated(text)) and said[0] < len(choices) and (value := _in_words(said[1], choices)):
+        return value | {Named({said[0]})}
     behind = re.fullmatch(r"(\S.*?)\s*(?:\(([A-Z])\)|\s([A-F]))", text)
     is_choice = any(same_text(text, plain(choice)) for choice in choices)
     if behind and not is_choice and (value := _in_words(behind.group(1), choices)):

@@ -28,6 +28,8 @@ class FinalAnswer:
     opening: str = ""
 
 
+_THINKS, _THOUGHT = (re.compile(rf"<{slash}think(?:ing)?>", re.IGNORECASE) for slash in ("", "/"))
+_STRUCK = re.compile(r"~~[^~]{1,200}~~")  # taken back in Markdown
 _END_TOKENS = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end)\|>|</s>|<eos>|<end_of_turn>")
 # "the answer is", "correct option:", "####" (GSM8K), and the same in other languages; the last one in the text counts.
 _NOUNS = (
@@ -63,9 +65,9 @@ def final_answer(completion: str) -> FinalAnswer | None:
     model that forgets the closing tag alone, and ends with a whole <answer>...</answer>, has answered.
     None where there is no answer, or where it is longer than MAX_ANSWER_CHARS.
     """
-    said = completion.rsplit("</think>", 1)[-1]
+    said = _THOUGHT.split(completion)[-1]
     if not _END_TOKENS.sub("", said[-_TAIL_CHARS:]).rstrip().endswith("</answer>"):
-        said = said.split("<think>", 1)[0]
+        said = _THINKS.split(said, maxsplit=1)[0]
     start = said.rfind("<answer>")
     if start >= 0:
         # A missing closing tag means that generation ended there: the format reward, not this one, minds.
@@ -79,9 +81,10 @@ def final_answer(completion: str) -> FinalAnswer | None:
 
 
 def _wrap(text: str | None, sentence: bool, opening: str = "") -> FinalAnswer | None:
-    if text is None or not text.strip() or len(text) > MAX_ANSWER_CHARS:
+    if text is None or len(text) > MAX_ANSWER_CHARS:
         return None
-    return FinalAnswer(text.strip(), sentence, opening)
+    text = _STRUCK.sub("", text).strip()
+    return FinalAnswer(text, sentence, opening) if text else None
 
 
 def _from_json(text: str) -> str:
