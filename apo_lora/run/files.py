@@ -26,14 +26,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        if not _is_taken(descriptor):
+        if not _taken(descriptor):
             raise RunDirError(f"{folder}: another process is writing to it; wait for that process, or stop it")
         yield
     finally:
         os.close(descriptor)
 
 
-def _is_taken(descriptor: int) -> bool:
+def _taken(descriptor: int) -> bool:
+    """Whether this process has the lock now, or needs none."""
     from filelock import lock_descriptor  # a notebook's kernel, which may not have it, reads files with this module
 
     try:
