@@ -56,6 +56,12 @@ class Server(BaseHTTPRequestHandler):
             os.kill(os.getpid(), 9)
         elif fault == "hangs" and happens(self.options.times):
             time.sleep(30)
+        elif fault == "breaks off" and happens(self.options.times):
+            self.send_response(200)
+            self.send_header("Content-Length", "500")
+            self.end_headers()
+            self.wfile.write(b"{")
+            self.close_connection = True
         elif fault == "answers 500" and happens(self.options.times):
             self.reply(500, {"error": {"message": "EngineCore encountered\nan issue"}})
         else:
