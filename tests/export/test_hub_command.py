@@ -41,7 +41,7 @@ def test_an_adapter_goes_to_the_hub_privately(adapter, pushed, capsys):
 
 def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushed, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(targets, "export_merged", lambda source, out: made.append(out))
+    monkeypatch.setattr(targets, "export_merged", lambda source, out, onto: made.append(out))
     arguments = ["export", str(adapter), "--to", "hub", "--repo", "me/counts", "--what", "merged"]
     assert main([*arguments, "--out", str(tmp_path / "absent")]) == 0 and made == [tmp_path / "absent"]
     (tmp_path / "there").mkdir()
