@@ -1,6 +1,6 @@
 """What a merge keeps of a run trained on NF4: `--onto trained` and `original` against the adapter on its 4-bit base.
 
-    python -m benchmarks.merged_after_nf4 RUNS --out merged_after_nf4.json        (20 minutes; the embedded model, a CPU)
+    python -m benchmarks.merged_after_nf4 RUNS --out FILE.json        (20 minutes; the embedded model, a CPU)
 
 Trains the tiny recipe on NF4 at each seed (a run that is in the folder RUNS already is kept), merges it both ways, and
 answers the same held-out boards greedily by `apo-lora eval`. Differences are paired by item: by seed with Newcombe's
@@ -72,22 +72,21 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 def over_seeds(runs: list[Path]) -> dict[str, Any]:
     """Accuracy of one less that of the other, by set."""
-    right = {
-        name: {
-            title: [
-                sum(verdicts) / len(runs)
-                for verdicts in zip(
-                    *([row["correct"] for row in answers(run, name)[title]] for run in runs), strict=True
-                )
-            ]
-            for title in answers(runs[0], name)
-        }
-        for name in (ADAPTER, *ONTO)
-    }
+    right = {name: _right(runs, name) for name in (ADAPTER, *ONTO)}
     return {
         f"{one} less {other}": {title: _mean(right[one][title], right[other][title]) for title in right[one]}
         for one, other in (("trained", ADAPTER), ("original", ADAPTER), ("original", "trained"))
     }
+
+
+def _right(runs: list[Path], name: str) -> dict[str, list[float]]:
+    """By set and item, the share of the runs that answer it correctly."""
+    by_run = [answers(run, name) for run in runs]
+    shares = {}
+    for title in by_run[0]:
+        of_item = zip(*(by_set[title] for by_set in by_run), strict=True)
+        shares[title] = [sum(row["correct"] for row in rows) / len(rows) for rows in of_item]
+    return shares
 
 
 def _mean(one: list[float], other: list[float]) -> dict[str, float]:
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--items", type=int, default=500)
     asked = parser.parse_args()
     runs = [asked.runs / f"seed{seed}" for seed in range(asked.seeds)]
     for seed, run in enumerate(runs):
