@@ -4,7 +4,8 @@
 
 Trains the tiny recipe on NF4 at each seed (a run that is in the folder RUNS already is kept), merges it both ways, and
 answers the same held-out boards greedily by `apo-lora eval`. Differences are paired by item: by seed with Newcombe's
-interval, over all seeds as the mean over items of the seeds' mean (bootstrap over items). All intervals are 95 %.
+interval, over all seeds as the mean over items of the seeds' mean (bootstrap over items). All intervals are 95 %. The
+log-probs are those of the export's check, always against the adapter on the 4-bit base.
 """
 
 import argparse
@@ -16,7 +17,10 @@ from apo_lora.commands.main import main as apo_lora
 from apo_lora.evaluation.figures import compared, summary
 from apo_lora.evaluation.statistics import bootstrap_interval
 from apo_lora.export import ONTO
+from apo_lora.export.base import find_base
+from apo_lora.export.comparison import compare
 from apo_lora.machine.versions import environment
+from apo_lora.run.adapter import find_adapter
 from apo_lora.run.files import read_jsonl, write_json
 
 ADAPTER = "adapter"
@@ -54,7 +58,10 @@ def of_run(run: Path) -> dict[str, Any]:
         title: {"base in 4 bits": _short(summary(base[title])), "adapter on it": _short(summary(rows))}
         for title, rows in trained.items()
     }
+    source = find_adapter(run)
     for onto in ONTO:
+        gaps = compare(run / f"merged_{onto}", find_base(source, "trained"), source)
+        figures[f"log-probs, {onto}"] = {of.kind: {"effect": of.effect, "gap": of.gap} for of in gaps}
         for title, rows in answers(run, onto).items():
             pairs = list(zip(rows, trained[title], strict=True))
             difference = compared([row | {"model": "base"} for row in trained[title]], rows)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
