@@ -34,9 +34,9 @@ def new_folder(
 
     if out.exists():
         raise ModelError(f"--out {out}: already exists; remove it, or choose another folder")
-    from apo_lora.export.four_bit import merged_bytes  # imports torch
-
     base = find_base(source, onto, require_room)
+    from apo_lora.export.four_bit import merged_bytes  # imports torch, after what may refuse at once
+
     require_room(0, merged_bytes(base))
     with _whole_or_nothing(out) as folder:
         yield base, folder

@@ -12,9 +12,10 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from apo_lora.commands.main import main
 from apo_lora.errors import ModelError
-from apo_lora.export import four_bit
+from apo_lora.export import four_bit, targets
 from apo_lora.export.base import find_base
 from apo_lora.export.comparison import check_prompts, load_plain
+from apo_lora.export.gguf import CONVERTER
 from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.run.adapter import CONFIG, FOUR_BIT, find_adapter
@@ -159,3 +160,16 @@ def test_onto_trained_is_refused_where_that_is_unknown(run, tmp_path, capsys):
     assert main(["export", str(adapter), "--to", "merged", "--onto", "trained"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "use --onto original" in error[0]
+
+
+def test_a_gguf_is_made_of_the_chosen_weights(run, tmp_path, monkeypatch):
+    def stop(source, base, folder):
+        merged_into.append(base.onto)
+        raise ModelError("enough")
+
+    merged_into = []
+    monkeypatch.setattr(targets, "_merge_and_check", stop)
+    (tmp_path / CONVERTER).write_text("")
+    for options in ([], ["--onto", "original"]):
+        assert main(["export", str(run), "--to", "gguf", "--llama-cpp", str(tmp_path), *options]) == 2
+    assert merged_into == ["trained", "original"]
