@@ -22,7 +22,7 @@ from apo_lora.policy.scoring import token_logps
 from apo_lora.preflight.sample import as_batch, short_sample
 from apo_lora.preflight.shared_prompt import compare_shared_prompt, compare_shared_reading
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
+from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs, without_dropout
 
 MIN_IMAGE_TOKENS = 64
 """Preflight never shrinks images below this: much smaller, and they become unreadable."""
@@ -51,7 +51,7 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
 
     Leaves weights, gradients and random state as they were.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_dropout(policy.model):
         torch.manual_seed(recipe.train.seed)
         batch, sampled_logps, forwards = short_sample(policy, examples[:SAMPLE_EXAMPLES], recipe)
         sharing = []
@@ -66,7 +66,7 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
             *sharing,
             check_generation(forwards),
             check_agreement(policy, batch, sampled_logps, recipe),
-            check_reference(policy, batch),
+            check_reference(policy, batch, recipe),
             *([check_image(policy, batch)] if batch.get("pixel_values") is not None else []),
         ]
         memory, recipe = fit_largest(policy, examples, recipe)
@@ -104,19 +104,27 @@ def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: 
     )
 
 
-def check_reference(policy: Policy, batch: dict) -> Check:
+def check_reference(policy: Policy, batch: dict, recipe: Recipe) -> Check:
+    """The policy begins at its reference; one that begins with lora.start and has the base as reference does not."""
     with torch.no_grad():
         fresh, _ = _score(policy, batch)
     with reference_mode(policy.model):
         reference, _ = _score(policy, batch)
     difference = (fresh - reference).abs().mean().item()
+    starts_at = f"KL to the reference starts at {token_kl(fresh, reference).mean().item():.1g}"
+    if recipe.lora.start and recipe.grpo.reference == "base":
+        return Check(
+            "the adapter in lora.start changes the base",
+            difference > 0,
+            starts_at,
+            "it is an adapter without effect, such as one that was never trained; give another, or leave it out",
+        )
     # An adapter whose B is 0 adds exactly 0. In 16 bits, kernels with and without adapters may still round differently.
     limit = 0 if policy.dtype == torch.float32 else AGREEMENT[policy.dtype]
     return Check(
-        "the fresh adapter is the base",
+        "the policy starts at its reference" if recipe.lora.start else "the fresh adapter is the base",
         difference <= limit,
-        f"KL to the reference starts at {token_kl(fresh, reference).mean().item():.1g}"
-        + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
+        starts_at + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
         "switching the adapter off does not give the base; set lora.dropout to 0 and install the tested peft version",
     )
 
