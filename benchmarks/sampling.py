@@ -31,6 +31,7 @@ from apo_lora.machine.versions import environment  # noqa: E402
 from apo_lora.machine.vllm_environment import VERSION  # noqa: E402
 from apo_lora.policy.loading import Policy, load_policy  # noqa: E402
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once  # noqa: E402
+from apo_lora.preflight.sample import sample_by_vllm  # noqa: E402
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
 from apo_lora.rollout.sampling import generating, generation_options, prompt_inputs  # noqa: E402
@@ -85,9 +86,9 @@ class RaggedSampler(VllmSampler):
 
     lengths: Sequence[int]
 
-    def options_of(self, job: Group) -> dict[str, Any]:
-        length = self.lengths[job.rows[0]]
-        return super().options_of(job) | {
+    def options_of(self, group: Group) -> dict[str, Any]:
+        length = self.lengths[group.rows[0]]
+        return super().options_of(group) | {
             "max_tokens": length,
             "min_tokens": length,
             "ignore_eos": True,
@@ -106,14 +107,10 @@ def by_vllm(
     """Seconds of one rollout, its adapter's loading included."""
     rows = [example for example in examples for _ in range(recipe.grpo.num_generations)]
     started = time.perf_counter()
-    inputs = prompt_inputs(policy, rows, recipe)
-    masks = inputs["attention_mask"].bool()
-    prompt_ids = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
-    items = [{"prompt": e.messages(recipe.data), "images": [i.open() for i in e.images]} for e in rows]
     sampler.lengths = lengths
-    ids, _ = sampler(policy.model, step, items, prompt_ids, range(len(rows)))
+    _, sampled = sample_by_vllm(sampler, policy, rows, recipe, step)
     seconds = time.perf_counter() - started
-    if [len(row) for row in ids] != list(lengths):
+    if [len(row) for row in sampled.ids] != list(lengths):
         raise SystemExit("vLLM did not sample the lengths that it was asked for")
     return seconds
 

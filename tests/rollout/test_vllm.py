@@ -152,9 +152,9 @@ def rollout(sampler, step=0, groups=(0, 0, 1, 1)):
 
 
 def test_completions_come_as_they_were_sampled_in_the_order_of_the_rows(fake):
-    ids, logps = rollout(fake()[1])
+    ids, logps, step = rollout(fake()[1])
     assert ids == [fake_vllm.COMPLETION] * 4
-    assert [row[0] for row in logps] == [-0.5, -1.5, -0.5, -1.5]
+    assert [row[0] for row in logps] == [-0.5, -1.5, -0.5, -1.5] and step == 0
 
 
 def test_every_step_has_an_adapter_of_its_own_and_the_one_before_goes(fake, monkeypatch):

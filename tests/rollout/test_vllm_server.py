@@ -100,7 +100,7 @@ def sampled(server, policy, images, *, step=0, sampler=None, per_prompt=2):
     rows = [image for image in images for _ in range(per_prompt)]
     groups = [number for number in range(len(images)) for _ in range(per_prompt)]
     prompt_ids, _ = batch_of(policy, rows)
-    completions, logps = sampler(policy.model, step, list(map(item_of, rows)), prompt_ids, groups)
+    completions, logps, _ = sampler(policy.model, step, list(map(item_of, rows)), prompt_ids, groups)
     _, batch = batch_of(policy, rows, completions)
     with torch.no_grad():
         scored, _ = token_logps(policy.model, batch)

@@ -124,16 +124,19 @@ class LocalServer(Servers):
 
     def restart(self) -> None:
         self.faulty = True
-        self.stop()
+        self._end()
         self.start()
 
-    def stop(self) -> None:
-        """Ends it and its workers; the log stays where there was a fault."""
+    def _end(self) -> None:
         if self.process:
             for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(self.process.pid, number)
                     self.process.wait(timeout=patience)
+
+    def stop(self) -> None:
+        """Ends it and its workers; the log stays where there was a fault."""
+        self._end()
         shutil.rmtree(self.adapters, ignore_errors=True)
         if not self.faulty:
             shutil.rmtree(self.folder, ignore_errors=True)
