@@ -1,11 +1,11 @@
 """A few short completions with the log-probs that they were sampled with: what preflight compares scoring with."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apo_lora.data.examples import Example
 from apo_lora.family.lookup import inner_model_of
@@ -67,6 +67,21 @@ def sample_by_vllm(
     inside = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
     batch = as_batch(inputs, padded.to(policy.model.device), examples)
     return {**batch, "completion_mask": inside.long().to(policy.model.device)}, sampled
+
+
+@contextmanager
+def random_adapter(model: nn.Module, scale: float = 0.02) -> Iterator[None]:
+    """Inside, the adapter changes what the model says, as a fresh one, whose B is zero, does not."""
+    weights = {p: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    try:
+        with torch.no_grad():
+            for parameter in weights:
+                parameter.normal_(0, scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, own in weights.items():
+                parameter.copy_(own)
 
 
 def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequence[Example]) -> dict[str, Any]:

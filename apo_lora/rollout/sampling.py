@@ -32,9 +32,7 @@ class Sampler(Protocol):
     ahead: int
     """Rollouts that are begun before they are asked for: 0, or 1."""
 
-    def begin(
-        self, model: nn.Module, step: int, items: Sequence[Mapping[str, Any]], groups: Sequence[int]
-    ) -> None:
+    def begin(self, model: nn.Module, step: int, items: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> None:
         """Begins the rollout that is asked for next, with the adapter of this moment, and returns at once."""
 
     def __call__(

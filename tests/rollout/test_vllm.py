@@ -5,6 +5,8 @@ it. test_vllm_server.py has the real one.
 import os
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,11 +54,14 @@ def test_it_is_off_by_default(name, tmp_path):
         ("rollout.servers=['http://me:secret@host']", "is not a server's URL"),
         ("rollout.servers=[]", "rollout.servers"),
         ("rollout.importance_cap=0", "rollout.importance_cap"),
+        ("rollout.ahead=2", "rollout.ahead"),
+        (("rollout.ahead=1", "rollout.importance_cap=null"), "rollout.importance_cap: null leaves"),
+        (("rollout.ahead=1", "rollout.engine=transformers"), "rollout.ahead: 1 needs a server"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_recipe(override, words):
     with pytest.raises(RecipeError, match=words):
-        recipe_of("rollout.engine=vllm", override)
+        recipe_of("rollout.engine=vllm", *([override] if isinstance(override, str) else override))
 
 
 def test_where_its_environment_is_missing_one_line_says_how_to_make_it(capsys, monkeypatch, tmp_path):
@@ -115,9 +120,12 @@ def test_the_command_line_has_room_for_the_recipe():
 
 
 class Adapter:
+    def __init__(self, weights="fresh"):
+        self.weights = weights
+
     def save_pretrained(self, folder):
         Path(folder).mkdir(parents=True)
-        Path(folder, "adapter").touch()
+        Path(folder, "adapter").write_text(self.weights)
 
 
 @pytest.fixture
@@ -146,9 +154,17 @@ def fake(monkeypatch, tmp_path):
         server.stop()
 
 
-def rollout(sampler, step=0, groups=(0, 0, 1, 1)):
-    items = [{"prompt": [{"role": "user", "content": f"question {group}"}]} for group in groups]
-    return sampler(Adapter(), step, items, [fake_vllm.PROMPT] * len(groups), groups)
+GROUPS = (0, 0, 1, 1)
+
+
+def items_of(first=0):
+    """Of a rollout that begins with this question."""
+    numbers = [first + group for group in GROUPS]
+    return [{"index": n, "prompt": [{"role": "user", "content": f"question {n}"}]} for n in numbers]
+
+
+def rollout(sampler, step=0, model=None, first=0):
+    return sampler(model or Adapter(), step, items_of(first), [fake_vllm.PROMPT] * len(GROUPS), GROUPS)
 
 
 def test_completions_come_as_they_were_sampled_in_the_order_of_the_rows(fake):
@@ -260,6 +276,70 @@ def test_nothing_is_left_of_a_server_that_did_its_work(fake):
     rollout(sampler)
     server.stop()
     assert server.process.poll() is not None and not server.folder.exists()
+
+
+# --- a rollout that is begun before it is asked for ------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What every adapter that a server was told to load holds."""
+    weights, ask = [], Endpoint.ask
+
+    def noted(self, path, body=None):
+        if path == fake_vllm.LOAD:
+            weights.append(Path(body["lora_path"], "adapter").read_text())
+        return ask(self, path, body)
+
+    monkeypatch.setattr(Endpoint, "ask", noted)
+    return weights
+
+
+def test_what_was_begun_has_the_adapter_of_then_and_says_so(fake, loaded):
+    _, sampler = fake()
+    model = Adapter("A0")
+    assert rollout(sampler, 0, model).step == 0
+    sampler.begin(model, 0, items_of(2), GROUPS)
+    model.weights = "A1"  # it trains on meanwhile
+    assert rollout(sampler, 1, model, first=2).step == 0
+    assert rollout(sampler, 1, model, first=4).step == 1  # other prompts in the place of some: none was begun for them
+    assert loaded == ["A0", "A1"]
+
+
+def test_what_was_begun_of_other_prompts_is_not_used(fake, loaded):
+    _, sampler = fake()
+    sampler.begin(Adapter("A0"), 0, items_of(2), GROUPS)
+    assert rollout(sampler, 1, Adapter("A1"), first=6).step == 1 and loaded == ["A0", "A1"]
+
+
+@pytest.mark.parametrize("fault", ["dies", "answers 500", "refuses the adapter"])
+def test_a_fault_meanwhile_is_answered_where_the_rollout_is_asked_for(fault, fake, loaded, capsys):
+    server, sampler = fake(fault, times=1)
+    first, model = server.process.pid, Adapter("A0")
+    sampler.begin(model, 0, items_of(), GROUPS)
+    model.weights = "A1"
+    assert rollout(sampler, 1, model)[::2] == ([fake_vllm.COMPLETION] * 4, 0)
+    assert "it is restarted, and the rollout repeated" in capsys.readouterr().out
+    assert loaded == ["A0", "A0"] and server.process.pid != first
+
+
+def test_a_fault_meanwhile_that_comes_again_stops_the_run(fake):
+    _, sampler = fake("answers 500", times=9)
+    sampler.begin(Adapter(), 0, items_of(), GROUPS)
+    with pytest.raises(TrainingStopped, match="vLLM failed again after a restart: it answered 500"):
+        rollout(sampler, 1)
+
+
+def test_nobody_waits_for_what_was_begun_where_the_run_ends(fake):
+    """Neither the end of the server, nor that of the process."""
+    server, sampler = fake("hangs", times=9)
+    before = set(threading.enumerate())
+    sampler.begin(Adapter(), 0, items_of(), GROUPS)
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+    started = time.monotonic()
+    server.stop()
+    assert time.monotonic() - started < 5 and not server.folder.exists()
+    assert isinstance(sampler.begun[1].exception(timeout=5), ServerFault)
 
 
 @pytest.mark.parametrize(

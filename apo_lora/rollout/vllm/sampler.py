@@ -32,6 +32,10 @@ NEVER = -100.0
 """The lowest bias of a token that vLLM admits; next to it a token's probability is about 1e-44."""
 
 
+CONTINUE = "The checkpoints are kept; continue with --resume auto, or with rollout.engine=transformers in a new run"
+ASK_AGAIN = "Give the same command again, or use --engine transformers"
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of a rollout with the same prompt."""
@@ -62,8 +66,9 @@ Completion = tuple[list[int], list[float]]
 class VllmSampler:
     """A rollout.sampling.Sampler: completions and their log-probs from vLLM, for one process of the run."""
 
-    def __init__(self, servers: Servers, policy: Policy, recipe: Recipe):
-        self.servers, self.processor = servers, policy.processor
+    def __init__(self, servers: Servers, policy: Policy, recipe: Recipe, then: str = CONTINUE):
+        """`then`: what can be done where the server fails again after a restart."""
+        self.servers, self.processor, self.then = servers, policy.processor, then
         self.ahead = recipe.rollout.ahead
         self.never_sampled = set(policy.never_sampled)
         ends = policy.model.generation_config.eos_token_id
@@ -154,11 +159,8 @@ class VllmSampler:
             self._forget()
             return self._sample(order)
         except ServerFault as fault:
-            raise TrainingStopped(
-                f"vLLM failed again after a restart: {fault}. The checkpoints are kept; continue with --resume auto, "
-                "or with rollout.engine=transformers in a new run",
-                *self.servers.last_words(),
-            ) from None
+            said = f"vLLM failed again after a restart: {fault}. {self.then}"
+            raise TrainingStopped(said, *self.servers.last_words()) from None
 
     def _sample(self, order: Order) -> list[tuple[list[int], list[Completion]]]:
         """Of each group, the prompt that the server read, and completions. Raises ServerFault."""
