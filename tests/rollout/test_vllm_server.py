@@ -210,7 +210,7 @@ def test_it_samples_from_the_trainers_distribution(server, policy, temperature):
         answer = server.endpoints[0].ask(
             "/v1/chat/completions",
             {
-                "model": sampler.loaded,
+                "model": server.adapter,
                 "messages": as_request(item_of(image)),
                 "return_tokens_as_token_ids": True,
                 "mm_processor_kwargs": {"size": dict(policy.processor.image_processor.size)},
@@ -291,6 +291,7 @@ def test_a_run_on_it_records_how_far_the_two_are_apart(whole_run, server):
     assert all(row["sampler_difference"] < 1e-3 and 0.9 < row["importance_weight"] < 1.1 for row in rows)
     assert all(row["importance_weight_max"] <= RECIPE.rollout.importance_cap for row in rows)
     assert not [path for path in whole_run.path.iterdir() if path.name.startswith(".")]
+    assert {model["id"] for model in server.endpoints[0].ask("/v1/models")["data"]} <= {"base", server.adapter}
     texts = [path.read_text() for path in whole_run.path.glob("*.*") if path.suffix != ".png"]
     assert texts and not any(server.endpoints[0].key in text for text in texts)
 
@@ -336,8 +337,8 @@ def test_a_run_that_samples_ahead_says_with_which_adapter(server, its_key, tmp_p
     assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
     by = {row["step"]: row["adapter_step"] for row in read_jsonl(run.completions)}
     assert by == {1: 0, 2: 0, 3: 2, 4: 2}
-    fresh, stale = ([row["sampler_difference"] for row in rows[first::2]] for first in (0, 1))
-    assert max(fresh) < 1e-3 < min(stale)  # a step of tiny_cpu.yaml moves the policy by that much
+    fresh, stale = rows[2]["sampler_difference"], rows[3]["sampler_difference"]
+    assert fresh < 1e-4 < 1e-3 < stale
     assert all(0.5 < row["importance_weight"] < 1.5 for row in rows)
 
 
@@ -377,18 +378,19 @@ def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server,
 
 
 def test_a_chat_gives_the_same_answers(server, its_key, boards, tmp_path):
-    run = stirred_run(tmp_path / "run", [f"rollout.servers=['{server.endpoints[0].url}']"], scale=0.15)
+    settings = [f"rollout.servers=['{server.endpoints[0].url}']", "grpo.max_completion_length=24"]
+    run = stirred_run(tmp_path / "run", settings, scale=0.15)
     boards[0].images[0].open().save(tmp_path / "board.png")
     written = {}
     for engine in ("transformers", "vllm"):
         out = io.StringIO()
-        options = {"image": str(tmp_path / "board.png"), "max_tokens": 24, "engine": engine}
+        options = {"image": str(tmp_path / "board.png"), "max_tokens": 20, "engine": engine}
         written[engine] = chat(find_adapter(run.path), "How many red shapes?", out, **options), out.getvalue()
     assert written["vllm"] == written["transformers"]
     base, tuned = written["vllm"][0]
     assert base.text != tuned.text and base.truncated
     with pytest.raises(DataError, match="data.max_prompt_tokens is .*; use --engine transformers"):
-        chat(find_adapter(run.path), "How many? " * 500, io.StringIO(), engine="vllm")
+        chat(find_adapter(run.path), "How many? " * 2000, io.StringIO(), engine="vllm")
 
 
 def test_a_server_for_shorter_sequences_is_refused(server, its_key, tmp_path, capsys):

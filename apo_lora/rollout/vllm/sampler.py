@@ -8,7 +8,6 @@ import base64
 import io
 import itertools
 import secrets
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -84,11 +83,11 @@ class VllmSampler:
             "return_token_ids": True,
         }
         self.begun: tuple[Order, Future] | None = None
-        self._forget()
+        self._rename()
 
-    def _forget(self) -> None:
+    def _rename(self) -> None:
         """A server may still know adapters of another run, or of this one before a fault: no name is used again."""
-        self.run, self.loaded = secrets.token_hex(4), None
+        self.run = secrets.token_hex(4)
 
     def begin(self, model: nn.Module, step: int, items: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> None:
         """See rollout.sampling.Sampler. A fault is raised, and answered, where the rollout is asked for."""
@@ -156,7 +155,8 @@ class VllmSampler:
     def _after_restart(self, order: Order) -> list[tuple[list[int], list[Completion]]]:
         try:
             self.servers.restart()
-            self._forget()
+            self.servers.adapter = None
+            self._rename()
             return self._sample(order)
         except ServerFault as fault:
             said = f"vLLM failed again after a restart: {fault}. {self.then}"
@@ -165,22 +165,11 @@ class VllmSampler:
     def _sample(self, order: Order) -> list[tuple[list[int], list[Completion]]]:
         """Of each group, the prompt that the server read, and completions. Raises ServerFault."""
         name = self.servers.base_name if order.adapter is None else self._name(order.step)
-        if order.adapter and self.loaded != name:
-            self._load(order.adapter, name)
+        if order.adapter and self.servers.adapter != name:
+            self.servers.load(order.adapter, name)
         shared_out = zip(itertools.cycle(self.servers.endpoints), order.groups, strict=False)
         answers = [in_background(self._ask, endpoint, name, group) for endpoint, group in shared_out]
         return [answer.result() for answer in answers]
-
-    def _load(self, folder: Path, name: str) -> None:
-        """The adapter in this folder under this name; the one before is unloaded."""
-        for endpoint in self.servers.endpoints:
-            endpoint.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-            if self.loaded is not None:
-                endpoint.ask("/v1/unload_lora_adapter", {"lora_name": self.loaded})
-        for path in self.servers.adapters.iterdir():
-            if path != folder:
-                shutil.rmtree(path, ignore_errors=True)
-        self.loaded = name
 
     def _ask(self, endpoint: Endpoint, name: str, group: Group) -> tuple[list[int], list[Completion]]:
         body = {"model": name, "messages": as_request(group.item), "n": len(group.rows), "seed": group.seed}

@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -47,6 +48,19 @@ class Servers(ABC):
     """Under which they serve the base without an adapter."""
     adapters: Path
     """Folder that this process writes its adapter to, and that its servers read."""
+    adapter: str | None = None
+    """Name of the one that they have loaded."""
+
+    def load(self, folder: Path, name: str) -> None:
+        """The adapter in this folder under this name; the one before is unloaded. Raises ServerFault."""
+        for endpoint in self.endpoints:
+            endpoint.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            if self.adapter is not None:
+                endpoint.ask("/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        for path in self.adapters.iterdir():
+            if path != folder:
+                shutil.rmtree(path, ignore_errors=True)
+        self.adapter = name
 
     @abstractmethod
     def restart(self) -> None:
@@ -190,6 +204,13 @@ class RemoteServers(Servers):
     def restart(self) -> None:
         time.sleep(self.PATIENCE)
 
+    def leave(self) -> None:
+        """Nothing of this run stays with them."""
+        for endpoint in self.endpoints if self.adapter else ():
+            with suppress(ServerFault):
+                replace(endpoint, seconds=5.0).ask("/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        shutil.rmtree(self.adapters, ignore_errors=True)
+
 
 def servers_problem(recipe: Recipe) -> str | None:
     """Why this machine cannot sample with vLLM as the recipe asks, or None."""
@@ -258,7 +279,7 @@ def serving(recipe: Recipe, run_path: Path, examples: Sequence[Example]) -> Iter
         try:
             yield servers
         finally:
-            shutil.rmtree(adapters, ignore_errors=True)
+            servers.leave()
         return
     local = _local_server(recipe, base, max(len(example.images) for example in examples))
     try:
