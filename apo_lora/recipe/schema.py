@@ -313,6 +313,12 @@ class Recipe(Section):
         return self.train.max_steps or max(1, rollouts) * self.steps_per_rollout
 
     @property
+    def server_in_4bit(self) -> bool:
+        """Whether a vLLM server holds the base in 4 bits."""
+        wanted = self.rollout.quantization
+        return wanted == "bitsandbytes" or (wanted == "auto" and self.model.load_in_4bit)
+
+    @property
     def completions_per_step(self) -> int:
         return self.grpo.prompts_per_step * self.grpo.num_generations
 

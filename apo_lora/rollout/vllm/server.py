@@ -218,15 +218,9 @@ def servers_problem(recipe: Recipe) -> str | None:
         return None
     if why := problem():
         return f"rollout.engine: {why}, or use rollout.engine=transformers, the default"
-    if build() == "cpu" and quantized(recipe):
+    if build() == "cpu" and recipe.server_in_4bit:
         return "rollout.quantization: vLLM quantises only on a GPU; use none, or rollout.engine=transformers"
     return None
-
-
-def quantized(recipe: Recipe) -> bool:
-    """Whether the server holds the base in 4 bits."""
-    wanted = recipe.rollout.quantization
-    return wanted == "bitsandbytes" or (wanted == "auto" and recipe.model.load_in_4bit)
 
 
 def longest_sequence(recipe: Recipe) -> int:
@@ -241,7 +235,7 @@ def command_options(recipe: Recipe, base: str, *, dtype: str, images: int, has_g
         "revision": recipe.model.revision,
         "served-model-name": "base",
         "dtype": dtype,
-        "quantization": "bitsandbytes" if quantized(recipe) else None,
+        "quantization": "bitsandbytes" if recipe.server_in_4bit else None,
         "max-model-len": longest_sequence(recipe),
         "max-num-seqs": sequences,
         "limit-mm-per-prompt": json.dumps({"image": images, "video": 0}),
