@@ -90,8 +90,8 @@ def _server_lines(recipe: Recipe, shape: ModelShape, gpu_memory: float | None) -
     if gpu_memory is not None:
         wanted = load_of(recipe, shape).rollout
         room = min(wanted, completions_of_server(recipe, shape, gpu_memory))
-        fault = "" if room else ": it would not start; raise rollout.vllm_gpu_memory_utilization"
-        yield f"In {gpu_memory * share:.2f} it computes {room:,} of the rollout's {wanted:,} completions at once{fault}."
+        end = "" if room else ": it would not start; raise rollout.vllm_gpu_memory_utilization"
+        yield f"In {gpu_memory * share:.2f} it computes {room:,} of the rollout's {wanted:,} completions at once{end}."
 
 
 def _part_table(planned: Plan) -> list[str]:
