@@ -15,8 +15,10 @@ from apo_lora.data.formats import IMAGE_MARK, read_row
 from apo_lora.data.images import image_refs
 from apo_lora.data.text import BadRow
 from apo_lora.errors import DataError, ModelError
-from apo_lora.policy.loading import Policy, reference_mode
-from apo_lora.policy.tuned import load_tuned
+from apo_lora.family.lookup import inner_model_of
+from apo_lora.policy.loading import Policy, import_engine, reference_mode
+from apo_lora.policy.shared_prompt.vision_features import tower_is_frozen
+from apo_lora.policy.tuned import load_tuned, lora_config
 from apo_lora.preflight.sample import sample_by_vllm
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.answers.text import final_answer
@@ -44,7 +46,9 @@ def chat(
     transformers, or vllm for whole answers from a server, as the recipe's section rollout describes it. Raises
     DataError, ModelError in one line.
     """
-    example, recipe = example_of(question, image), _as_asked(recipe_for(source, recipe), max_tokens, engine)
+    example, recipe = example_of(question, image), recipe_for(source, recipe)
+    import_engine(recipe.model)
+    recipe = _as_asked(source, recipe, max_tokens, engine)
     if problem := servers_problem(recipe):
         raise ModelError(problem)
     with serving(recipe, source.folder.parent, [example]) as servers:
@@ -52,7 +56,7 @@ def chat(
         if sampled:
             torch.seed()  # loading has seeded the fresh adapter, and every sample would be the same one
         if servers:
-            _require_room(example, policy, recipe)
+            _require_served(example, policy, recipe)
         sampler = VllmSampler(servers, policy, recipe, ASK_AGAIN) if servers else None
         answer = partial(_answer, policy, example, recipe, sampled, sampler)
         screen = SideBySide(out, tuple(shutil.get_terminal_size()) if out.isatty() else None)
@@ -65,17 +69,21 @@ def chat(
     return base, tuned
 
 
-def _as_asked(recipe: Recipe, max_tokens: int | None, engine: str) -> Recipe:
+def _as_asked(source: AdapterSource, recipe: Recipe, max_tokens: int | None, engine: str) -> Recipe:
+    """With what a server reserves: tokens, and the rank of the adapter, which need not be the recipe's."""
     length = max_tokens or recipe.grpo.max_completion_length
     changes = {
         "grpo": recipe.grpo.model_copy(update={"max_completion_length": length}),
         "rollout": recipe.rollout.model_copy(update={"engine": engine}),
+        "lora": recipe.lora.model_copy(update={"r": lora_config(source).r}),
     }
     return recipe.model_copy(update=changes)
 
 
-def _require_room(example: Example, policy: Policy, recipe: Recipe) -> None:
-    """Raises DataError where vLLM has no room for the question: so much that the recipe says is reserved for it."""
+def _require_served(example: Example, policy: Policy, recipe: Recipe) -> None:
+    """Raises ModelError, DataError where vLLM could not answer as the policy does."""
+    if not tower_is_frozen(inner_model_of(policy.model)):
+        raise ModelError("--engine vllm: vLLM applies adapters only to language layers; leave it out")
     (length,), most = prompt_lengths([example], policy.processor, recipe.data), recipe.data.max_prompt_tokens
     if length > most:
         raise DataError(

@@ -59,7 +59,7 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         if place.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", place):
             yield f"output.mirror: {place!r} is not a Hub repository; write hub:ORG/NAME"
     if recipe.rollout.engine == "vllm":
-        yield from _vllm_problems(recipe)
+        yield from vllm_problems(recipe)
     elif recipe.rollout.ahead:
         yield "rollout.ahead: 1 needs a server that samples meanwhile; use rollout.engine=vllm, or 0"
     if not recipe.lora.target_modules:
@@ -77,7 +77,8 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
 """What vLLM makes room for; a smaller adapter fits into a larger one."""
 
 
-def _vllm_problems(recipe: Recipe) -> Iterator[str]:
+def vllm_problems(recipe: Recipe) -> Iterator[str]:
+    """What keeps vLLM from sampling as the recipe asks, wherever its server is."""
     if recipe.lora.vision:
         yield "lora.vision: vLLM applies adapters only to language layers; use false, or rollout.engine=transformers"
     if recipe.lora.r > LORA_RANKS[-1]:

@@ -37,6 +37,13 @@ VLLM = recipe_of("rollout.engine=vllm")
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_with_an_adapter_on_the_tower_is_not_answered_by_it():
+    """Its recipe was none for vLLM; evaluation and chat change the engine afterwards."""
+    trained = recipe_of("lora.vision=true")
+    asked = trained.model_copy(update={"rollout": trained.rollout.model_copy(update={"engine": "vllm"})})
+    assert servers_problem(trained) is None and "only to language layers" in servers_problem(asked)
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_it_is_off_by_default(name, tmp_path):
     recipe = recipe_of(name=name)

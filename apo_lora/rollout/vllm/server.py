@@ -25,7 +25,7 @@ from apo_lora.errors import ModelError
 from apo_lora.machine import ranks
 from apo_lora.machine.vllm_environment import build, interpreter, problem
 from apo_lora.policy.loading import base_path
-from apo_lora.recipe.combinations import LORA_RANKS
+from apo_lora.recipe.combinations import LORA_RANKS, vllm_problems
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.launcher import FOLDER, PARENT
@@ -214,7 +214,11 @@ class RemoteServers(Servers):
 
 def servers_problem(recipe: Recipe) -> str | None:
     """Why this machine cannot sample with vLLM as the recipe asks, or None."""
-    if recipe.rollout.engine != "vllm" or recipe.rollout.servers != "auto":
+    if recipe.rollout.engine != "vllm":
+        return None
+    if why := next(vllm_problems(recipe), None):  # of a recipe that was written for another engine
+        return why
+    if recipe.rollout.servers != "auto":
         return None
     if why := problem():
         return f"rollout.engine: {why}, or use rollout.engine=transformers, the default"
