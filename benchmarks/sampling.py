@@ -1,6 +1,6 @@
 """Who samples faster, the model's own generate() or a vLLM server: completions of ragged lengths, and whole steps.
 
-    python -m benchmarks.sampling --out sampling.json          (a quarter of an hour on two CPU cores; needs setup-vllm)
+    python -m benchmarks.sampling --out sampling.json          (half an hour on two CPU cores; needs setup-vllm)
 
 Lengths are drawn log-uniformly from 16 to 1,024 tokens, the same for both, and every completion has exactly its length.
 generate() computes every row until the longest is done; vLLM computes no row for longer than it needs. Prompts are
