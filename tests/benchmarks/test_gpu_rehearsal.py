@@ -157,7 +157,7 @@ def test_sampling_with_vllm_is_measured_beside_generate(tmp_path):
     except ModelError as error:
         pytest.skip(f"vLLM's packages cannot be had here: {error}")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
+        for name, value in environment("unsloth").items():
             patch.setenv(name, value)
         assert rehearse(tmp_path, "sampling") == 0
     found = results.read(tmp_path / "out")

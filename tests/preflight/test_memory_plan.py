@@ -227,6 +227,15 @@ def test_a_servers_weights_are_in_its_own_bits():
     assert cache == same == (1536 + 1024) * 2 * 36 * 256 * 2  # tokens, keys and values, layers, width, bytes
 
 
+def test_where_a_server_samples_the_tower_runs_in_the_scoring():
+    large = ("data.max_pixels=12845056", "data.max_prompt_tokens=17000", "grpo.completions_per_pass=1")
+    own, theirs = (
+        plan(QWEN2_5_VL.published["3b"], recipe_of("single_gpu", *large, f"rollout.engine={engine}")).peaks["score"]
+        for engine in ("transformers", "vllm")
+    )
+    assert theirs > own + GiB / 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without a GPU")
 def test_plan_without_a_card_gives_no_verdict(capsys):
     assert main(["plan", "--recipe", "single_gpu"]) == 0
