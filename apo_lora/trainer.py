@@ -219,7 +219,8 @@ class APOTrainer(GRPOTrainer):
             **scored.figures(self.reward_func_names),
             "resampled_groups": float(num_resampled),
             "skipped_groups": is_skipped_N.sum().item(),
-            "tokens_per_second": self.window.sampled_tokens / self.window.seconds["generate"],
+            # How long sampling took is not known where only the end of it was waited for.
+            "tokens_per_second": None if ahead else self.window.sampled_tokens / self.window.seconds["generate"],
             **({"staleness": scored.rollout.staleness(self.state.global_step)} if self.sampler else {}),
         }
         if ranks.is_main():

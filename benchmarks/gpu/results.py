@@ -155,8 +155,9 @@ def sampling_table(results: Results) -> Iterator[str]:
     yield _row("sampled by", "step s", *(f"{p} s" for p in PHASES), "tok/s")
     yield _rule(6)
     for name, found in measured.items():
-        seconds = (f"{found['seconds'][p]:.2f}" for p in PHASES)
-        yield _row(name, f"{found['seconds_per_step']:.2f}", *seconds, f"{found['tokens_per_second']:.0f}")
+        seconds = (_figure(found["seconds"][p], None) for p in PHASES)
+        speed = _figure(found["tokens_per_second"], None, "{:.0f}")
+        yield _row(name, f"{found['seconds_per_step']:.2f}", *seconds, speed)
     if ragged:
         yield from ("", "Completions of ragged lengths, in tokens per second:", "")
         yield _row("completions", "tokens", "generate()", "vLLM")

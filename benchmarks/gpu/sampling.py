@@ -36,7 +36,7 @@ def steps(record: Record, setting: Setting, engine: str, ahead: int = 0) -> None
     with watched_training(look):
         train_in_any_case(record, recipe, run)
     summary = clocks[0].summary()
-    record.put(**summary)
+    record.put(**summary | ({"tokens_per_second": None} if ahead else {}))
     wanted = recipe.completions_per_step * recipe.grpo.max_completion_length
     found = summary["tokens"]["completion"]
     record.check("every completion had its full length", lambda: (found == wanted, f"{found:,} tokens in a step"))

@@ -75,6 +75,7 @@ def test_the_rollout_that_is_begun_is_the_next_one_with_the_adapter_of_now(layou
     assert record.rows == [(start + 1, {max(0, start - steps)}) for start in starts]
     logged = [log["staleness"] for log in trainer.state.log_history if "staleness" in log]
     assert logged == [0.0] * steps + [float(steps)] * (4 - steps)
+    assert {log["tokens_per_second"] for log in trainer.state.log_history if "staleness" in log} == {None}
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -237,6 +237,14 @@ def test_max_pixels_reaches_it_with_every_request(server, policy):
     assert difference(theirs, ours) < MOST
 
 
+def test_prompts_that_do_not_fit_into_one_pass_are_read_all_the_same(server, policy):
+    """vLLM reads 2,072 tokens at once here, and fails on a CPU where it must read a prompt in parts."""
+    images = pictures([(560, 560 + 28 * number) for number in range(10)])
+    assert sum(map(len, batch_of(policy, images)[0])) > 2072
+    completions, _, _ = sampled(server, policy, images)
+    assert len(completions) == 20
+
+
 def test_a_prompt_that_it_reads_otherwise_ends_the_run(server, policy):
     image = pictures()[0]
     ids, _ = batch_of(policy, [image])
