@@ -159,11 +159,12 @@ def check_server(policy: Policy, examples: Sequence[Example], recipe: Recipe, se
     theirs = torch.tensor(sum(sampled.logps, []), device=scored.device)
     apart = (scored[inside] - theirs).abs().mean().item()
     moved = (scored[inside] - reference[inside]).abs().mean().item()
+    limit = min(ALARM_DIFFERENCE, max(AGREEMENT[policy.dtype], moved / 2))  # `moved`, if the adapter were not applied
     return Check(
         SERVER_CHECK,
-        apart <= min(ALARM_DIFFERENCE, moved / 2),
-        f"{len(examples)} prompts read alike; log-probs of {len(theirs)} tokens {apart:.1e} nats apart on average, "
-        f"where an adapter moves them by {moved:.1e} (at most half of that, and at most {ALARM_DIFFERENCE:g})",
+        apart <= limit,
+        f"{len(examples)} prompts read alike; log-probs of {len(theirs)} tokens {apart:.1e} nats apart on average, at "
+        f"most {limit:.0e}, where an adapter moves them by {moved:.1e}",
         "the server holds another base or applies the adapter otherwise; check rollout.quantization and "
         "lora.target_modules, or use rollout.engine=transformers",
     )

@@ -70,7 +70,7 @@ def sample_by_vllm(
 
 
 @contextmanager
-def random_adapter(model: nn.Module, scale: float = 0.02) -> Iterator[None]:
+def random_adapter(model: nn.Module, scale: float = 0.05) -> Iterator[None]:
     """Inside, the adapter changes what the model says, as a fresh one, whose B is zero, does not."""
     weights = {p: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
     try:

@@ -144,8 +144,7 @@ def peers_table(results: Results) -> Iterator[str]:
 
 def sampling_table(results: Results) -> Iterator[str]:
     rows = {n.removeprefix("sampling/"): m for n, m in results.items() if n.startswith("sampling/")}
-    measured = {name: m for name, m in rows.items() if "seconds" in m}
-    ragged = rows.get("ragged", {}).get("rollouts", ())
+    measured, ragged = {n: m for n, m in rows.items() if "seconds" in m}, rows.get("ragged", {}).get("rollouts", ())
     if not measured and not ragged:
         return
     yield "## Sampling: generate() and vLLM"

@@ -254,7 +254,7 @@ def command_options(recipe: Recipe, base: str, *, dtype: str, images: int, has_g
     }
     flags = ["enable-lora", "trust-request-mm-kwargs", "disable-log-stats"]
     if not has_gpu:
-        # A prompt read in parts takes back what its seed drew for the parts: "CPU Generator does not use offset" (0.31).
+        # vLLM 0.31 fails where it reads a prompt in parts and there is a seed: "CPU Generator does not use offset".
         flags += ["enforce-eager", "skip-mm-profiling", "no-enable-chunked-prefill"]
     pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
     return [*(part for pair in pairs for part in pair), *(f"--{flag}" for flag in flags)]
