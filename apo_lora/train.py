@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from apo_lora.preflight.checks import Check
     from apo_lora.rewards.verifier import Verifier
     from apo_lora.rollout.sampling import Sampler
+    from apo_lora.rollout.vllm.server import Servers
     from apo_lora.run.callbacks import OrderlyStop
     from apo_lora.trainer import APOTrainer
 
@@ -119,7 +120,7 @@ def _train(
         policy = _load_policy(recipe)
         say(_plan(recipe, len(examples)))
         wanted = fitted_as_before(recipe, run_dir) if start.checkpoint else recipe
-        checks, fitted = _checked(policy, examples, wanted, run_dir)
+        checks, fitted = _checked(policy, examples, wanted, run_dir, servers)
         if ranks.is_main():
             start.lock.make_and_take()
             _open_run(start, fitted, policy.engine)
@@ -202,12 +203,12 @@ def _refuse_at_once(recipe: Recipe, recipe_name: str) -> None:
 
 
 def _checked(
-    policy: "Policy", examples: list["Example"], recipe: Recipe, run_dir: RunDir
+    policy: "Policy", examples: list["Example"], recipe: Recipe, run_dir: RunDir, servers: "Servers | None"
 ) -> tuple[list["Check"], Recipe]:
     """The checks before step 1, and the recipe as it fits this machine. Raises ModelError, RunDirError."""
     from apo_lora.preflight.checks import preflight
 
-    checks, fitted = preflight(policy, examples, recipe) if recipe.train.preflight else ([], recipe)
+    checks, fitted = preflight(policy, examples, recipe, servers) if recipe.train.preflight else ([], recipe)
     if failed := report_checks(checks):
         raise ModelError(*failed)
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
@@ -335,8 +336,8 @@ def run_preflight(recipe: Recipe) -> bool:
     from apo_lora.preflight.checks import preflight
     from apo_lora.rollout.vllm.server import serving
 
-    with serving(recipe, Path(recipe.output.dir), inputs.train.examples):  # it has its share of a GPU's memory
-        checks, _ = preflight(_load_policy(recipe), inputs.train.examples, recipe)
+    with serving(recipe, Path(recipe.output.dir), inputs.train.examples) as servers:  # has its share of a GPU's memory
+        checks, _ = preflight(_load_policy(recipe), inputs.train.examples, recipe, servers)
     return not report_checks(checks)
 
 

@@ -229,6 +229,9 @@ class RolloutSection(Section):
     """Port of the server on this machine's loopback; 0 is any free one."""
     server_seconds: Positive = 600.0
     """Longest wait for the server's start, and for one answer of it."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 samples the next rollout while this one trains, with the adapter that the training begins with: one rollout
+    behind, which importance weights correct. With the vllm engine only."""
     importance_cap: Positive | None = 2.0
     """Largest importance weight of a token: where the sampler's log-probabilities are known, the policy term is
     weighted by the trainer's probability over the sampler's; null leaves it unweighted."""
@@ -314,6 +317,12 @@ class Recipe(Section):
         """Optimizer steps of the run: max_steps, or whole rollouts for `epochs` passes over the examples."""
         rollouts = int(num_examples * self.train.epochs) // self.prompts_per_rollout
         return self.train.max_steps or max(1, rollouts) * self.steps_per_rollout
+
+    @property
+    def server_in_4bit(self) -> bool:
+        """Whether a vLLM server holds the base in 4 bits."""
+        wanted = self.rollout.quantization
+        return wanted == "bitsandbytes" or (wanted == "auto" and self.model.load_in_4bit)
 
     @property
     def completions_per_step(self) -> int:

@@ -20,6 +20,7 @@ class CompletionsWriter(APOCallback):
         rollout, credit = scored.rollout, scored.credit
         columns = {
             "completion": rollout.texts,
+            "adapter_step": rollout.adapter_steps,
             "gold": [self.examples[index].gold for index in rollout.indices],
             "rewards": rollout.rewards_BF.tolist(),
             "reward": scored.rewards_NG.flatten().tolist(),

@@ -200,8 +200,8 @@ class Screen(TrainerCallback):
         if drifted and not self.drifted:
             self.bar.write(
                 f"warning: the sampler's log-probs differ by {logs['sampler_difference']:.2g} nats per token from the "
-                "trainer's: it may hold another base or adapter, or quantise it otherwise. Check rollout.quantization, "
-                "or use rollout.engine=transformers."
+                "trainer's: it may hold another base or adapter, quantise it otherwise, or be too far behind "
+                "(rollout.ahead). Check rollout.quantization, or use rollout.engine=transformers."
             )
         self.drifted = drifted
 

@@ -62,6 +62,7 @@ SAMPLER = (
     Figure("importance_weight", "importance weight", "mean of tokens", ".4f"),
     Figure("importance_weight_max", "largest importance weight", "of a token", ".4f"),
     Figure("sampler_difference", "log-prob difference, sampler to trainer", "nats per token", ".2e"),
+    Figure("staleness", "age of the adapter that sampled", "optimizer steps", ".1f"),
 )
 
 # Of the optimizer step itself: the trainer.
