@@ -53,7 +53,9 @@ def with_start(recipe: Recipe) -> Recipe:
     ]:
         said = " and ".join(f"lora.{key} is {_inline(stated[key])}" for key in other)
         given = " ".join(f"lora.{key}={_inline(shape[key])}" for key in other)
-        raise RecipeError(f"lora.start: its adapter has {given}, but {said}; give {given}, or another adapter")
+        raise RecipeError(
+            f"lora.start: its adapter was trained otherwise than {said}; give {given}, or another adapter"
+        )
     section = {**shape, **stated, "target_modules": shape["target_modules"]}
     try:
         return recipe.model_copy(update={"lora": LoraSection.model_validate(section)})
