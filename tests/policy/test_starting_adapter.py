@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,20 +144,19 @@ def test_the_plan_counts_the_reference(adapter):
 
 
 def by_trl(folder):
-    """A supervised step of TRL's own trainer."""
+    """Two supervised steps of TRL's own trainer, by the loss of transformers: TRL's is a kernel for GPUs."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, Trainer
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(
-        str(folder), max_steps=2, learning_rate=0.1, use_cpu=True, bf16=False, report_to="none", save_strategy="no"
-    )
+    arguments = SFTConfig(str(folder), max_steps=2, learning_rate=0.1, use_cpu=True, bf16=False, report_to="none")
     trainer = SFTTrainer(
         plain_base(), arguments, train_dataset=Dataset.from_dict({"text": ["three red circles"] * 8}),
         processing_class=AutoProcessor.from_pretrained(BASE_DIR).tokenizer,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
+    trainer.compute_loss = partial(Trainer.compute_loss, trainer)
     trainer.train()
     trainer.save_model()
 
@@ -206,13 +206,15 @@ def test_every_weight_of_the_file_is_in_the_model(maker, tmp_path, make_batch):
     family, weights = policy.family, load_file(tmp_path / WEIGHTS)
     expected = {family.module_name(key.removeprefix("base_model.model.")): w for key, w in weights.items()}
     assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], weight.float()) and weight.any() for name, weight in expected.items())
-    assert (scores(policy, batch := make_batch(policy)) - reference_scores(policy, batch)).abs().max() == 0
+    assert all(torch.equal(loaded[name], weight.float()) for name, weight in expected.items())
+    batch = make_batch(policy)
+    assert torch.equal(own := scores(policy, batch), reference_scores(policy, batch))
+    set_reference(policy.model, "base")
+    assert (own - reference_scores(policy, batch)).abs().max() > 1e-2
     config = json.loads((tmp_path / CONFIG).read_text())
-    (scaling,) = {
-        tuple(m.scaling.values()) for m in policy.model.modules() if isinstance(getattr(m, "scaling", None), dict)
-    }
-    assert scaling[0] == scaling[1] == config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
+    adapted = [module for module in policy.model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+    scaling = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
+    assert all(module.scaling == {"default": scaling} for module in adapted)
 
 
 @pytest.mark.slow
