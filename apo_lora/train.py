@@ -30,7 +30,7 @@ from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
 from apo_lora.run.recipes import fitted_as_before, record_recipes
 from apo_lora.run.resume import checkpoint_to_continue, environment_changes, only_plain_data, rewind_record
-from apo_lora.run.start import with_start
+from apo_lora.run.start import start_line, with_start
 from apo_lora.run.summary import closing_summary
 from apo_lora.run.trackers import require_trackers, trackers_in
 
@@ -360,6 +360,7 @@ def _load_policy(recipe: Recipe) -> "Policy":
 
     if recipe.lora.start:
         policy = load_start(recipe)
+        say(start_line(recipe))
     else:
         policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
     say(policy.summary)

@@ -64,6 +64,15 @@ def with_start(recipe: Recipe) -> Recipe:
         raise ModelError(f"lora.start: {lora.start}: {CONFIG} has {key} {value!r}; copy it again") from None
 
 
+def start_line(recipe: Recipe) -> str:
+    """What a run with lora.start says once the model is loaded. Same shapes may be other weights: hence the name."""
+    trained_on = find_adapter(_folder(recipe.lora.start)).base_name
+    reference = "this adapter" if recipe.grpo.reference == "start" else "the base without any adapter"
+    return (
+        f"Starting from the adapter {recipe.lora.start}, trained on {trained_on}; the KL divergence is to {reference}."
+    )
+
+
 def _shape(source: AdapterSource) -> dict[str, Any]:
     """Of an adapter, the keys of the section `lora`."""
     config, family = plain_lora_config(source), family_of_base(source.base_name)
