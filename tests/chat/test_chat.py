@@ -270,7 +270,7 @@ def test_an_adapter_trained_by_peft_alone_gives_its_model(how, run, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda adapter: edit_config(adapter, use_dora=True), "use_dora; load it with PEFT"),
+        (lambda adapter: edit_config(adapter, use_dora=True), "trained with use_dora, which is not supported"),
         (
             lambda adapter: edit_weights(adapter, lambda name, weight: (name, weight / 0)),
             "weights of the adapter are NaN",

@@ -95,7 +95,7 @@ def test_all_groups_are_compared_with_the_first(make_run):
     assert accuracy["differences"]["APO"]["n"] == 2
 
     means, differences = mean_rows(figures), difference_rows(figures, "GRPO")
-    assert [row[0] for row in means] == ["", "base", "GRPO", "APO", "none"]
+    assert [row[0] for row in means] == ["", "before", "GRPO", "APO", "none"]
     assert means[0][1] == "Reasoning accuracy" and means[2][1] == "0.700 (0.452 to 0.948)"
     assert [row[0] for row in differences] == ["minus GRPO", "APO", "none"]
     assert differences[1][1] == "+0.100 (-0.027 to +0.227)" and set(differences[2][1:]) == {"-"}
