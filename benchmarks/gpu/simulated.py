@@ -9,6 +9,7 @@ from the start, nor what one token costs. Nothing is computed but small tensors,
 
 import argparse
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ def totals(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def watch(phases: Phases, stock_attention: bool) -> None:
-    """Cuts completions short, and closes a phase at every border."""
+def watch(phases: Phases, stock_attention: bool, passes: int | None) -> None:
+    """Closes a phase at every border, and cuts completions short, and steps if `passes` says after how many passes."""
+    import torch
     import trl
     from transformers import GenerationMixin
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -73,6 +75,17 @@ def watch(phases: Phases, stock_attention: bool) -> None:
     border, unfinished = PhaseClock._border, GenerationMixin._has_unfinished_sequences
     owner = next(cls for cls in trl.GRPOTrainer.__mro__ if "_generate_single_turn" in vars(cls))
     turn, tokens = owner._generate_single_turn, 0
+    step_owner = next(cls for cls in trl.GRPOTrainer.__mro__ if "training_step" in vars(cls))
+    one_pass, num_passes = step_owner.training_step, 0
+
+    def only_the_first(trainer: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal num_passes
+        num_passes += 1
+        place = (num_passes - 1) % trainer.args.gradient_accumulation_steps
+        if passes and place >= passes:
+            trainer._step += 1
+            return torch.zeros((), device="cuda")
+        return one_pass(trainer, *arguments, **options)
 
     def closing(clock: PhaseClock) -> None:
         phase = clock.open_phases[-1] if clock.open_phases else "outside"
@@ -98,10 +111,12 @@ def watch(phases: Phases, stock_attention: bool) -> None:
         return [row + [0] * (trainer.max_completion_length - len(row)) for row in map(list, ids)], logps
 
     PhaseClock._border, GenerationMixin._has_unfinished_sequences = closing, a_few
-    owner._generate_single_turn = filled_up
+    owner._generate_single_turn, step_owner.training_step = filled_up, only_the_first
 
 
-def measure(measurement: Measurement, setting: Setting, record: Record, stock_attention: bool) -> None:
+def measure(
+    measurement: Measurement, setting: Setting, record: Record, stock_attention: bool, passes: int | None
+) -> None:
     os.environ.update(measurement.environment)
     os.environ.setdefault("NULLGPU_CC", CAPABILITY.get(measurement.arguments.get("name", ""), "89"))
     os.environ.setdefault("NULLGPU_LARGEST_COPY", str(2**20))  # nobody looks at weights and pictures
@@ -116,10 +131,10 @@ def measure(measurement: Measurement, setting: Setting, record: Record, stock_at
         make(setting.size, setting.model, sparse=True)
     counting = Counting()
     phases = Phases(counting)
-    watch(phases, stock_attention)
+    watch(phases, stock_attention, passes)
     with counting:
         child.run(measurement, setting, record)
-    record.put(phases=phases.summary())
+    record.put(phases=phases.summary(), date=time.strftime("%Y-%m-%d"))
 
 
 def main() -> None:
@@ -128,13 +143,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the model and the run")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps (default: 1)")
+    parser.add_argument("--passes", type=int, help="of a step, all alike, that are done (default: all)")
     parser.add_argument("--stock-attention", action="store_true", help="sample as transformers and Unsloth do")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     options = parser.parse_intermixed_args()
     measurement = next(m for m in MEASUREMENTS if m.name == options.name)
     arguments = {**measurement.arguments, "overrides": ["train.preflight=false", *options.overrides]}
+    by_unsloth = measurement.unsloth and "model.engine=transformers" not in options.overrides
+    measurement = replace(measurement, arguments=arguments, unsloth=by_unsloth)
     setting = Setting("3b", options.scratch.absolute(), options.steps - 1)
-    measure(replace(measurement, arguments=arguments), setting, Record(options.out.absolute()), options.stock_attention)
+    measure(measurement, setting, Record(options.out.absolute()), options.stock_attention, options.passes)
 
 
 if __name__ == "__main__":
