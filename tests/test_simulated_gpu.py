@@ -11,6 +11,7 @@ import sys
 import pytest
 from conftest import PROJECT
 
+from apo_lora.preflight import time_plan
 from benchmarks.gpu import simulated_table
 from tools.null_gpu.build import obstacle
 
@@ -91,3 +92,22 @@ def test_the_tables_are_those_of_the_results(committed):
     page = (PROJECT / "docs" / "performance.md").read_text()
     for table in (simulated_table.peaks, simulated_table.tokens, simulated_table.steps):
         assert table(committed) in page
+    assert all(simulated_table.times(recipe) in page for recipe in ("single_gpu", "colab_t4"))
+
+
+@pytest.mark.parametrize("name", ["gpu_8gb", "colab_t4", "single_gpu"])
+def test_the_modelled_time_counts_what_the_device_counted(committed, name):
+    recipe, shape = simulated_table.recipe_and_shape(name)
+    modelled = {
+        "prefill": (time_plan.prefill(shape, recipe), 2),  # two rollouts and steps, of which two passes each are done
+        "token": (time_plan.token(shape, recipe), 1),
+        "score": (
+            time_plan.score_pass(shape, recipe),
+            2 * recipe.completions_per_step // recipe.grpo.completions_per_pass,
+        ),
+        "train": (time_plan.train_pass(shape, recipe), 4),
+    }
+    for phase, (work, times) in modelled.items():
+        counted = committed[f"recipes-{name}"]["phases"][phase]
+        assert work.times(times).launches == pytest.approx(counted["launches"], rel=0.1)
+        assert work.times(times).bytes == pytest.approx(counted["bytes"], rel=0.1)

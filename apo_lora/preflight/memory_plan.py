@@ -37,7 +37,7 @@ OVERHEAD = int(0.75 * GiB)
 MOMENTS = ("prefill", "decode", "score", "train")
 """Sampling reads the prompts, then writes token by token; the reference is scored; forward and backward."""
 
-LOGITS_BYTES = 256 * 2**20  # scoring.LOGITS_BYTES, which cannot be imported without torch; a test holds them together
+LOGITS_BYTES = 128 * 2**20  # scoring.LOGITS_BYTES, which cannot be imported without torch; a test holds them together
 
 
 class Row(NamedTuple):

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.family.lookup import find_shape
+from apo_lora.family.shape import ModelShape
 from apo_lora.preflight.memory_plan import Plan, plan
+from apo_lora.preflight.time_plan import time_table
 from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.recipe.schema import Recipe
 from apo_lora.run.files import write_json
 
 GiB = 2**30
@@ -51,9 +54,21 @@ def peaks(results: Results) -> str:
     return table(["recipe", *PHASES.values()], rows())
 
 
-def planned(recipe: str) -> Plan:
-    recipe = load_recipe(find_recipe(recipe), [])
-    return plan(find_shape(recipe.model.name), recipe)
+def recipe_and_shape(name: str) -> tuple[Recipe, ModelShape]:
+    recipe = load_recipe(find_recipe(name))
+    return recipe, find_shape(recipe.model.name)
+
+
+def planned(name: str) -> Plan:
+    recipe, shape = recipe_and_shape(name)
+    return plan(shape, recipe)
+
+
+def times(name: str) -> str:
+    """As `apo-lora plan` prints them."""
+    recipe, shape = recipe_and_shape(name)
+    head, *rows = time_table(shape, recipe)
+    return table(head, iter(rows))
 
 
 def least_bytes_of_a_token(recipe: str) -> int:
@@ -128,7 +143,7 @@ def report(results: Results) -> str:
             "## A step of one prompt and 8 completions of 512 tokens\n",
             steps(results),
             "## What moves the most bytes in `single_gpu.yaml`, GiB\n",
-            "Scoring is all 16 passes of a rollout, training two passes.\n",
+            "Scoring is that of two rollouts, 32 passes; training is four passes.\n",
             movers(results, "recipes-single_gpu"),
         ]
     )

@@ -164,7 +164,7 @@ def test_logits_of_the_training_pass(entropy_coef, chunks):
     from apo_lora.policy.scoring import _head_logps
 
     assert LOGITS_BYTES == REAL_LOGITS_BYTES
-    shape, rows = QWEN2_5_VL.published["3b"], 4  # rows of a chunk, in place of 441
+    shape, rows = QWEN2_5_VL.published["3b"], 4  # rows of a chunk, in place of 220
     budget = 4 * shape.vocabulary * rows
     head = torch.nn.Linear(32, shape.vocabulary, bias=False).bfloat16().requires_grad_(False)
     hidden = torch.randn(rows * chunks, 32).bfloat16().requires_grad_()
