@@ -7,10 +7,9 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from apo_lora.data.inputs import Inputs, open_inputs, require_trainable
 from apo_lora.errors import ModelError, RecipeError
@@ -38,9 +37,23 @@ if TYPE_CHECKING:
     from apo_lora.data.examples import Example
     from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
+    from apo_lora.rewards.verifier import Verifier
     from apo_lora.rollout.sampling import Sampler
     from apo_lora.run.callbacks import OrderlyStop
     from apo_lora.trainer import APOTrainer
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is settled before anything heavy is loaded."""
+
+    recipe: Recipe
+    recipe_name: str
+    run_dir: RunDir
+    lock: RunLock
+    mirrors: Mirrors
+    resume: str | None
+    checkpoint: Path | None
 
 
 def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_run: bool = False) -> RunDir:
@@ -51,12 +64,33 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
     recipe = recipe.in_run_dir(run_dir.path)
     with RunLock(run_dir) as lock:
-        return _train(recipe, recipe_name, run_dir, resume, dry_run, lock)
+        start = _start(recipe, recipe_name, run_dir, lock, resume, dry_run)
+        inputs = _inputs(recipe, needs_device=not dry_run)  # a dry run may be on another machine
+        kept = f"Complete checkpoints in {run_dir.checkpoints} are kept"
+        from apo_lora.rewards.functions import verifier_of
+
+        with (
+            ranks.lost_process_as_one_line(kept),
+            disk_errors_as_one_line(run_dir.path, kept),
+            ranks.joined(),
+            verifier_of(recipe.rewards) as verifier,
+            trackers_in(run_dir),
+        ):
+            rewards = _rewards(recipe, verifier, inputs)
+            used = inputs_of(inputs.train, inputs.held_out_examples, recipe.rewards.functions)
+            for line in changes_of_inputs(run_dir, used) if start.checkpoint else ():
+                say(line)
+            if dry_run:
+                plan = _plan(recipe, len(inputs.train.examples))
+                say(f"{recipe.to_yaml()}\n{plan}\nDry run: nothing was written.")
+            else:
+                _train(start, inputs, used, rewards, verifier)
+    return run_dir
 
 
-def _train(
-    recipe: Recipe, recipe_name: str, run_dir: RunDir, resume: str | None, dry_run: bool, lock: RunLock
-) -> RunDir:
+def _start(
+    recipe: Recipe, recipe_name: str, run_dir: RunDir, lock: RunLock, resume: str | None, dry_run: bool
+) -> Start:
     mirrors = Mirrors(recipe.output.mirror, run_dir)
     if resume == "auto" and run_dir.is_absent() and not dry_run:
         _restored(mirrors, run_dir)
@@ -66,63 +100,36 @@ def _train(
     if checkpoint is None and ranks.is_main():
         mirrors.refuse_existing()
     _refuse_at_once(recipe, recipe_name)
+    return Start(recipe, recipe_name, run_dir, lock, mirrors, resume, checkpoint)
 
-    prepare_process()
-    if not dry_run:  # a dry run may be on another machine
-        _require_device(recipe)
-    inputs = open_inputs(recipe)
-    require_trainable(inputs, recipe)
-    say("Loading libraries ...")
-    from apo_lora.policy.loading import import_engine, load_processor
 
-    import_engine(recipe.model)
-    from apo_lora.data.items import prompt_dataset
-    from apo_lora.evaluation.held_out import measure_held_out
-    from apo_lora.rewards.functions import probe, reward_functions, verifier_of
+def _train(
+    start: Start, inputs: Inputs, used: dict[str, Any], rewards: list[RewardFunction], verifier: "Verifier"
+) -> None:
+    """From the model to the run's summary."""
+    from apo_lora.evaluation.held_out import HeldOut
     from apo_lora.rollout.vllm.sampler import sampler_of
     from apo_lora.rollout.vllm.server import serving
     from apo_lora.run.callbacks import OrderlyStop
 
-    inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
-    loaded, held_out = inputs.train, {title: rows.examples for title, rows in inputs.held_out.items()}
-    eventful = [rows for rows in inputs.held_out.values() if rows.dropped or rows.warnings]
-    say("\n".join(line for rows in (loaded, *eventful) for line in rows.lines()))
-    kept = f"Complete checkpoints in {run_dir.checkpoints} are kept"
-    with (
-        ranks.lost_process_as_one_line(kept),
-        disk_errors_as_one_line(run_dir.path, kept),
-        ranks.joined(),
-        verifier_of(recipe.rewards) as verifier,
-        trackers_in(run_dir),
-        ExitStack() as inside,
-    ):
-        # A user's own function fails here, before the model is loaded.
-        rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
-        probe(rewards, prompt_dataset(loaded.examples, recipe.data)[0], recipe.grpo.num_generations)
-        used = inputs_of(loaded, held_out, recipe.rewards.functions)
-        for line in changes_of_inputs(run_dir, used) if checkpoint else ():
-            say(line)
-        if dry_run:
-            say(f"{recipe.to_yaml()}\n{_plan(recipe, len(loaded.examples))}\nDry run: nothing was written.")
-            return run_dir
-        # Before the model is loaded: it takes its share of a GPU's memory first.
-        servers = inside.enter_context(serving(recipe, run_dir.path, loaded.examples))
+    run_dir, recipe, examples = start.run_dir, start.recipe, inputs.train.examples
+    # Before the model is loaded: a server takes its share of a GPU's memory first.
+    with serving(recipe, run_dir.path, examples) as servers:
         policy = _load_policy(recipe)
-        say(_plan(recipe, len(loaded.examples)))
-        wanted = fitted_as_before(recipe, run_dir) if checkpoint else recipe
-        checks, fitted = _checked(policy, loaded.examples, wanted, run_dir)
+        say(_plan(recipe, len(examples)))
+        wanted = fitted_as_before(recipe, run_dir) if start.checkpoint else recipe
+        checks, fitted = _checked(policy, examples, wanted, run_dir)
         if ranks.is_main():
-            lock.make_and_take()
-            _open_run(run_dir, recipe, fitted, checkpoint, resume, policy.engine)
+            start.lock.make_and_take()
+            _open_run(start, fitted, policy.engine)
             write_json(run_dir.inputs, used)
             if checks:
                 write_json(run_dir.preflight, [asdict(check) for check in checks])
         ranks.wait()
 
-        def measure(when: Literal["before", "after"]) -> None:
-            evaluation[when] = measure_held_out(when, policy, held_out, fitted, verifier.score, run_dir)
-            if ranks.is_main():
-                write_json(run_dir.evaluation, evaluation)
+        held_out = HeldOut(inputs.held_out_examples, policy, fitted, verifier.score, run_dir)
+        if start.checkpoint is None:
+            held_out.measure("before")
 
         def troubles() -> dict[str, float]:
             return ranks.summed(
@@ -133,32 +140,56 @@ def _train(
                 }
             )
 
-        evaluation = json.loads(run_dir.evaluation.read_text(encoding="utf-8")) if run_dir.evaluation.exists() else {}
-        if checkpoint is None:
-            measure("before")
         stop = OrderlyStop(fitted.steps_per_rollout)
         sampler = sampler_of(servers, policy, fitted)
-        trainer = _trainer(fitted, run_dir, policy, loaded.examples, rewards, troubles, mirrors, stop, sampler)
+        trainer = _trainer(fitted, run_dir, policy, examples, rewards, troubles, start.mirrors, stop, sampler)
         started = time.perf_counter()
-        with stop, only_plain_data(checkpoint):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop, only_plain_data(start.checkpoint):
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         seconds, guard = time.perf_counter() - started, trainer.nonfinite_guard
 
         if ranks.is_main():
             save_adapter(policy.model, run_dir)
         if not (stop.requested or guard.gave_up):
-            measure("after")
+            held_out.measure("after")
         counts = troubles() | {"non-finite steps skipped": guard.skipped}
         done, steps = trainer.state.global_step, trainer.args.max_steps
         if ranks.is_main():
-            _close_run(run_dir, fitted, policy.base_name, evaluation, seconds, done, counts)
-            mirrors.finish()
+            _close_run(run_dir, fitted, policy.base_name, held_out.figures, seconds, done, counts)
+            start.mirrors.finish()
         ranks.wait()  # where one process ends with an error, the launcher ends the others
     if guard.gave_up:
         raise guard.stopped(done)
     if stop.requested:
         raise stop.stopped(done, steps)
-    return run_dir
+
+
+def _inputs(recipe: Recipe, *, needs_device: bool) -> Inputs:
+    """The rows to train on and to measure, whose prompts are not too long; also imports the heavy libraries."""
+    prepare_process()
+    if needs_device:
+        _require_device(recipe)
+    inputs = open_inputs(recipe)
+    require_trainable(inputs, recipe)
+    say("Loading libraries ...")
+    from apo_lora.policy.loading import import_engine, load_processor
+
+    import_engine(recipe.model)
+    inputs = inputs.fitting(load_processor(recipe.model, recipe.data), recipe.data)
+    require_trainable(inputs, recipe)
+    eventful = [rows for rows in inputs.held_out.values() if rows.dropped or rows.warnings]
+    say("\n".join(line for rows in (inputs.train, *eventful) for line in rows.lines()))
+    return inputs
+
+
+def _rewards(recipe: Recipe, verifier: "Verifier", inputs: Inputs) -> list[RewardFunction]:
+    """The reward functions, called once: a user's own fails here, before the model is loaded."""
+    from apo_lora.data.items import prompt_dataset
+    from apo_lora.rewards.functions import probe, reward_functions
+
+    rewards = reward_functions(recipe.rewards, verifier, recipe.grpo.max_completion_length)
+    probe(rewards, prompt_dataset(inputs.train.examples, recipe.data)[0], recipe.grpo.num_generations)
+    return rewards
 
 
 def _refuse_at_once(recipe: Recipe, recipe_name: str) -> None:
@@ -255,13 +286,6 @@ def _close_run(
     say(closing_summary(run_dir, evaluation, plots, seconds, steps, troubles))
 
 
-def _fitting(inputs: Inputs, recipe: Recipe, processor: Any) -> Inputs:
-    """The opened rows whose prompt is not too long."""
-    inputs = inputs.fitting(processor, recipe.data)
-    require_trainable(inputs, recipe)
-    return inputs
-
-
 def _plan(recipe: Recipe, num_prompts: int) -> str:
     grpo = recipe.grpo
     processes = f" of each of {ranks.num_processes()} processes" if ranks.num_processes() > 1 else ""
@@ -287,35 +311,27 @@ def _restored(mirrors: Mirrors, run_dir: RunDir) -> None:
         mirrors.wait_for_restored()
 
 
-def _open_run(
-    run_dir: RunDir, recipe: Recipe, fitted: Recipe, checkpoint: Path | None, resume: str | None, engine: str
-) -> None:
+def _open_run(start: Start, fitted: Recipe, engine: str) -> None:
     """Creates the run directory, or rewinds its record to the checkpoint."""
     here = environment(engine)
-    if (recipe.rollout.engine, recipe.rollout.servers) == ("vllm", "auto"):
+    if (start.recipe.rollout.engine, start.recipe.rollout.servers) == ("vllm", "auto"):
         here["packages"]["vllm"] = VERSION
-    if resume is None:
-        run_dir.create()
+    if start.resume is None:
+        start.run_dir.create()
     else:
-        for line in [*rewind_record(run_dir, checkpoint), *environment_changes(run_dir, here)]:
+        rewound = rewind_record(start.run_dir, start.checkpoint)
+        for line in [*rewound, *environment_changes(start.run_dir, here)]:
             say(line)
-    record_recipes(run_dir, recipe, fitted)
-    write_json(run_dir.environment, here)
+    record_recipes(start.run_dir, start.recipe, fitted)
+    write_json(start.run_dir.environment, here)
 
 
 def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: only the checks. Nothing is written; True if all passed."""
-    prepare_process()
-    _require_device(recipe)
-    inputs = open_inputs(recipe)
-    require_trainable(inputs, recipe)
-    from apo_lora.policy.loading import import_engine, load_processor
-
-    import_engine(recipe.model)
+    inputs = _inputs(recipe, needs_device=True)
     from apo_lora.preflight.checks import preflight
     from apo_lora.rollout.vllm.server import serving
 
-    inputs = _fitting(inputs, recipe, load_processor(recipe.model, recipe.data))
     with serving(recipe, Path(recipe.output.dir), inputs.train.examples):  # it has its share of a GPU's memory
         checks, _ = preflight(_load_policy(recipe), inputs.train.examples, recipe)
     return not report_checks(checks)

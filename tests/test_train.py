@@ -1,11 +1,9 @@
 """The real command on the tiny model: what it leaves behind, resumed runs, real data, and that it learns."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -206,12 +204,7 @@ def test_real_puzzles_train_end_to_end(shared_data, tmp_path):
 def test_the_shipped_recipe_learns(tmp_path):
     """What holds over seeds: accuracy up by at least 0.2, wrong answers shorter, the general task not lost."""
     run = RunDir(tmp_path / "run")
-    finished = subprocess.run(
-        [sys.executable, "-m", "apo_lora.train", "--recipe", "tiny_cpu.yaml", f"output.dir={run.path}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    finished = forks.run(["-m", "apo_lora", "train", "--recipe", "tiny_cpu.yaml", f"output.dir={run.path}"])
     assert finished.returncode == 0, finished.stderr[-2000:]
     evaluation = json.loads(run.evaluation.read_text())
     before, after = evaluation["before"]["reasoning"], evaluation["after"]["reasoning"]

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
-from apo_lora.export import QUANTIZATIONS, TARGETS
+from apo_lora.export import ONTO, QUANTIZATIONS, TARGETS
 from apo_lora.machine.paths import at_home
 
 
@@ -18,6 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=lambda text: Path(at_home(text)),
         help="new folder to write to (default: beside the adapter)",
     )
+    onto = "; ".join(f"{name}: {what}" for name, what in ONTO.items())
+    add("--onto", choices=ONTO, help=f"weights to merge into ({onto}; default: trained)")
     quantization = f"quantization of the GGUF text model (default: {QUANTIZATIONS[0]})"
     add("--quantization", choices=QUANTIZATIONS, default=QUANTIZATIONS[0], help=quantization)
     where = "a llama.cpp folder, for GGUF (default: llama.cpp's programs on the PATH)"
@@ -38,6 +40,7 @@ def run(
     source: str,
     to: str,
     out: Path | None,
+    onto: str | None,
     quantization: str,
     llama_cpp: str | None,
     repo: str | None,
@@ -50,11 +53,11 @@ def run(
     adapter = find_adapter(source)
     gguf = {"quantization": quantization, "llama_cpp": llama_cpp}
     if to == "hub":
-        targets.export_to_hub(adapter, repo=repo, what=what, private=private, out=out, **gguf)
+        targets.export_to_hub(adapter, repo=repo, what=what, private=private, out=out, onto=onto, **gguf)
     elif to == "merged":
-        targets.export_merged(adapter, out)
+        targets.export_merged(adapter, out, onto=onto)
     elif to == "base-gguf":
         targets.export_base_gguf(adapter, out, **gguf)
     else:
-        targets.export_gguf(adapter, out, **gguf)
+        targets.export_gguf(adapter, out, onto=onto, **gguf)
     return 0

@@ -7,7 +7,7 @@ A row of the first `limit` rows of its source survives, in this order,
 The others are counted, with the reason. 1 and 2 need no heavy library, so that problems in the data show at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class Inputs(NamedTuple):
     """None where it was not asked for."""
     held_out: dict[str, Loaded]
     """By title."""
+
+    @property
+    def held_out_examples(self) -> dict[str, Sequence[Example]]:
+        return {title: loaded.examples for title, loaded in self.held_out.items()}
 
     def fitting(self, processor: Any, data: DataSection) -> "Inputs":
         """Without the rows whose prompt is too long."""

@@ -10,14 +10,11 @@ from apo_lora.data.examples import Example
 from apo_lora.policy.loading import Policy
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rewards.answers.text import final_answer
+from apo_lora.rewards.functions import Scorer, are_correct
 from apo_lora.rewards.scores import format_reward
 from apo_lora.rollout.sampling import GREEDY, Completion, sample
 
 ITEMS_PER_BATCH = 64
-
-Scorer = Callable[[list[str], list[str], list[list[str] | None]], list[float]]
-"""(completions, gold answers, choices) -> 1.0 where right; Verifier.score is one."""
-
 
 Answers = Callable[[Policy, Sequence[Example], Recipe, bool], tuple[list[Completion], list[float]]]
 """(policy, examples, recipe, greedy) -> a completion of each, and its mean entropy."""
@@ -54,7 +51,8 @@ def measure(
     answers: Answers = by_generate,
     progress: Callable[[int], object] = lambda items: None,
 ) -> list[JudgedCompletion]:
-    """One completion per example: the likeliest tokens, or sampled at the recipe's temperature.
+    """One completion per example: the likeliest tokens, or sampled at the recipe's temperature; `score` judges it, or
+    what else `rewards.correct_by` names (see are_correct).
 
     Draws from its own random state, seeded once at the start: training around it is not disturbed, and the same
     examples in the same batches give the same answers. The adapters count as they are switched.
@@ -65,13 +63,15 @@ def measure(
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             sampled, means = answers(policy, batch, recipe, greedy)
-            verdicts = score(
+            verdicts = are_correct(
                 [completion.text for completion in sampled],
                 [example.answer for example in batch],
                 [list(example.choices) if example.choices else None for example in batch],
+                recipe.rewards,
+                score,
             )
             judged += [
-                JudgedCompletion(completion.text, completion.length, completion.truncated, verdict == 1, mean)
+                JudgedCompletion(completion.text, completion.length, completion.truncated, verdict, mean)
                 for completion, verdict, mean in zip(sampled, verdicts, means, strict=True)
             ]
             progress(len(batch))

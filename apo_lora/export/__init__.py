@@ -11,3 +11,9 @@ TARGETS = {
 
 QUANTIZATIONS = ("Q8_0", "Q4_K_M", "F16", "F32")
 """Of a GGUF's text model; the first is the default."""
+
+ONTO = {
+    "trained": "the weights that were trained on; what was in 4 bits is dequantised",
+    "original": "the 16-bit weights, which differ from the trained ones by the 4-bit quantisation error",
+}
+"""What `apo-lora export --onto` merges into, and its description in the help."""

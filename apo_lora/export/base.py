@@ -1,20 +1,24 @@
-"""The 16-bit base of an adapter: where it is, or its download. No torch."""
+"""The base that an adapter is merged into, original or as it was trained on: where it is, or its download. No torch."""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
-from apo_lora.run.adapter import CONFIG, AdapterSource
+from apo_lora.run.adapter import CONFIG, FOUR_BIT, AdapterSource
 
 # What stands beside the weights and is needed to run them: config, generation config, tokenizer, processor.
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+MOST_GROWTH = 3
+"""About what a 4-bit repository grows by in 16 bits, for the room that is asked for before its download."""
+
 _FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit$")
 
 
@@ -23,28 +27,87 @@ def sixteen_bit_name(name: str) -> str:
     return _FOUR_BIT_NAME.sub("", name)
 
 
-def base_folder(
-    source: AdapterSource, require_room: Callable[[int, int], None] = lambda fetched, weights: None
-) -> Path:
-    """The unquantised base of an adapter, downloaded if it is not here yet. Raises ModelError.
+@dataclass(frozen=True)
+class Base:
+    """What an adapter is merged into."""
 
-    Before a download `require_room` gets the bytes to fetch and those of the base's weights, and may raise.
+    folder: Path
+    onto: str | None = None
+    """One of ONTO; None where training was on the 16-bit weights, and there is no choice."""
+    is_packed: bool = False
+    """Whether the folder itself holds bitsandbytes' 4-bit weights."""
+    rounded: Mapping[str, Any] | None = None
+    """What FOUR_BIT says, where loading put 16-bit weights of the folder into 4 bits."""
+
+    @property
+    def is_4bit(self) -> bool:
+        return self.is_packed or self.rounded is not None
+
+
+def find_base(
+    source: AdapterSource,
+    onto: str | None = None,
+    require_room: Callable[[int, int], None] = lambda fetched, weights: None,
+) -> Base:
+    """The base of an adapter, downloaded if it is not here yet. Raises ModelError.
+
+    `onto`: one of ONTO; None is `trained` where it is known what was trained on, and says so where it is not. Before a
+    download `require_room` gets the bytes to fetch and about those that a merge writes, and may raise.
     """
-    name = sixteen_bit_name(source.base_name)
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith("."):
-            raise ModelError(f"{source.folder}: its base {name} does not exist here; put it there, or correct {CONFIG}")
-        config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
-        folder = _download(name, config.get("revision") if name == source.base_name else None, require_room)
+    name = sixteen_bit_name(source.base_name) if onto == "original" else source.base_name
+    folder = _folder(source, name, require_room)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; an export needs the complete Hugging Face folder of the base")
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    quantised = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if quantised:
+        if onto == "original" or not _is_packed(quantised):
+            raise ModelError(
+                f"{name}: its weights are quantised, and a merge would lose the adapter to rounding; set "
+                f"base_model_name_or_path in {source.folder / CONFIG} to the 16-bit base"
+            )
+        return Base(folder, "trained", is_packed=True)
+    if onto == "original":
+        return Base(folder, None if _is_trained_in_16_bits(source) else "original")
+    if (source.folder / FOUR_BIT).is_file():
+        record = json.loads((source.folder / FOUR_BIT).read_text(encoding="utf-8"))
+        return Base(folder, "trained", rounded=record)
+    if _is_trained_in_16_bits(source):
+        if onto:
+            print("--onto trained: it was trained on the 16-bit weights, so this is the same as --onto original.")
+        return Base(folder)
+    unknown = f"{source.folder}: no {FOUR_BIT}, so it is not known whether it was trained on {name} in 4 bits"
+    if onto:
+        raise ModelError(f"{unknown}; use --onto original")
+    print(f"{unknown}; merging into the 16-bit weights, as with --onto original.")
+    return Base(folder, "original")
+
+
+def _is_trained_in_16_bits(source: AdapterSource) -> bool:
+    recipe = source.recipe
+    is_4bit = sixteen_bit_name(source.base_name) != source.base_name or (source.folder / FOUR_BIT).is_file()
+    return recipe is not None and not recipe.model.load_in_4bit and not is_4bit
+
+
+def _is_packed(quantization_config: Mapping[str, Any]) -> bool:
+    config = quantization_config
+    return config.get("quant_method") == "bitsandbytes" and bool(config.get("load_in_4bit"))
+
+
+def _folder(source: AdapterSource, name: str, require_room: Callable[[int, int], None]) -> Path:
+    if (folder := Path(name)).is_dir():
+        return folder
+    other = ", or use --onto original" if name != sixteen_bit_name(name) else ""
+    if folder.is_absolute() or name.startswith("."):
         raise ModelError(
-            f"{name}: its weights are quantised, and a merge would lose the adapter to rounding; set "
-            f"base_model_name_or_path in {source.folder / CONFIG} to the 16-bit base"
+            f"{source.folder}: its base {name} does not exist here; put it there, or correct {CONFIG}{other}"
         )
-    return folder
+    config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
+    growth = MOST_GROWTH if other else 1
+    return _download(
+        name,
+        config.get("revision") if name == source.base_name else None,
+        lambda fetched, weights: require_room(fetched, growth * weights),
+    )
 
 
 def _download(name: str, revision: str | None, require_room: Callable[[int, int], None]) -> Path:
@@ -63,7 +126,7 @@ def _download(name: str, revision: str | None, require_room: Callable[[int, int]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{name}: the 16-bit base cannot be downloaded ({reason}); download it with a network connection, "
+            f"{name}: the base cannot be downloaded ({reason}); download it with a network connection, "
             f"for instance by `hf download {name}`"
         ) from error
 
@@ -77,8 +140,8 @@ class _NoBar(tqdm):
 
 def weight_files(base: Path) -> list[Path]:
     """The base's shards. Raises ModelError where one is missing."""
-    if (base / _INDEX).is_file():
-        listed = json.loads((base / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if (base / INDEX).is_file():
+        listed = json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = [base / name for name in sorted(set(listed.values()))]
     else:
         files = [base / "model.safetensors"]

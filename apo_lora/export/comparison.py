@@ -6,14 +6,19 @@ One model is in memory at a time. Shape suffixes: L positions, V vocabulary.
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from apo_lora.export.base import Base
+from apo_lora.export.four_bit import load_as_trained
 from apo_lora.policy.tuned import load_adapter, lora_config
 from apo_lora.run.adapter import AdapterSource
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 POSITIONS = 32
 """Last positions of each prompt that are compared: bounds memory where the vocabulary is large."""
@@ -75,20 +80,21 @@ class Comparison:
         )
 
 
-def compare(merged: Path, base: Path, source: AdapterSource) -> list[Comparison]:
+def compare(merged: Path, base: Base, source: AdapterSource) -> list[Comparison]:
     """The merged folder against the adapter on its base, on text prompts and on prompts with an image."""
-    from peft import PeftModel
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     prompts = check_prompts(AutoProcessor.from_pretrained(merged, trust_remote_code=False))
-    model = PeftModel(load_plain(base), lora_config(source)).eval()
-    load_adapter(model, source)
+    stored_dtype = AutoConfig.from_pretrained(merged, trust_remote_code=False).dtype
+    model = _with_adapter(load_as_trained(base) if base.is_4bit else load_plain(base.folder), source)
     adapted = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
     with model.disable_adapter():
         plain = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
+    if base.is_4bit:  # as PEFT merges into packed weights, it packs them again
+        model = _with_adapter(model.unload().dequantize(), source)
     model.merge_adapter()
     for parameter in model.get_base_model().parameters():
-        parameter.data = parameter.data.to(model.config.dtype).to(parameter.dtype)
+        parameter.data = parameter.data.to(stored_dtype).to(parameter.dtype)
     rounded = {kind: _logps(model, inputs) for kind, inputs in prompts.items()}
     del model
     gc.collect()  # before the next one is loaded
@@ -97,6 +103,14 @@ def compare(merged: Path, base: Path, source: AdapterSource) -> list[Comparison]
         comparison(kind, _logps(exported, inputs), adapted[kind], plain[kind], rounded[kind])
         for kind, inputs in prompts.items()
     ]
+
+
+def _with_adapter(model: nn.Module, source: AdapterSource) -> "PeftModel":
+    from peft import PeftModel
+
+    adapted = PeftModel(model, lora_config(source)).eval()
+    load_adapter(adapted, source)
+    return adapted
 
 
 def comparison(kind: str, merged_LV: Tensor, adapted_LV: Tensor, base_LV: Tensor, rounded_LV: Tensor) -> Comparison:

@@ -4,6 +4,7 @@ A missing vision file (mmproj) is an error: llama.cpp would run the rest without
 """
 
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -37,6 +38,11 @@ _FALLBACKS = {"Q5_0", "Q5_1", "Q8_0", "F16"}  # replace Q4_K, Q5_K and Q6_K for 
 
 Converter = Callable[[Path, Path, str, str], list[Path]]
 """(16-bit folder, folder to write into, name, quantization) -> [text model, mmproj]; raises ModelError."""
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What an export wrote about itself."""
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
 
 
 def find_converter(llama_cpp: str | None, quantization: str) -> Converter:

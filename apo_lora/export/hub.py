@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from apo_lora.errors import HubError
+from apo_lora.export.gguf import REPORT, read_report
 from apo_lora.machine.hub import hub_api
 from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.directory import RunDir
@@ -51,18 +52,19 @@ def _files(source: AdapterSource, repo: str, what: What, folder: Path | None) ->
     }
     if not files:
         raise HubError(f"{folder}: contains no file to push; export again")
+    onto = read_report(folder).get("onto") if REPORT in files else None
     if source.run:
-        card = hub_card(source, source.run, repo, what)
+        card = hub_card(source, source.run, repo, what, onto)
         return {**files, "README.md": card.encode(), RECIPE_ON_HUB: source.recipe.to_yaml().encode()}
     recipe = source.folder / RECIPE_ON_HUB
     beside = {RECIPE_ON_HUB: recipe} if recipe.is_file() else {}
     if what == "adapter" and beside and "README.md" in files:
         return files  # pushed before: its model card knows more than can be written here
-    return {**files, "README.md": card_without_run(source, what, repo).encode(), **beside}
+    return {**files, "README.md": card_without_run(source, what, repo, onto).encode(), **beside}
 
 
-def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What) -> str:
-    """The model card for the Hub. Raises HubError if the run's record cannot be read."""
+def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What, onto: str | None = None) -> str:
+    """The model card for the Hub; `onto`: see `model_card`. Raises HubError if the run's record cannot be read."""
     try:
         environment = json.loads(run.environment.read_text(encoding="utf-8"))
         evaluation = json.loads(run.evaluation.read_text(encoding="utf-8")) if run.evaluation.exists() else {}
@@ -71,7 +73,7 @@ def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What) -> str:
         raise HubError(
             f"{run.path}: the run's record, needed for the model card, cannot be read ({error}); restore it"
         ) from None
-    return model_card(source.recipe, source.base_name, evaluation, steps, environment, what=what, place=repo)
+    return model_card(source.recipe, source.base_name, evaluation, steps, environment, what=what, place=repo, onto=onto)
 
 
 def _check_name(repo: str) -> None:

@@ -1,10 +1,12 @@
-"""An adapter merged into its 16-bit base: a Hugging Face folder, written one shard at a time.
+"""An adapter merged into its base: a Hugging Face folder in 16 bits, written one shard at a time.
 
 PEFT says what the adapter adds to a weight. That is added in float32 and rounded once to the base's own dtype. Memory
 holds one shard of the base and the adapter; the model that PEFT puts its layers into has no weights.
 """
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,41 +19,66 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from apo_lora.errors import ModelError
-from apo_lora.export.base import COMPANIONS, weight_bytes, weight_files
+from apo_lora.export.base import COMPANIONS, INDEX, Base, weight_files
+from apo_lora.export.four_bit import PackedWeights, merged_bytes, through_4_bits
 from apo_lora.export.image_limits import write_image_limits
 from apo_lora.family.lookup import family_of_base
 from apo_lora.policy.tuned import load_adapter, lora_config
 from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource
+from apo_lora.run.files import write_json
 
 _PAIR = (".lora_A.weight", ".lora_B.weight")
 
 
-def merge(source: AdapterSource, base: Path, folder: Path) -> None:
+def merge(source: AdapterSource, base: Base, folder: Path) -> None:
     """Writes base + adapter into the existing `folder`: weights, configs, tokenizer, processor. Raises ModelError."""
-    weight_name = family_of_base(str(base)).weight_name
-    layers = {weight_name(name): layer for name, layer in lora_layers(source, base).items()}
-    unused = set(layers)
-    with tqdm(total=weight_bytes(base), unit="B", unit_scale=True, desc="merging") as bar:
-        for path in weight_files(base):
-            with safe_open(path, "pt") as shard:
-                tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-                metadata = shard.metadata()
+    weight_name = family_of_base(str(base.folder)).weight_name
+    layers = {weight_name(name): layer for name, layer in lora_layers(source, base.folder).items()}
+    in_4_bits = {weight_name(name) for name in base.rounded["layers"]} if base.rounded else set()
+    unused, file_of = layers.keys() | in_4_bits, {}
+    with tqdm(total=merged_bytes(base), unit="B", unit_scale=True, desc="merging") as bar:
+        for file, tensors in _shards(base):
+            file_of |= dict.fromkeys(tensors, file)
             for name, weight in tensors.items():
-                if (layer := weight_name(name.removesuffix(".weight"))) in layers:
-                    unused.discard(layer)
+                layer = weight_name(name.removesuffix(".weight"))
+                unused.discard(layer)
+                if layer in in_4_bits:
+                    tensors[name] = weight = through_4_bits(weight, base.rounded)
+                if layer in layers:
                     tensors[name] = merged_weight(layer, weight, layers[layer])
-            save_file(tensors, folder / path.name, metadata=metadata)
-            bar.update(path.stat().st_size)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            bar.update((folder / file).stat().st_size)
     if unused:
         raise ModelError(
-            f"{base}: has no weights for {len(unused)} of the adapter's layers, such as {min(unused)}; use the base "
-            "that it was trained on"
+            f"{base.folder}: has no weights for {len(unused)} of the adapter's layers, such as {min(unused)}; use the "
+            "base that it was trained on"
         )
-    for path in base.iterdir():
+    for path in base.folder.iterdir():
         if path.suffix in COMPANIONS and path.is_file():
             shutil.copyfile(path, folder / path.name)
+    if base.is_packed:
+        _describe_unpacked(folder, file_of)
     if recipe := source.recipe:
         write_image_limits(folder, recipe.data)
+
+
+def _shards(base: Base) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Of each file to write, its name and the base's weights."""
+    if base.is_packed:
+        yield from PackedWeights(base.folder).shards()
+        return
+    for path in weight_files(base.folder):
+        with safe_open(path, "pt") as shard:
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+        yield path.name, tensors
+
+
+def _describe_unpacked(folder: Path, file_of: dict[str, str]) -> None:
+    """Corrects the files of a packed base in `folder`: the weights are in 16 bits now, and in files of their own."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    write_json(folder / "config.json", config)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": file_of})
 
 
 def merged_weight(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apo_lora.errors import ModelError
-from apo_lora.export.base import base_folder, weight_bytes
+from apo_lora.export.base import Base, find_base
 from apo_lora.run.adapter import AdapterSource
 from apo_lora.run.files import locked
 
@@ -16,11 +16,14 @@ SPARE_BYTES = 2**28
 
 
 @contextmanager
-def new_folder(out: Path, source: AdapterSource, **ratios: float) -> Iterator[tuple[Path, Path]]:
-    """(the adapter's 16-bit base, a folder to write into, which becomes `out` at the end).
+def new_folder(
+    out: Path, source: AdapterSource, onto: str | None = None, **ratios: float
+) -> Iterator[tuple[Base, Path]]:
+    """(the adapter's base, a folder to write into, which becomes `out` at the end).
 
-    `ratios`: what is written, and its size over that of the base; whether it fits is asked before the base is
-    downloaded, and again before anything is written. After an error, no part of it is there. Raises ModelError.
+    `onto`: see find_base. `ratios`: what is written, and its size over that of the merged weights; whether it fits is
+    asked before the base is downloaded, and again before anything is written. After an error, no part of it is there.
+    Raises ModelError.
     """
 
     def require_room(fetched: int, weights: int) -> None:
@@ -31,8 +34,10 @@ def new_folder(out: Path, source: AdapterSource, **ratios: float) -> Iterator[tu
 
     if out.exists():
         raise ModelError(f"--out {out}: already exists; remove it, or choose another folder")
-    base = base_folder(source, require_room)
-    require_room(0, weight_bytes(base))
+    base = find_base(source, onto, require_room)
+    from apo_lora.export.four_bit import merged_bytes  # imports torch, after what may refuse at once
+
+    require_room(0, merged_bytes(base))
     with _whole_or_nothing(out) as folder:
         yield base, folder
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from apo_lora.errors import ModelError
 from apo_lora.export import by_unsloth, gguf
-from apo_lora.export.base import sixteen_bit_name, weight_bytes
+from apo_lora.export.base import Base, sixteen_bit_name, weight_bytes
 from apo_lora.export.gguf import REPORT
 from apo_lora.export.image_limits import image_token_limits
 from apo_lora.export.output import new_folder
@@ -22,20 +22,26 @@ class ExportFailed(ModelError):
     exit_code = 1
 
 
-def export_merged(source: AdapterSource, out: Path | None = None) -> Path:
+def export_merged(source: AdapterSource, out: Path | None = None, *, onto: str | None = None) -> Path:
     """Base and adapter as one model in the new folder `out` (default: merged/ beside the adapter), which is returned.
 
-    Raises ModelError for what a user can fix, ExportFailed where the merged model does not answer as the adapter's.
+    `onto`: see find_base. Raises ModelError for what a user can fix, ExportFailed where the merged model does not
+    answer as the adapter's.
     """
     out = out or _beside(source, "merged")
-    with new_folder(out, source, merged=1.0) as (base, folder):
+    with new_folder(out, source, onto, merged=1.0) as (base, folder):
         write_json(folder / REPORT, _merge_and_check(source, base, folder))
     print(f"{out}: the merged model, for transformers, vLLM and llama.cpp's converter.")
     return out
 
 
 def export_gguf(
-    source: AdapterSource, out: Path | None = None, *, quantization: str = "Q8_0", llama_cpp: str | None = None
+    source: AdapterSource,
+    out: Path | None = None,
+    *,
+    onto: str | None = None,
+    quantization: str = "Q8_0",
+    llama_cpp: str | None = None,
 ) -> Path:
     """The merged model as two GGUF files and a Modelfile in the new folder `out` (default: gguf/ beside the adapter).
 
@@ -44,7 +50,8 @@ def export_gguf(
     """
     out = out or _beside(source, "gguf")
     convert = _converter(source, quantization, llama_cpp)
-    with new_folder(out, source, merged=1.0, gguf=gguf.BYTES_PER_16_BIT_BYTE[quantization]) as (base, folder):
+    ratios = {"merged": 1.0, "gguf": gguf.BYTES_PER_16_BIT_BYTE[quantization]}
+    with new_folder(out, source, onto, **ratios) as (base, folder):
         merged = folder / "merged"
         merged.mkdir()
         report = _merge_and_check(source, base, merged)
@@ -63,9 +70,10 @@ def export_base_gguf(
     out = out or _beside(source, gguf.BASE_GGUF)
     convert = gguf.find_converter(llama_cpp, quantization)
     name = Path(sixteen_bit_name(source.base_name)).name
-    with new_folder(out, source, gguf=gguf.BYTES_PER_16_BIT_BYTE[quantization]) as (base, folder):
-        files = convert(base, folder, name, quantization)
-        report = {"base": str(base)} | _check_gguf(source, folder, files, name, quantization, llama_cpp)
+    ratios = {"gguf": gguf.BYTES_PER_16_BIT_BYTE[quantization]}
+    with new_folder(out, source, "original", **ratios) as (base, folder):
+        files = convert(base.folder, folder, name, quantization)
+        report = {"base": str(base.folder)} | _check_gguf(source, folder, files, name, quantization, llama_cpp)
         write_json(folder / REPORT, report)
     _print_gguf(out, report)
     return out
@@ -78,6 +86,7 @@ def export_to_hub(
     what: str = "adapter",
     private: bool = True,
     out: Path | None = None,
+    onto: str | None = None,
     quantization: str = "Q8_0",
     llama_cpp: str | None = None,
 ) -> str:
@@ -98,9 +107,11 @@ def export_to_hub(
                 f"{folder}: not a checked export (no {REPORT}); remove it, or give another folder with --out"
             )
         if not folder.exists() and what == "merged":
-            export_merged(source, folder)
+            export_merged(source, folder, onto=onto)
         elif not folder.exists():
-            export_gguf(source, folder, quantization=quantization, llama_cpp=llama_cpp)
+            export_gguf(source, folder, onto=onto, quantization=quantization, llama_cpp=llama_cpp)
+        elif onto and (made := gguf.read_report(folder).get("onto")) not in (onto, None):
+            raise ModelError(f"{folder}: was exported with --onto {made}; remove it, or give another folder with --out")
     url = push(source, repo=repo, private=private, what=what, folder=folder)
     print(f"{url}: the {what}, {'private' if private else 'public'}.")
     return url
@@ -113,7 +124,7 @@ def _beside(source: AdapterSource, name: str) -> Path:
     return source.folder.absolute().parent / name
 
 
-def _merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[str, Any]:
+def _merge_and_check(source: AdapterSource, base: Base, folder: Path) -> dict[str, Any]:
     """Merges into `folder`, reloads it, compares. Returns the report. Raises ModelError, ExportFailed."""
     from apo_lora.export.comparison import compare
     from apo_lora.export.merged import merge
@@ -127,8 +138,9 @@ def _merge_and_check(source: AdapterSource, base: Path, folder: Path) -> dict[st
     return {
         "adapter": str(source.folder),
         "trained_on": source.base_name,
-        "merged_into": str(base),
-        "bytes": weight_bytes(base),
+        "merged_into": str(base.folder),
+        "onto": base.onto,
+        "bytes": weight_bytes(folder),
         "checks": [asdict(comparison) for comparison in comparisons],
     }
 

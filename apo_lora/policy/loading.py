@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from apo_lora.machine.device import choose_dtype, choose_engine
 from apo_lora.policy.shared_prompt.attention import accept_prompt_groups
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection
 from apo_lora.tiny import BASE_DIR
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,19 @@ def load_policy(
     return Policy(peft_model, processor, engine, dtype, base_path(model.name))
 
 
+def nf4_config(dtype: torch.dtype, kept: list[str]) -> "BitsAndBytesConfig":
+    """NF4 with double quantisation, computing in `dtype`, of all linear layers but the `kept` ones."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
 def _adapter(
     base: nn.Module, model: ModelSection, lora: LoraSection, given: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
@@ -154,19 +170,13 @@ def _load_with_transformers(
     model: ModelSection, lora: LoraSection, adapter: Mapping[str, Any] | None, dtype: torch.dtype, seed: int
 ) -> tuple:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = base_path(model.name)
     quantization = None
     if model.load_in_4bit:
         config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=closest_family(config).kept_in_16_bits,
-        )
+        quantization = nf4_config(dtype, closest_family(config).kept_in_16_bits)
     base = AutoModelForImageTextToText.from_pretrained(
         path,
         revision=model.revision,

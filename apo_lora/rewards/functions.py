@@ -1,7 +1,7 @@
 """The recipe's rewards as functions that TRL calls: f(prompts, completions, **columns) -> one number per completion."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,12 +10,18 @@ from PIL import Image
 from apo_lora.errors import RewardError
 from apo_lora.recipe.schema import BUILT_IN_REWARDS, GrpoSection, RewardsSection
 from apo_lora.rewards.answers.same import Rules
-from apo_lora.rewards.boxes import iou_reward
+from apo_lora.rewards.boxes import boxes_in, iou_reward
 from apo_lora.rewards.calls import CheckedRewards, RewardFunction, awaited
 from apo_lora.rewards.relaxed import nearly_equal
 from apo_lora.rewards.scores import accepted, format_reward
 from apo_lora.rewards.shaping import overlong_punishment, repetition_penalty
 from apo_lora.rewards.verifier import Verifier
+
+Answer = str | Sequence[str]
+"""Gold: one text, or several that are each right."""
+
+Scorer = Callable[[list[str], list[Answer], list[list[str] | None]], list[float]]
+"""(completions, gold answers, choices) -> 1.0 where right; Verifier.score is one."""
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
@@ -44,18 +50,11 @@ def reward_functions(
         return [format_reward(completion_text(c)) for c in completions]
 
     def relaxed(completions: list, answer: list[str], choices: list, **columns: Any) -> list[float]:
-        exact = accuracy(completions, answer, choices)
-        rows = zip(exact, map(completion_text, completions), answer, choices, strict=True)
-        return [
-            right
-            or float(not options and any(nearly_equal(text, g, rewards.relaxed_tolerance) for g in accepted(gold)))
-            for right, text, gold, options in rows
-        ]
+        texts = [completion_text(c) for c in completions]
+        return _relaxed(verifier.score(texts, answer, choices), texts, answer, choices, rewards.relaxed_tolerance)
 
     def iou(completions: list, answer: list[str], **columns: Any) -> list[float]:
-        texts = map(completion_text, completions)
-        rows = zip(texts, answer, strict=True)
-        return [max(iou_reward(text, one, rewards.boxes) for one in accepted(gold)) for text, gold in rows]
+        return _iou(map(completion_text, completions), answer, rewards.boxes)
 
     def overlong(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         cache = rewards.overlong_cache(max_tokens)
@@ -78,6 +77,42 @@ def reward_functions(
         function.__name__ = name  # TRL names its reward columns after the function
         functions.append(function)
     return functions
+
+
+def _relaxed(
+    exact: list[float], texts: Iterable[str], answers: list[Answer], choices: list, tolerance: float
+) -> list[float]:
+    """`exact`: the rewards of `accuracy`."""
+    return [
+        right or float(not options and any(nearly_equal(text, one, tolerance) for one in accepted(answer)))
+        for right, text, answer, options in zip(exact, texts, answers, choices, strict=True)
+    ]
+
+
+def _iou(texts: Iterable[str], answers: list[Answer], unit: str) -> list[float]:
+    rows = zip(texts, answers, strict=True)
+    return [max(iou_reward(text, one, unit) for one in accepted(answer)) for text, answer in rows]
+
+
+def are_correct(
+    texts: list[str], answers: list[Answer], choices: list[list[str] | None], rewards: RewardsSection, score: Scorer
+) -> list[bool]:
+    """What `rewards.correct_by` says of completions to held-out items, where `score` is the verifier's.
+
+    `accuracy` says it in place of rewards that need more than the answer (the user's own, format, overlong,
+    repetition), and in place of `iou` for answers without a box: other sets may have such.
+    """
+    if rewards.correct_by != "iou":
+        exact = score(texts, answers, choices)
+        if rewards.correct_by == "relaxed":
+            exact = _relaxed(exact, texts, answers, choices, rewards.relaxed_tolerance)
+        return [reward == 1 for reward in exact]
+    correct = [overlap >= rewards.correct_from for overlap in _iou(texts, answers, rewards.boxes)]
+    others = [i for i, gold in enumerate(answers) if not any(boxes_in(one, rewards.boxes) for one in accepted(gold))]
+    exact = score(*([column[i] for i in others] for column in (texts, answers, choices)))
+    for i, reward in zip(others, exact, strict=True):
+        correct[i] = reward == 1
+    return correct
 
 
 def _load(spec: str) -> RewardFunction:

@@ -11,9 +11,13 @@ from apo_lora.machine.paths import at_home
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
+from apo_lora.run.files import write_json
 from apo_lora.run.recipes import trained_recipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+FOUR_BIT = "base_4bit.json"
+"""Beside them where the base was trained on in 4 bits: how, and which of its layers (see `four_bit_layers`)."""
 
 # Not recipe.yaml, by which a run directory is known: what a pull brings is an adapter's (or a GGUF's) folder.
 RECIPE_ON_HUB = "apo_lora_recipe.yaml"
@@ -106,7 +110,31 @@ def save_adapter(model: Any, run_dir: RunDir) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
+    if four_bit := four_bit_layers(model):
+        write_json(temporary / FOUR_BIT, four_bit)
     if run_dir.adapter.exists():
         run_dir.adapter.rename(old)
     temporary.rename(run_dir.adapter)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def four_bit_layers(model: Any) -> dict[str, Any]:
+    """How bitsandbytes holds a model, and the layers that it holds so, by name without PEFT; {} where it holds none.
+
+    `dtype` is what the weights had before, and have for the moment of a product.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    states = {
+        name.removesuffix(".base_layer"): module.weight.quant_state
+        for name, module in base.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    if not states:
+        return {}
+    one = next(iter(states.values()))
+    return {
+        "quant_type": one.quant_type,
+        "double_quant": one.nested,
+        "dtype": str(one.dtype).removeprefix("torch."),
+        "layers": sorted(states),
+    }

@@ -38,11 +38,13 @@ def model_card(
     *,
     what: What = "adapter",
     place: str = "adapter",
+    onto: str | None = None,
 ) -> str:
     """The model card of a run, in Markdown with a Hub front matter.
 
     `base`: the Hugging Face id or folder that was trained on; `environment`: the run's environment.json;
-    `place`: what to load it from, a folder or ORG/NAME.
+    `place`: what to load it from, a folder or ORG/NAME; `onto`: trained or original, what a base trained on in 4 bits
+    was merged as.
     """
     data, gpu, packages = recipe.data.train, environment["gpu"], environment["packages"]
     versions = ", ".join(f"{package} {version}" for package, version in packages.items() if version)
@@ -50,6 +52,7 @@ def model_card(
         base,
         what,
         place,
+        onto=onto,
         tiny=recipe.model.name == "tiny",
         tags=("grpo", "apo", "apo-lora"),
         front_matter={"datasets": [data]} if _is_hub_id(data) else {},
@@ -62,13 +65,14 @@ def model_card(
     )
 
 
-def card_without_run(source: AdapterSource, what: What, place: str) -> str:
-    """In Markdown with a Hub front matter. `place`: what to load it from, a folder or ORG/NAME."""
+def card_without_run(source: AdapterSource, what: What, place: str, onto: str | None = None) -> str:
+    """In Markdown with a Hub front matter. `place` and `onto`: see `model_card`."""
     config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     return _render(
         source.base_name,
         what,
         place,
+        onto=onto,
         tiny=source.base_name == str(BASE_DIR),
         recipe=None,
         sizes=[f"{name} {config[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in config],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROJECT
-from unsloth_on_cpu import environment, forks
+from forks import environment, forks_address
 
 from benchmarks.gpu import results
 from benchmarks.gpu.__main__ import main
@@ -25,7 +25,7 @@ def rehearse(folder: Path, only: str) -> int:
     return main(
         ["--out", str(folder / "out"), "--scratch", str(folder / "scratch"), "--size", "tiny", "--steps", "1",
          "--only", only],
-        child=(sys.executable, str(CHILD), forks()),
+        child=(sys.executable, str(CHILD), forks_address("unsloth")),
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def rehearsal(tmp_path_factory):
         pytest.skip("a rehearsal is for hosts without a GPU")
     folders = [tmp_path_factory.mktemp("suite"), tmp_path_factory.mktemp("peers")]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
+        for name, value in environment("unsloth").items():
             patch.setenv(name, value)
         statuses = list(map(rehearse, folders, ["smoke,recipes/gpu_8gb", ",".join(PEERS)]))
         yield SimpleNamespace(

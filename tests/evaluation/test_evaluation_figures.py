@@ -5,8 +5,13 @@ import re
 import pytest
 
 from apo_lora.data.benchmarks import BENCHMARKS
+from apo_lora.data.examples import Example
 from apo_lora.evaluation.figures import all_figures, compared, passes, passes_compared, powers_up_to, summary
+from apo_lora.evaluation.measure import measure
 from apo_lora.evaluation.table import table
+from apo_lora.recipe.files import find_recipe, load_recipe
+from apo_lora.rewards.scores import accuracy_reward
+from apo_lora.rollout.sampling import Completion
 
 
 def row(number, correct, *, model="base", sample=0, title="reasoning", **values):
@@ -15,6 +20,23 @@ def row(number, correct, *, model="base", sample=0, title="reasoning", **values)
         "gold": "1", "choices": None, "category": None, "images": [], "text": "<answer>1</answer>", "answer": "1",
         "correct": correct, "length": 10, "truncated": False, "well_formatted": False, "entropy": 0.5, **values,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("correct_by", ["accuracy", "relaxed"])
+def test_correct_is_what_the_recipes_reward_calls_so(correct_by):
+    recipe = load_recipe(
+        find_recipe("tiny_cpu"), [f"rewards.functions=[{correct_by}]", f"rewards.correct_by={correct_by}"]
+    )
+
+    def answers(policy, batch, recipe, greedy):
+        return [Completion("<answer>41</answer>", 3, False) for _ in batch], [0.5 for _ in batch]
+
+    def exact(texts, golds, choices):
+        return [accuracy_reward(*one) for one in zip(texts, golds, choices, strict=True)]
+
+    examples = [Example(number, "How many?", gold, None, ()) for number, gold in enumerate(["40", "41", "60"])]
+    judged = measure(None, examples, recipe, exact, seed=0, answers=answers)
+    assert [completion.correct for completion in judged] == [correct_by == "relaxed", True, False]
 
 
 def test_summary_counts():

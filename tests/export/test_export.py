@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from apo_lora.commands.main import main
+from apo_lora.errors import ModelError
 from apo_lora.export import base as export_base
 from apo_lora.export import merged as export_merged
 from apo_lora.export.comparison import check_prompts, comparison
@@ -245,7 +246,9 @@ def test_four_bit_names_lead_to_their_base(given, sibling):
 def test_a_four_bit_folder_leads_to_its_sibling(adapter, tmp_path):
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "base-unsloth-bnb-4bit"))
     shutil.copytree(BASE_DIR, tmp_path / "base")
-    assert export_base.base_folder(find_adapter(adapter)) == tmp_path / "base"
+    assert export_base.find_base(find_adapter(adapter), "original").folder == tmp_path / "base"
+    with pytest.raises(ModelError, match=r"does not exist here.*or use --onto original$"):
+        export_base.find_base(find_adapter(adapter))
 
 
 def test_the_base_of_the_hub_comes_with_the_adapters_revision_but_its_sibling_does_not(adapter, monkeypatch):
@@ -258,7 +261,7 @@ def test_the_base_of_the_hub_comes_with_the_adapters_revision_but_its_sibling_do
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for name in ("some/base", "some/base-bnb-4bit"):
         edit_config(adapter, base_model_name_or_path=name, revision="abc")
-        export_base.base_folder(find_adapter(adapter))
+        export_base.find_base(find_adapter(adapter), "original")
     assert set(asked) == {("some/base", "abc"), ("some/base-bnb-4bit".removesuffix("-bnb-4bit"), None)}
 
 

@@ -78,7 +78,8 @@ def export(adapter, hub):
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(adapter.parent / "home"), "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "apo_lora.commands.main", "export", str(adapter), "--to", "merged"]
+    options = ["--to", "merged", "--onto", "original"]
+    command = [sys.executable, "-m", "apo_lora.commands.main", "export", str(adapter), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 

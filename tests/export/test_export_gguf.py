@@ -68,6 +68,15 @@ def test_coarse_or_missing_vision_and_silent_fallbacks_are_problems():
     assert "multiples of 256" in export_gguf.problems(fallen_back, mmproj, "Q4_K_M")[0]
 
 
+def test_rows_that_q4_k_cannot_hold_are_notes():
+    text = {"file": "t", "tensor_types": {"F32": 2, "Q4_K": 3, "Q6_K": 1}}
+    assert export_gguf.notes(text, "Q4_K_M") == []
+    text["tensor_types"] |= {"Q5_0": 1, "Q8_0": 2}
+    assert export_gguf.notes(text, "Q8_0") == []
+    (note,) = export_gguf.notes(text, "Q4_K_M")
+    assert note.startswith("t: 1 Q5_0, 2 Q8_0 tensors instead of Q4_K or Q6_K")
+
+
 def test_q4_k_m_is_quantised_from_an_f16_file_that_goes(tmp_path):
     converter, quantizer = tmp_path / export_gguf.CONVERTER, tmp_path / "build" / "bin" / export_gguf.QUANTIZER
     converter.write_text(
@@ -243,8 +252,8 @@ def test_q4_k_m_by_the_real_quantiser(gguf_adapter, adapter_model, llama_cpp, ll
     assert len(shared) >= 2 and 0 < largest_difference(shared, theirs) < 1.0
 
 
-@pytest.mark.slow
-def test_rows_that_q4_k_cannot_hold_are_said(tmp_path, llama_cpp, llama_quantize, monkeypatch, capsys):
+@pytest.mark.matrix
+def test_the_real_quantiser_falls_back_and_that_is_said(tmp_path, llama_cpp, llama_quantize, monkeypatch, capsys):
     """llama.cpp gives them another type without a word that an export would show."""
     adapter = make_adapter(tmp_path, intermediate_size=320)
     monkeypatch.setenv("PATH", str(llama_quantize), prepend=os.pathsep)

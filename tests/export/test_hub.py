@@ -12,6 +12,7 @@ import yaml
 from fake_hub import FakeHub
 
 from apo_lora.errors import HubError
+from apo_lora.export.gguf import REPORT
 from apo_lora.export.hub import RECIPE_ON_HUB, push
 from apo_lora.family.lookup import licence_of_base
 from apo_lora.recipe.files import find_recipe, load_recipe
@@ -141,6 +142,14 @@ def test_another_folder_goes_the_same_way(hub, run, tmp_path, what, file):
     files = hub.repos["me/counts"]["files"]
     assert set(files) == {file, "part/config.json", "README.md", RECIPE_ON_HUB}
     assert files[file] == (folder / file).read_bytes()
+
+
+def test_the_card_says_what_the_export_merged_into(hub, run, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_json(folder / REPORT, {"onto": "trained"})
+    assert push_in_child(hub, run, what="merged", folder=folder).returncode == 0
+    assert "--onto trained" in " ".join(hub.repos["me/counts"]["files"]["README.md"].decode().split())
 
 
 def test_a_second_push_of_the_same_sends_no_large_file(hub, run):

@@ -39,9 +39,9 @@ def test_an_adapter_goes_to_the_hub_privately(adapter, pushed, capsys):
     assert pushed[-1][1]["private"] is False
 
 
-def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushed, tmp_path, monkeypatch):
+def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushed, tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(targets, "export_merged", lambda source, out: made.append(out))
+    monkeypatch.setattr(targets, "export_merged", lambda source, out, onto: made.append(out))
     arguments = ["export", str(adapter), "--to", "hub", "--repo", "me/counts", "--what", "merged"]
     assert main([*arguments, "--out", str(tmp_path / "absent")]) == 0 and made == [tmp_path / "absent"]
     (tmp_path / "there").mkdir()
@@ -49,6 +49,10 @@ def test_a_checked_export_goes_as_it_is_and_an_absent_one_is_made(adapter, pushe
     (tmp_path / "there" / targets.REPORT).write_text("{}")
     assert main([*arguments, "--out", str(tmp_path / "there")]) == 0 and len(made) == 1
     assert pushed[-1][1]["folder"] == tmp_path / "there"
+    (tmp_path / "there" / targets.REPORT).write_text('{"onto": "trained"}')
+    to_there = [*arguments, "--out", str(tmp_path / "there"), "--onto"]
+    assert main([*to_there, "trained"]) == 0 and main([*to_there, "original"]) == 2
+    assert "was exported with --onto trained" in capsys.readouterr().err
 
 
 def test_the_hub_wants_a_name(adapter, pushed, capsys):

@@ -1,13 +1,10 @@
 """A seeded part of the kill matrix, as one command in a process of its own: it forks, and pytest has threads."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import forks
 import pytest
-from conftest import PROJECT
 
 from .kill_matrix import cases
 from .write_points import KINDS
@@ -27,9 +24,6 @@ def test_every_kind_of_write_has_its_turn():
 
 @pytest.mark.slow
 def test_killed_runs_end_as_the_uninterrupted_one():
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill_matrix", "--kills", str(KILLS), "--seed", "1"],
-        cwd=PROJECT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)}, timeout=1800,
-    )  # fmt: skip
+    finished = forks.run(["-m", "tests.faults.kill_matrix", "--kills", KILLS, "--seed", "1"], timeout=1800)
     print(finished.stdout)
     assert finished.returncode == 0, finished.stdout + finished.stderr[-3000:]

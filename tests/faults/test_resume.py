@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from forks import Forked
 
 from apo_lora.commands.main import main
 from apo_lora.recipe.files import load_recipe
@@ -158,8 +157,7 @@ def test_minutes_save_between_the_steps_of_save_steps(tmp_path):
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.matrix), signal.SIGINT])
 def test_a_signal_stops_in_order_and_says_how_to_go_on(tmp_path, whole, number):
     """As a supervisor sees it: the shell's exit code of that signal, one line, a checkpoint."""
-    command = [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "train.save_steps=6")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(["-m", "apo_lora", *arguments(tmp_path, "train.save_steps=6")])
     metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline

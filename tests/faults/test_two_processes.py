@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import PROJECT
+from forks import Forked, two_processes
 
 from apo_lora.errors import TrainingStopped
 from apo_lora.machine import ranks
@@ -22,59 +24,53 @@ MOST_SECONDS = 60
 """From the death of one process to the end of the run."""
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
+def start(folder: Path, *overrides: str) -> list[Forked]:
+    return two_processes(["-m", "apo_lora", *arguments(folder, "output.mirror=[]", *overrides)])
+
+
+def finish(processes: list[Forked]) -> tuple[list[int], str]:
+    outputs = ["".join(process.communicate(timeout=900)) for process in processes]
+    return [process.returncode for process in processes], "".join(outputs)
+
+
+def launch(folder: Path, *overrides: str) -> subprocess.Popen:
+    """By the launcher that users take."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     _, *training = arguments(folder, "output.mirror=[]", *overrides)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, "--main_process_port", "0", "-m", "apo_lora.train", *training],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, errors = process.communicate(timeout=900)
-    return process.returncode, output + errors
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, *processes: Forked | subprocess.Popen) -> None:
     metrics, deadline = RunDir(folder / "run").metrics, time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text().count("\n") >= step):
-        assert process.poll() is None, process.communicate()
+        for process in processes:
+            assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def process_of_rank(rank: int, launcher: subprocess.Popen) -> int:
-    """Among the processes whose session the launcher began or that it started: the one with that RANK."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == launcher.pid and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                return int(folder.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    raise AssertionError(f"no process of rank {rank}")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    code, output = finish(start(folder))
-    assert code == 0, output[-4000:]
+    codes, output = finish(start(folder))
+    assert codes == [0, 0], output[-4000:]
     return RunDir(folder / "run")
 
 
 def kill(rank: int, folder: Path, step: int) -> None:
     """Goes on with the run to this step, and kills one of its processes there."""
-    process = start(folder)
-    wait_for_step(folder, step, process)
-    os.kill(process_of_rank(rank, process), signal.SIGKILL)
+    processes = start(folder)
+    wait_for_step(folder, step, *processes)
+    processes[rank].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    code, output = finish(process)
+    codes, output = finish(processes)
     seconds = time.monotonic() - killed
     print(f"{seconds:.1f} s from the kill of rank {rank} to the end of the run")
-    assert code != 0 and seconds < MOST_SECONDS
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] not in (0, -signal.SIGKILL) and seconds < MOST_SECONDS
     assert "another process of this run has ended, so this one stops" in output, output[-4000:]
     assert "continue with the same number of processes and --resume auto" in output
     assert RunDir(folder / "run").valid_checkpoints()
@@ -82,13 +78,13 @@ def kill(rank: int, folder: Path, step: int) -> None:
 
 def interrupt(folder: Path, step: int) -> None:
     """The launcher passes the signal on to its processes, and ends them after 30 s whatever they do."""
-    process = start(folder, "train.save_steps=6")
-    wait_for_step(folder, step, process)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process)
+    launcher = launch(folder, "train.save_steps=6")
+    wait_for_step(folder, step, launcher)
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=900)
     run = RunDir(folder / "run")
     last = steady_rows(run.metrics)[-1]["step"]
-    assert code != 0 and [path.name for path in run.valid_checkpoints()] == [f"checkpoint-{last}"], output[-4000:]
+    assert launcher.returncode and [path.name for path in run.valid_checkpoints()] == [f"checkpoint-{last}"], output
     assert output.count("Stopping after this step and saving a checkpoint") == 1
     assert f"after step {last} of 6; a checkpoint is saved, continue with --resume auto" in output
 
@@ -97,8 +93,8 @@ def test_a_run_that_is_interrupted_and_killed_ends_as_the_whole_one_and_goes_on_
     interrupt(tmp_path, step=1)
     kill(0, tmp_path, step=3)
     kill(1, tmp_path, step=5)
-    code, output = finish(start(tmp_path))
-    assert code == 0 and "Continuing from" in output, output[-4000:]
+    codes, output = finish(start(tmp_path))
+    assert codes == [0, 0] and "Continuing from" in output, output[-4000:]
     run, weights = RunDir(tmp_path / "run"), "adapter_model.safetensors"
     assert (run.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
     assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6]
@@ -106,10 +102,7 @@ def test_a_run_that_is_interrupted_and_killed_ends_as_the_whole_one_and_goes_on_
         assert steady_rows(getattr(run, record)) == steady_rows(getattr(whole, record))
     assert not list(run.path.rglob(".*"))
 
-    alone = subprocess.run(
-        [sys.executable, "-m", "apo_lora.commands.main", *arguments(tmp_path, "train.max_steps=7")],
-        capture_output=True, text=True, cwd=PROJECT,
-    )  # fmt: skip
+    alone = forks.run(["-m", "apo_lora", *arguments(tmp_path, "train.max_steps=7")])
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert "Changed since the run started: processes from 2 to 1" in alone.stdout
     assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]

@@ -1,10 +1,11 @@
 """Each shim of compat.py: is it still needed, and does it work?"""
 
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
 import torch
+from forks import two_processes
 
 from apo_lora.machine.compat import (
     dequantize_blocks_across_rows_on_cpu,
@@ -154,14 +155,15 @@ del model
 
 
 def ends_well(script, how):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen([*command, str(script), how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        return process.wait(timeout=40) == 0
-    except subprocess.TimeoutExpired:
-        process.terminate()  # takes the processes that it started along
-        process.wait()
-        return False
+    processes, deadline = two_processes([script, how]), time.monotonic() + 40
+    while (codes := [process.poll() for process in processes]) != [0, 0]:
+        if any(codes) or time.monotonic() > deadline:
+            for process, code in zip(processes, codes, strict=True):
+                if code is None:
+                    process.send_signal(signal.SIGKILL)
+            return False
+        time.sleep(0.05)
+    return True
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
+from forks import Forked, two_processes
 from tiny_trainer import LOSSES
 from two_ranks import GENERATIONS, PROMPTS
 
@@ -23,31 +23,22 @@ from apo_lora.recipe.schema import Recipe
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 
 
-def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess:
-    """As a user would; on a host without GPUs, --multi_gpu is what makes accelerate start several."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    launcher += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PROJECT)}
-    return subprocess.run(
-        [*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600
-    )
-
-
-def succeeded(run: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
-    assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
-    return run
-
-
 # --- the gradient ----------------------------------------------------------------------------------------------------
+
+
+def finish(*processes: Forked) -> str:
+    outputs = ["".join(process.communicate(600)) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return "".join(outputs)
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     """By loss: (of one process, [of each of two])."""
     folder = tmp_path_factory.mktemp("gradients")
-    for processes in (1, 2):
-        (folder / str(processes)).mkdir()
-        succeeded(launch(processes, SCRIPT, "gradient", folder / str(processes)))
+    for number in ("1", "2"):
+        (folder / number).mkdir()
+    finish(Forked([SCRIPT, "gradient", folder / "1"]), *two_processes([SCRIPT, "gradient", folder / "2"]))
 
     def facts(loss, processes, rank):
         return torch.load(folder / str(processes) / f"{loss}-{processes}-{rank}.pt", weights_only=True)
@@ -93,8 +84,8 @@ TINY = (
 @pytest.fixture(scope="module")
 def run_of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run = launch(2, SCRIPT, "command", folder, "train", *TINY, "train.max_steps=3", f"output.dir={folder}/run")
-    return folder, succeeded(run)
+    command = ["command", folder, "train", *TINY, "train.max_steps=3", f"output.dir={folder}/run"]
+    return folder, finish(*two_processes([SCRIPT, *command]))
 
 
 def rows(path):
@@ -111,7 +102,7 @@ def test_only_the_main_process_writes(run_of_two):
 
 @pytest.mark.slow
 def test_the_record_is_whole(run_of_two):
-    folder, run = run_of_two
+    folder, output = run_of_two
     metrics, completions = (rows(folder / "run" / name) for name in ("metrics.jsonl", "completions.jsonl"))
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert [row["step"] for row in completions] == [1] * 12 + [2] * 12 + [3] * 12
@@ -121,7 +112,7 @@ def test_the_record_is_whole(run_of_two):
     assert [(row["model"], row["row"]) for row in answers] == [(m, n) for m in ("base", "tuned") for n in range(1, 10)]
     assert all((folder / "run" / image).is_file() for row in answers for image in row["images"])
     assert json.loads((folder / "run" / "environment.json").read_text())["processes"] == 2
-    assert run.stdout.count("3 per pass of each of 2 processes") == 1  # said once
+    assert output.count("3 per pass of each of 2 processes") == 1  # said once
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from PIL import Image
 
 from apo_lora.errors import RewardError
 from apo_lora.recipe.schema import RewardsSection
-from apo_lora.rewards.functions import reward_functions
+from apo_lora.rewards.functions import are_correct, reward_functions
 from apo_lora.rewards.plugins import source_files
 from apo_lora.rewards.verifier import Verifier
 
@@ -28,6 +28,30 @@ def test_built_in_rewards(verifier, dress):
     columns = {"prompts": [None] * 3, "answer": ["4"] * 3, "choices": [None] * 3, "completion_ids": [[1]] * 3}
     assert accuracy(completions=completions, **columns) == [1, 0, 1]
     assert form(completions=completions, **columns) == [0.5, 0.5, 0]
+
+
+JUDGED = [  # completion, gold, choices
+    ("<answer>41</answer>", "40", None),
+    ("<answer>40</answer>", "40", None),
+    ("<answer>[0, 0, 10, 6]</answer>", "[0, 0, 10, 10]", None),
+    ("<answer>[0, 0, 10, 4]</answer>", "[0, 0, 10, 10]", None),
+    ("<answer>B</answer>", "B", ["cat", "dog"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("correct_by", "expected"),
+    [
+        ("accuracy", [0, 1, 0, 0, 1]),
+        ("relaxed", [1, 1, 0, 0, 1]),
+        ("iou", [0, 1, 1, 0, 1]),  # answers without a box by accuracy
+        ("mine:own", [0, 1, 0, 0, 1]),  # needs more than a held-out item's answer
+    ],
+)
+def test_held_out_items_are_judged_by_what_training_calls_correct(verifier, correct_by, expected):
+    section = RewardsSection(functions=(correct_by,), correct_by=correct_by, correct_from=0.5)
+    columns = map(list, zip(*JUDGED, strict=True))
+    assert are_correct(*columns, section, verifier.score) == [bool(right) for right in expected]
 
 
 def test_own_rewards_see_message_lists(verifier, tmp_path):

@@ -33,6 +33,19 @@ def test_what_was_not_measured_is_said(tiny_recipe):
     assert "Not measured" in model_card(tiny_recipe, "x/y", {}, 1, environment())
 
 
+@pytest.mark.parametrize(
+    ("onto", "says"),
+    [("trained", "this model is the one that was trained and measured"), ("original", "differs from the trained and")],
+)
+def test_what_was_merged_into_is_said(onto, says, tiny_recipe):
+    texts = {
+        chosen: model_card(tiny_recipe, "x/y", {}, 1, environment(), what="merged", onto=chosen)
+        for chosen in (onto, None)
+    }
+    assert says in " ".join(texts[onto].split()) and f"--onto {onto}" in " ".join(texts[onto].split())
+    assert "--onto" not in texts[None]
+
+
 @pytest.mark.parametrize("name", ["data/puzzles", "elsewhere/puzzles.jsonl", "./puzzles", "../puzzles"])
 def test_what_lies_here_is_no_hub_id(name, tiny_recipe, tmp_path, monkeypatch):
     """Though it has the form of one."""

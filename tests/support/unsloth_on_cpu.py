@@ -18,7 +18,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from unsloth_forks import forks_address
+import forks
 
 PROJECT = Path(__file__).parents[2]
 
@@ -35,19 +35,8 @@ ENVIRONMENT = {
 
 def run_script(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     """Runs it with `folder` as working directory, in a fork of a process that has called `start`."""
-    code = "import sys, unsloth_forks; sys.exit(unsloth_forks.run_in_fork(*sys.argv[1:]))"
-    command = [sys.executable, "-c", code, forks(), str(script), *arguments]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **environment()}, capture_output=True, text=True)
-
-
-def forks() -> str:
-    """The address of that process."""
-    return forks_address(**environment())
-
-
-def environment() -> dict[str, str]:
-    search = [str(PROJECT), str(PROJECT / "tests" / "support")]  # benchmarks/ is not installed
-    return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([*search, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = {**os.environ, **forks.environment("unsloth")}
+    return forks.run([script, *arguments], kind="unsloth", cwd=folder, env=environment)
 
 
 def start() -> None:

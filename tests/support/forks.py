@@ -1,0 +1,192 @@
+"""Python processes that start at once: forks of one with the heavy imports done. There is one per test worker and kind:
+
+training    what a run imports
+unsloth     Unsloth on a CPU (unsloth_on_cpu.py)
+"""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from functools import cache
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+
+
+class Forked:
+    """Of subprocess.Popen, what tests use. `arguments` are those of python: [script, ...] or ["-m", module, ...]."""
+
+    def __init__(
+        self, arguments: list, *, kind: str = "training", address: str | None = None, env: dict | None = None,
+        cwd: Path | str = PROJECT,
+    ):  # fmt: skip
+        self.args, self.returncode = [str(argument) for argument in arguments], None
+        request = {"arguments": self.args, "folder": str(cwd), "environment": dict(os.environ if env is None else env)}
+        self.streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  # as long as this
+        self.connection = _ask(address or forks_address(kind), request, [file.fileno() for file in self.streams])
+        self.pid = int.from_bytes(self.connection.recv(4), "big")
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(timeout=1e-3)
+        except TimeoutError:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            self.returncode = _status(self.connection)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        for file in self.streams:
+            file.seek(0)
+        return tuple(file.read().decode() for file in self.streams)
+
+
+def run(arguments: list, *, timeout: float = 600, **options) -> subprocess.CompletedProcess:
+    forked = Forked(arguments, **options)
+    output, errors = forked.communicate(timeout)
+    return subprocess.CompletedProcess(forked.args, forked.returncode, output, errors)
+
+
+def two_processes(arguments: list) -> list[Forked]:
+    """Those of one run, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, **environment("training"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
+    return [Forked(arguments, env=common | own) for own in ranks]
+
+
+def run_in_fork(address: str, *arguments: str) -> int:
+    """Runs python with these arguments in a fork of the process behind `address`, with this process's folder,
+    environment and output. Returns its exit status; 255 where it was killed.
+    """
+    request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    with _ask(address, request, [1, 2]) as connection:
+        connection.recv(4)
+        return _status(connection) & 255
+
+
+def _ask(address: str, request: dict, streams: list[int]) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    socket.send_fds(connection, [json.dumps(request).encode()], streams)
+    connection.shutdown(socket.SHUT_WR)
+    return connection
+
+
+def _status(connection: socket.socket) -> int:
+    """As Popen.returncode gives it; -9 as well where nobody is left to say."""
+    return int.from_bytes(connection.recv(4) or (-9).to_bytes(4, "big", signed=True), "big", signed=True)
+
+
+@cache
+def forks_address(kind: str) -> str:
+    """Of a process that serves until this one ends. Its folder takes what Unsloth writes when it starts."""
+    folder = tempfile.TemporaryDirectory()
+    address = f"{folder.name}/socket"
+    server = subprocess.Popen(
+        [sys.executable, __file__, kind, address], cwd=folder.name, env={**os.environ, **environment(kind)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    atexit.register(folder.cleanup)
+    atexit.register(server.kill)
+    lines = []
+    for line in server.stdout:
+        if line == f"{address}\n":
+            return address
+        lines.append(line)
+    raise RuntimeError(f"The process for {kind} did not start:\n" + "".join(lines))
+
+
+def environment(kind: str) -> dict[str, str]:
+    search = [str(PROJECT), str(PROJECT / "tests" / "support")]  # benchmarks/ is not installed
+    own = {"PYTHONPATH": os.pathsep.join([*search, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    if kind == "unsloth":
+        from unsloth_on_cpu import ENVIRONMENT
+
+        return {**ENVIRONMENT, **own}
+    return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **own}
+
+
+def serve(kind: str, address: str) -> None:
+    if kind == "unsloth":
+        from unsloth_on_cpu import start as prepare
+    else:
+        from tests.faults.tiny_runs import prepare
+    prepare()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those below
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print(address, flush=True)
+        while True:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _watch(connection)
+                os._exit(0)
+            connection.close()
+
+
+def _watch(connection: socket.socket) -> None:
+    """Runs the request in a fork and tells its number, then how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_run(connection))
+    connection.sendall(pid.to_bytes(4, "big"))
+    _, status = os.waitpid(pid, 0)
+    connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
+
+
+def _run(connection: socket.socket) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
+    message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 2)
+    while part := connection.recv(1 << 16):
+        message += part
+    connection.close()
+    request = json.loads(message)
+    for descriptor, own in zip(descriptors, (1, 2), strict=True):
+        os.dup2(descriptor, own)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    arguments = request["arguments"]
+    is_module = arguments[0] == "-m"
+    sys.argv[:] = arguments[is_module:]
+    try:
+        if is_module:
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(arguments[0]).parent)
+            runpy.run_path(arguments[0], run_name="__main__")
+        status = 0
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
