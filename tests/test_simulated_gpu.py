@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
@@ -29,23 +30,26 @@ def committed():
     return json.loads((RESULTS / "results.json").read_text())
 
 
-@pytest.fixture(scope="module", params=CASES)
-def simulated(request, tmp_path_factory):
-    """(recipe, what was found): one step, of which two passes are done."""
+def on_null_gpu(folder: Path, *command: str) -> dict:
+    """The facts that a command leaves in facts.json."""
     if obstacle():
         pytest.skip(obstacle())
-    folder = tmp_path_factory.mktemp(request.param)
     own = {
         "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT),
         "TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
     }  # fmt: skip
-    command = [
-        *(sys.executable, "-m", "tools.null_gpu", "-m", "benchmarks.gpu.simulated", f"recipes/{request.param}"),
-        *("--out", "found.json", "--scratch", "scratch", "--passes", "2"),
-    ]
+    command = [sys.executable, "-m", "tools.null_gpu", *command]
     done = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return request.param, json.loads((folder / "found.json").read_text())
+    return json.loads((folder / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module", params=CASES)
+def simulated(request, tmp_path_factory):
+    """(recipe, what was found): one step, of which two passes are done."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    options = ("--out", "facts.json", "--scratch", "scratch", "--passes", "2")
+    return name, on_null_gpu(folder, "-m", "benchmarks.gpu.simulated", f"recipes/{name}", *options)
 
 
 @pytest.mark.slow
@@ -74,6 +78,15 @@ def test_a_token_moves_little_more_than_weights_and_cache(simulated):
     dequantised = sum(mover["bytes"] for name, mover in token["movers"].items() if name.endswith("dequantised"))
     assert (token["bytes"] - dequantised) / simulated_table.least_bytes_of_a_token(recipe) < 1.3
     assert dequantised == 0 or recipe == "single_gpu"  # with 64 rows bitsandbytes multiplies by 16-bit copies
+
+
+@pytest.mark.matrix
+def test_compiled_layers_are_compiled_for_the_first_two_lengths_alone(tmp_path):
+    """50 scoring and 50 training passes, no two with the same lengths; as many graphs with 2 layers as with 8."""
+    facts = on_null_gpu(tmp_path, str(PROJECT / "tests" / "support" / "compiled_layers.py"), "facts.json")
+    graphs = facts["graphs"]
+    assert len(graphs) == 50 and 0 < graphs[1] == graphs[-1] <= 25
+    assert facts["breaks"] and all("<function attend at" in reason for reason in facts["breaks"])
 
 
 # --- what is written down --------------------------------------------------------------------------------------------

@@ -135,14 +135,18 @@ def value_bytes(recipe: Recipe) -> int:
     return 4 if recipe.model.dtype == "float32" else 2
 
 
+def wide_bytes(recipe: Recipe) -> int:
+    """Of a value that is not quantised: PEFT's preparation for k-bit training lifts such weights to float32, and with
+    them what passes between layers; Unsloth's leaves them in 16 bits."""
+    return 4 if recipe.model.load_in_4bit and not uses_unsloth(recipe) else value_bytes(recipe)
+
+
 # --- always held -----------------------------------------------------------------------------------------------------
 
 
 def weight_rows(shape: ModelShape, recipe: Recipe) -> Iterator[Row]:
     count, linears = shape.parameters(), shape.language_linears()
-    quantised = recipe.model.load_in_4bit
-    # PEFT's preparation for k-bit training lifts what is not quantised to float32; Unsloth's leaves it in 16 bits.
-    wide = 4 if quantised and not uses_unsloth(recipe) else value_bytes(recipe)
+    quantised, wide = recipe.model.load_in_4bit, wide_bytes(recipe)
     for part, group in (("attention", linears[:4]), ("mlp", linears[4:])):
         stored = sum(map(nf4_bytes, group)) if quantised else count[part] * value_bytes(recipe)
         bits = "NF4" if quantised else f"{8 * value_bytes(recipe)}-bit"
@@ -199,7 +203,7 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
     read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else rollout
     patches = load.image * shape.patches_per_token
     pixels = read * patches * shape.values_per_patch
-    per_token = kv_bytes_per_token(shape, size)
+    per_token = kv_bytes_per_token(shape, wide_bytes(recipe))
     both = ("prefill", "decode")
     yield Row("images of the rollout", both, 4 * pixels, f"{read} x {patches:,} patches in float32")
     if uses_unsloth(recipe) and size == 2:
@@ -215,7 +219,7 @@ def sampling_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
     masks = (read + 2) * load.prompt * held
     yield Row("attention mask", ("prefill",), masks, f"{read} x {load.prompt:,} x {held:,} pairs; a row's in 16 bits")
     logits = rollout * shape.vocabulary * (size + 4 * 4)
-    grown = 0 if uses_unsloth(recipe) else rollout * load.length * shape.kv_width * size
+    grown = 0 if uses_unsloth(recipe) else rollout * load.length * shape.kv_width * wide_bytes(recipe)
     yield Row("next-token logits", ("decode",), logits, "one in 16 bits, four in float32")
     yield Row("growth of the cache", ("decode",), grown, "one layer's keys are copied as it grows")
 
@@ -295,7 +299,7 @@ def tower_has_gradient(recipe: Recipe) -> bool:
 def kept_activations(shape: ModelShape, recipe: Recipe, load: Load, patches: int) -> Row:
     """What forward leaves for backward."""
     size, tokens = value_bytes(recipe), load.pass_tokens
-    layer_input, block_input = tokens * shape.hidden * size, patches * shape.vision_hidden * size
+    layer_input, block_input = tokens * shape.hidden * wide_bytes(recipe), patches * shape.vision_hidden * size
     if not recipe.model.gradient_checkpointing:
         vision = shape.vision_layers * patches * size * shape.tower_saved if recipe.lora.vision else 0
         layer = tokens * size * shape.layer_saved + copied_keys(shape, recipe, load, load.rows)

@@ -90,7 +90,7 @@ def prefill(shape: ModelShape, recipe: Recipe) -> Work:
     language = _read_tokens(shape, recipe, read * load.prompt, load.rollout)
     tower = 8.2 * shape.vision_layers * patches * value_bytes(recipe) * shape.tower_forward
     in_tower = 2 * patches * sum(linear.weights for linear in shape.vision_linears())
-    return Work(150 * shape.layers + patches / 2, language.bytes + tower, language.flops + in_tower)
+    return Work(136 * shape.layers + patches / 2, language.bytes + tower, language.flops + in_tower)
 
 
 def token(shape: ModelShape, recipe: Recipe) -> Work:
