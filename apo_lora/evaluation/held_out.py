@@ -60,6 +60,18 @@ class HeldOut:
         if is_main:
             write_json(run_dir.evaluation, self.figures)
 
+    def validate(self, step: int, title: str = "reasoning") -> dict[str, float]:
+        """figures.VALIDATION of the set's first `train.eval_items`, sampled with the same seed every time."""
+        examples = self.sets[title][: self.recipe.train.eval_items]
+        judged = self._shared_out(examples, title=f"step {step}: {title}")
+        found = summary(answer_rows(title, "tuned", examples, judged, [[]] * len(examples)))
+        return {
+            "held_out_accuracy": found["accuracy"],
+            "held_out_accuracy_low": found["accuracy_95_low"],
+            "held_out_accuracy_high": found["accuracy_95_high"],
+            "held_out_length": sum(completion.length for completion in judged) / len(judged),
+        }
+
     def _shared_out(self, examples: Sequence[Example], *, title: str) -> list[JudgedCompletion]:
         """A completion of every example, in order, on every process; each of them has sampled its share."""
         own = range(ranks.rank(), len(examples), ranks.num_processes())
