@@ -35,8 +35,8 @@ from apo_lora.run.trackers import require_trackers, trackers_in
 
 if TYPE_CHECKING:
     from apo_lora.data.examples import Example
-    from apo_lora.policy.loading import Policy
     from apo_lora.evaluation.held_out import HeldOut
+    from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
     from apo_lora.rewards.verifier import Verifier
     from apo_lora.rollout.sampling import Sampler
@@ -234,10 +234,10 @@ def _trainer(
     from apo_lora.data.items import prompt_dataset, training_order
     from apo_lora.rollout.record import CompletionsView, CompletionsWriter
     from apo_lora.rollout.training_arguments import refuse_changes, training_arguments
-    from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave
+    from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave, Validation
     from apo_lora.run.hooks import Figures
     from apo_lora.run.sealing import SealedCheckpoints
-    from apo_lora.run.validation import Validation, measured, why_stopped
+    from apo_lora.run.validation import measured, why_stopped
     from apo_lora.trainer import APOTrainer
 
     steps = recipe.total_steps(len(examples))

@@ -367,7 +367,7 @@ class APOTrainer(GRPOTrainer):
             own = {**self.window.means(), "skipped_nonfinite_steps": self.nonfinite_guard.skipped}
             for callback in self._apo_callbacks:
                 own |= callback.figures()
-            own |= self.window.cost()
+            own |= self.window.cost(elsewhere=own.get("seconds_held_out", 0.0))
             for name in own:
                 self._metrics["train"].pop(name, None)
             logs = {**logs, **own}

@@ -81,6 +81,7 @@ VALIDATION = (
     Figure("held_out_accuracy_low", "held-out accuracy, 95 % interval from", "share of items", range=SHARE),
     Figure("held_out_accuracy_high", "held-out accuracy, 95 % interval to", "share of items", range=SHARE),
     Figure("held_out_length", "held-out tokens", "tokens", ".1f"),
+    Figure("seconds_held_out", "measuring held-out items", "seconds", ".1f"),
 )
 
 PHASES = (
