@@ -1,27 +1,18 @@
 """APOTrainer: the current `trl.GRPOTrainer`, with APO's credit and loss instead of GRPO's.
 
 On a CPU that is TRL's own class; after `import unsloth` it is Unsloth's rewritten one. TRL samples, calls the rewards
-and steps. Overridden are:
-
-    _calculate_rewards                       remembers rewards and true lengths of the rollout
-    _generate_and_score_completions          puts APO's advantages, KL weights and reference log-probs into the batch
-    _get_per_token_logps_and_entropies       leaves the old policy's log-probs to _score_frozen_policies
-    _generate_single_turn                    reads each prompt once for its G completions, or hands them to the sampler
-    _prepare_inputs                          splits a rollout, and keeps the completions of a prompt side by side
-    compute_loss                             apo.apo_loss, with its backward
-    training_step                            collects the step's figures, tells the guard against NaN the loss
-    log, _save_checkpoint, _save_rng_state   figures beside TRL's; callbacks around checkpoints; several processes
+and steps. docs/architecture.md lists what is overridden, and why.
 
 Imported after the engine is chosen, since the base class is fixed at import.
 """
 
 import copy
-import random
 import tempfile
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +39,7 @@ from apo_lora.rewards.functions import completion_text
 from apo_lora.rollout.credit import Rollout, credit_rule
 from apo_lora.rollout.group_images import RowPixels, images_processed_once
 from apo_lora.rollout.off_policy import correction
+from apo_lora.rollout.prompts import next_items, other_items
 from apo_lora.rollout.sampling import Sampler, converted_adapters, generation_fault, watched_forwards, without_dropout
 from apo_lora.rollout.zero_variance import resampled, without_rows
 from apo_lora.run.callbacks import NonFiniteGuard
@@ -123,6 +115,7 @@ class APOTrainer(GRPOTrainer):
         self.rollout = Rollout(
             indices=ranks.gathered([example.get("index") for example in inputs]),
             texts=ranks.gathered([completion_text(completion) for completion in completions]),
+            adapter_steps=ranks.gathered([self.adapter_step] * len(inputs)),
             # Gathered already. A reward function's None gives nothing, and neither does what is not finite.
             rewards_BF=rewards_BF.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
             lengths_B=rewards_BF.new_tensor(ranks.gathered([len(ids) for ids in completion_ids_list])),
@@ -135,8 +128,10 @@ class APOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *arguments, **options):
         model, groups = self.accelerator.unwrap_model(self.model), self._groups(len(prompt_ids))
+        self.adapter_step = step = self.state.global_step
         if self.sampler:
-            return self.sampler(model, self.state.global_step, self.rollout_items, prompt_ids, groups)
+            ids, logps, self.adapter_step = self.sampler(model, step, self.rollout_items, prompt_ids, groups)
+            return ids, logps
         if self.use_vllm or not self.shares_prompts:
             if self.rollout_pixels and not self.use_vllm:  # vLLM processes them itself; the others need every row's
                 pixels = [part for part in self.rollout_pixels if part is not None]
@@ -203,7 +198,12 @@ class APOTrainer(GRPOTrainer):
         scored = credit_of(rollout)
         on_zero_variance, num_resampled = self.args.zero_variance_groups, 0
         if on_zero_variance == "resample" and self.model.training:
-            batch, scored, num_resampled = resampled(batch, scored, credit_of, self._other_items, self._sample)
+            others = partial(other_items, self.train_dataset, self.args.seed, self.state)
+            batch, scored, num_resampled = resampled(batch, scored, credit_of, others, self._sample)
+        ahead = self.sampler and self.sampler.ahead and self.model.training
+        if ahead and (items := next_items(self.train_dataset, self.args, self.state)):
+            model = self.accelerator.unwrap_model(self.model)
+            self.sampler.begin(model, self.state.global_step, items, self._groups(len(items)))
         own = slice(ranks.rank() * len(inputs), (ranks.rank() + 1) * len(inputs))  # groups may lie across processes
         # Whatever is in the batch is split along with it.
         batch["advantages"] = scored.credit.advantages_NG.flatten()[own]
@@ -219,17 +219,14 @@ class APOTrainer(GRPOTrainer):
             **scored.figures(self.reward_func_names),
             "resampled_groups": float(num_resampled),
             "skipped_groups": is_skipped_N.sum().item(),
-            "tokens_per_second": self.window.sampled_tokens / self.window.seconds["generate"],
+            # How long sampling took is not known where only the end of it was waited for.
+            "tokens_per_second": None if ahead else self.window.sampled_tokens / self.window.seconds["generate"],
+            **({"staleness": scored.rollout.staleness(self.state.global_step)} if self.sampler else {}),
         }
         if ranks.is_main():
             for callback in self._apo_callbacks:
                 callback.on_rollout(self.state.global_step + 1, scored)
         return batch
-
-    def _other_items(self, number: int, round_number: int) -> list[dict[str, Any]]:
-        """Replacement prompts; the same ones where a run is continued."""
-        rng = random.Random(f"{self.args.seed} {self.state.global_step} {round_number}")
-        return [self.train_dataset[rng.randrange(len(self.train_dataset))] for _ in range(number)]
 
     # --- scoring and loss --------------------------------------------------------------------------------------------
 
@@ -370,7 +367,7 @@ class APOTrainer(GRPOTrainer):
             own = {**self.window.means(), "skipped_nonfinite_steps": self.nonfinite_guard.skipped}
             for callback in self._apo_callbacks:
                 own |= callback.figures()
-            own |= self.window.cost()
+            own |= self.window.cost(elsewhere=own.get("seconds_held_out", 0.0))
             for name in own:
                 self._metrics["train"].pop(name, None)
             logs = {**logs, **own}

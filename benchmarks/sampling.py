@@ -1,15 +1,17 @@
 """Who samples faster, the model's own generate() or a vLLM server: completions of ragged lengths, and whole steps.
 
-    python -m benchmarks.sampling --out sampling.json          (a quarter of an hour on two CPU cores; needs setup-vllm)
+    python -m benchmarks.sampling --out sampling.json          (half an hour on two CPU cores; needs setup-vllm)
 
 Lengths are drawn log-uniformly from 16 to 1,024 tokens, the same for both, and every completion has exactly its length.
 generate() computes every row until the longest is done; vLLM computes no row for longer than it needs. Prompts are
 boards of the embedded task, G completions each. Seconds are wall-clock, from messages and images to token ids, after
-one rollout that is not counted. Steps are those of `apo-lora train`, with the lengths that the embedded model chooses.
+one rollout that is not counted. Steps are those of `apo-lora train`, with the lengths that the model chooses, by
+generate(), by vLLM, and by vLLM while the rollout before trains (rollout.ahead=1).
 """
 
 import argparse
 import math
+import os
 import random
 import tempfile
 import time
@@ -31,11 +33,12 @@ from apo_lora.machine.versions import environment  # noqa: E402
 from apo_lora.machine.vllm_environment import VERSION  # noqa: E402
 from apo_lora.policy.loading import Policy, load_policy  # noqa: E402
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once  # noqa: E402
+from apo_lora.preflight.sample import sample_by_vllm  # noqa: E402
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
 from apo_lora.rollout.sampling import generating, generation_options, prompt_inputs  # noqa: E402
 from apo_lora.rollout.vllm.sampler import Group, VllmSampler  # noqa: E402
-from apo_lora.rollout.vllm.server import serving  # noqa: E402
+from apo_lora.rollout.vllm.server import KEY, serving  # noqa: E402
 from apo_lora.run.directory import RunDir  # noqa: E402
 from apo_lora.run.files import read_jsonl, write_json  # noqa: E402
 from benchmarks.gpu.random_model import make  # noqa: E402
@@ -43,6 +46,8 @@ from benchmarks.gpu.random_model import make  # noqa: E402
 SHORTEST, LONGEST = 16, 1024
 SIZES = ("embedded", "31m")
 GROUPS = (8, 16)
+STEP_PROMPTS = {"embedded": 8, "31m": 1}
+"""Prompts of a step, 8 completions each."""
 
 
 def ragged_lengths(rows: int, longest: int, seed: int = 0) -> list[int]:
@@ -59,7 +64,7 @@ class RowEnds(StoppingCriteria):
         self.ends = torch.tensor(lengths) + prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        return input_ids.shape[1] >= self.ends
+        return (input_ids.shape[1] >= self.ends).to(input_ids.device)
 
 
 @torch.no_grad()
@@ -85,9 +90,9 @@ class RaggedSampler(VllmSampler):
 
     lengths: Sequence[int]
 
-    def options_of(self, job: Group) -> dict[str, Any]:
-        length = self.lengths[job.rows[0]]
-        return super().options_of(job) | {
+    def options_of(self, group: Group) -> dict[str, Any]:
+        length = self.lengths[group.rows[0]]
+        return super().options_of(group) | {
             "max_tokens": length,
             "min_tokens": length,
             "ignore_eos": True,
@@ -106,14 +111,10 @@ def by_vllm(
     """Seconds of one rollout, its adapter's loading included."""
     rows = [example for example in examples for _ in range(recipe.grpo.num_generations)]
     started = time.perf_counter()
-    inputs = prompt_inputs(policy, rows, recipe)
-    masks = inputs["attention_mask"].bool()
-    prompt_ids = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
-    items = [{"prompt": e.messages(recipe.data), "images": [i.open() for i in e.images]} for e in rows]
     sampler.lengths = lengths
-    ids, _ = sampler(policy.model, step, items, prompt_ids, range(len(rows)))
+    _, sampled = sample_by_vllm(sampler, policy, rows, recipe, step)
     seconds = time.perf_counter() - started
-    if [len(row) for row in ids] != list(lengths):
+    if [len(row) for row in sampled.ids] != list(lengths):
         raise SystemExit("vLLM did not sample the lengths that it was asked for")
     return seconds
 
@@ -154,19 +155,40 @@ def rollouts(model: str, name: str, prompts: int, longest: int, repeats: int) ->
     return found
 
 
-def steps(folder: Path, number: int) -> list[dict[str, Any]]:
-    """Seconds per step of tiny_cpu.yaml with either engine; the first step is not counted."""
-    found = []
-    for engine in ("transformers", "vllm"):
-        run = RunDir(folder / engine)
-        arguments = [f"train.max_steps={number + 1}", "train.evaluate=false", f"output.dir={run.path}"]
-        if apo_lora(["train", "--recipe", "tiny_cpu", f"rollout.engine={engine}", *arguments]) != 0:
-            raise SystemExit(f"the run with {engine} failed")
-        rows = list(read_jsonl(run.metrics))[1:]
-        names = ("seconds", "seconds_generate", "tokens_per_second", "generated_tokens")
-        found.append({"engine": engine, **{name: sum(row[name] for row in rows) / len(rows) for name in names}})
-        print(found[-1], flush=True)
-    return found
+WAYS = {
+    "transformers": ("rollout.engine=transformers",),
+    "vllm": (),
+    "vllm, ahead": ("rollout.ahead=1",),
+}
+"""Of a run to sample, and the keys that choose each."""
+
+
+def steps(folder: Path, model: str, name: str, prompts: int, number: int, repeats: int) -> list[dict[str, Any]]:
+    """Seconds per step of tiny_cpu.yaml with this model, by each way in turns and with one server; a run's first two
+    steps are not counted: what is sampled ahead is there from the second on.
+    """
+    common = [f"model.name={model}", "rollout.engine=vllm", f"grpo.prompts_per_step={prompts}"]
+    common.append(f"grpo.completions_per_pass={8 * prompts}")
+    recipe = load_recipe(find_recipe("tiny_cpu"), common)
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    examples = load_examples("boards", recipe.data, split="train", limit=1).examples
+    with serving(recipe, folder, examples) as server:
+        os.environ[KEY] = server.endpoints[0].key
+        for repeat in range(repeats):
+            for way, changes in WAYS.items():
+                run = RunDir(folder / f"{name}-{way}-{repeat}")
+                arguments = [
+                    *common, f"rollout.servers=['{server.endpoints[0].url}']", f"train.max_steps={number + 2}",
+                    "train.evaluate=false", "train.preflight=false", f"output.dir={run.path}", *changes,
+                ]  # fmt: skip
+                if apo_lora(["train", "--recipe", "tiny_cpu", *arguments]) != 0:
+                    raise SystemExit(f"the run with {way} failed")
+                rows = list(read_jsonl(run.metrics))[2:]
+                names = ("seconds", "seconds_generate", "generated_tokens")
+                found[way].append({key: sum(row[key] for row in rows) / len(rows) for key in names})
+    for way, runs in found.items():
+        print(f"{name}, {way}: " + ", ".join(f"{run['seconds']:.2f}" for run in runs) + " s per step", flush=True)
+    return [{"model": name, "way": way, "prompts": prompts, "runs": runs} for way, runs in found.items()]
 
 
 def main() -> None:
@@ -181,13 +203,19 @@ def main() -> None:
         folder = Path(place)
         make("31m", folder / "31m")
         models = {"embedded": "tiny", "31m": str(folder / "31m")}
-        found = [
-            row
-            for name in SIZES
-            for row in rollouts(models[name], name, options.prompts, options.longest, options.repeats)
-        ]
-        result = {"environment": environment() | {"vllm": VERSION}, "rollouts": found}
-        write_json(options.out, {**result, "steps": steps(folder, options.steps)})
+        found = {
+            "steps": [
+                row
+                for name, prompts in STEP_PROMPTS.items()
+                for row in steps(folder, models[name], name, prompts, options.steps, options.repeats)
+            ],
+            "rollouts": [
+                row
+                for name in SIZES
+                for row in rollouts(models[name], name, options.prompts, options.longest, options.repeats)
+            ],
+        }
+        write_json(options.out, {"environment": environment() | {"vllm": VERSION}, **found})
 
 
 if __name__ == "__main__":

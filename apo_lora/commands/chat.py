@@ -32,6 +32,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=at_home,
         help="recipe that says how to ask (default: the run's, or the one pushed with the adapter)",
     )
+    add(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what generates the answers: the model itself, word by word, or a vLLM server (see apo-lora setup-vllm)",
+    )
     add("--gguf", action="store_true", help="ask the run's exported GGUF files through llama.cpp")
     add(
         "--base-gguf",
@@ -55,12 +61,15 @@ def run(
     sample: bool,
     max_tokens: int | None,
     recipe: str | None,
+    engine: str,
     gguf: bool,
     base_gguf: str | None,
     llama_cpp: str | None,
 ) -> int:
     how_to_ask = load_named(recipe)[1] if recipe else None
     options = {"image": image, "sampled": sample, "max_tokens": max_tokens}
+    if gguf and engine != "transformers":
+        raise UserError("chat: --gguf answers through llama.cpp; leave --engine or --gguf out")
     if gguf:
         from apo_lora.chat.gguf import chat_gguf, files_to_ask
 
@@ -74,5 +83,5 @@ def run(
     source = find_adapter(run)  # before the heavy libraries
     from apo_lora.chat.chat import chat
 
-    chat(source, question, sys.stdout, recipe=how_to_ask, **options)
+    chat(source, question, sys.stdout, recipe=how_to_ask, engine=engine, **options)
     return 0

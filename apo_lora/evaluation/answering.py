@@ -15,7 +15,7 @@ from apo_lora.evaluation.measure import Answers, Scorer, answer_rows, by_generat
 from apo_lora.policy.loading import Policy, load_policy, reference_mode
 from apo_lora.policy.tuned import load_tuned
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.vllm.sampler import VllmSampler
+from apo_lora.rollout.vllm.sampler import ASK_AGAIN, VllmSampler
 from apo_lora.rollout.vllm.server import Servers
 from apo_lora.run.adapter import AdapterSource
 from apo_lora.run.directory import RunDir
@@ -74,7 +74,7 @@ def answer(
     """Answers every pending batch, and records it before the next one. `servers` answer instead of generate()."""
     for model, policy in switched:
         own = [batch for batch in todo if batch.model == model]
-        answers = AnswersByVllm(VllmSampler(servers, policy, recipe), model) if servers else by_generate
+        answers = AnswersByVllm(VllmSampler(servers, policy, recipe, ASK_AGAIN), model) if servers else by_generate
         total, left = (
             sum(len(batch.examples) for batch in batches if batch.model == model) for batches in (wanted, todo)
         )

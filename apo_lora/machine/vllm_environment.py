@@ -57,9 +57,14 @@ def problem() -> str | None:
     ready = folder() / _READY
     if not ready.is_file():
         return f"vLLM's environment is not there ({folder()}); make it once with `{SETUP}`"
-    if ready.read_text(encoding="utf-8") != requirements().read_text(encoding="utf-8"):
+    if _pins(ready) != _pins(requirements()):
         return f"vLLM's environment in {folder()} has other versions than this apo-lora; make it anew with `{SETUP}`"
     return None
+
+
+def _pins(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def interpreter() -> Path:

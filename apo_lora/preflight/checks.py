@@ -14,20 +14,26 @@ from torch import Tensor
 
 from apo_lora.apo import token_kl
 from apo_lora.data.examples import Example, prompt_lengths
+from apo_lora.errors import TrainingStopped
 from apo_lora.family.record import Family
 from apo_lora.machine import ranks
 from apo_lora.machine.memory import peak_memory, reset_peak_memory
 from apo_lora.policy.loading import Policy, limit_image_size, reference_mode
 from apo_lora.policy.scoring import token_logps
-from apo_lora.preflight.sample import as_batch, short_sample
+from apo_lora.preflight.sample import SAMPLE_TOKENS, as_batch, random_adapter, sample_by_vllm, short_sample
 from apo_lora.preflight.shared_prompt import compare_shared_prompt, compare_shared_reading
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
+from apo_lora.rollout.vllm.sampler import VllmSampler
+from apo_lora.rollout.vllm.server import Servers
+from apo_lora.run.figures import ALARM_DIFFERENCE
 
 MIN_IMAGE_TOKENS = 64
 """Preflight never shrinks images below this: much smaller, and they become unreadable."""
 
 SAMPLE_EXAMPLES = 4
+
+SERVER_CHECK = "vLLM samples from the trainer's policy"
 
 # Mean difference, in nats per token, between a token's log-prob while sampling and when scored. In 16 bits the two
 # passes round differently (other batch shapes, other kernels); over this they are not the same policy.
@@ -45,7 +51,9 @@ class Check:
         return f"{'ok  ' if self.ok else 'FAIL'}  {self.name}: {self.found}" + ("" if self.ok else f"; {self.remedy}")
 
 
-def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Check], Recipe]:
+def preflight(
+    policy: Policy, examples: Sequence[Example], recipe: Recipe, servers: Servers | None = None
+) -> tuple[list[Check], Recipe]:
     """The checks, and the recipe as this machine can train it: with smaller passes or images where the largest example
     does not fit, and without grpo.shared_prompt where that gives a different result; otherwise unchanged.
 
@@ -68,6 +76,7 @@ def preflight(policy: Policy, examples: Sequence[Example], recipe: Recipe) -> tu
             check_agreement(policy, batch, sampled_logps, recipe),
             check_reference(policy, batch),
             *([check_image(policy, batch)] if batch.get("pixel_values") is not None else []),
+            *([check_server(policy, examples[:SAMPLE_EXAMPLES], recipe, servers)] if servers else []),
         ]
         memory, recipe = fit_largest(policy, examples, recipe)
     return [*checks, memory], recipe
@@ -132,6 +141,32 @@ def check_image(policy: Policy, batch: dict) -> Check:
         found > 1e-4,
         f"a blank image changes log-probs by up to {found:.2g} nats",
         "the image does not reach the model; check the data with `apo-lora check-data`",
+    )
+
+
+def check_server(policy: Policy, examples: Sequence[Example], recipe: Recipe, servers: Servers) -> Check:
+    """vLLM must read the trainer's prompts and sample with the adapter: a random one here, a fresh one does nothing."""
+    sampler = VllmSampler(servers, policy, recipe, then="Check it with `apo-lora doctor`")
+    try:
+        with random_adapter(policy.model), torch.no_grad():
+            batch, sampled = sample_by_vllm(sampler, policy, examples, recipe, 0, max_tokens=SAMPLE_TOKENS)
+            scored, _ = _score(policy, batch, temperature=recipe.grpo.temperature)
+            with reference_mode(policy.model):
+                reference, _ = _score(policy, batch, temperature=recipe.grpo.temperature)
+    except TrainingStopped as stop:
+        return Check(SERVER_CHECK, False, stop.problems[0], "nothing is trained")
+    inside = batch["completion_mask"].bool()
+    theirs = torch.tensor(sum(sampled.logps, []), device=scored.device)
+    apart = (scored[inside] - theirs).abs().mean().item()
+    moved = (scored[inside] - reference[inside]).abs().mean().item()
+    limit = min(ALARM_DIFFERENCE, max(AGREEMENT[policy.dtype], moved / 2))  # `moved`, if the adapter were not applied
+    return Check(
+        SERVER_CHECK,
+        apart <= limit,
+        f"{len(examples)} prompts read alike; log-probs of {len(theirs)} tokens {apart:.1e} nats apart on average, at "
+        f"most {limit:.0e}, where an adapter moves them by {moved:.1e}",
+        "the server holds another base or applies the adapter otherwise; check rollout.quantization and "
+        "lora.target_modules, or use rollout.engine=transformers",
     )
 
 

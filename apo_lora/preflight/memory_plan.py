@@ -126,6 +126,15 @@ def server_share(recipe: Recipe) -> float:
     return rollout.vllm_gpu_memory_utilization if (rollout.engine, rollout.servers) == ("vllm", "auto") else 0.0
 
 
+def server_needs(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:
+    """Bytes of a vLLM server's weights, and of the cache for one completion with its prompt. What else it holds is not
+    known here: activations, and CUDA graphs.
+    """
+    held = recipe.model.model_copy(update={"load_in_4bit": recipe.server_in_4bit, "engine": "unsloth"})
+    weights = sum(row.bytes for row in weight_rows(shape, recipe.model_copy(update={"model": held})))
+    return weights, load_of(recipe, shape).length * kv_bytes_per_token(shape, value_bytes(recipe))
+
+
 def uses_unsloth(recipe: Recipe) -> bool:
     """The plan is for a GPU, where `auto` is Unsloth."""
     return recipe.model.engine != "transformers"
@@ -236,8 +245,10 @@ def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]
     else:
         how = f"patches of {load.prompts} x {load.image:,} tokens in float32"
         yield Row("images of a pass", ("score", "train"), patches * shape.values_per_patch * 4, how)
+    if tower_runs_once(recipe):  # while sampling; where a server samples, here, prompt by prompt
+        patches = load.image * shape.patches_per_token if recipe.rollout.engine == "vllm" else 0
     work = {
-        "vision tower": 0 if tower_runs_once(recipe) else patches * size * shape.tower_forward,
+        "vision tower": patches * size * shape.tower_forward,
         "one layer": load.pass_tokens * size * shape.layer_forward
         + copied_keys(shape, recipe, load, 1)
         + dequantised(shape, recipe),

@@ -4,7 +4,18 @@ from collections.abc import Iterator, Sequence
 
 from apo_lora.family.lookup import find_shape
 from apo_lora.family.shape import ModelShape
-from apo_lora.preflight.memory_plan import MOMENTS, OVERHEAD, GiB, Plan, Row, largest_group, plan, server_share
+from apo_lora.preflight.memory_plan import (
+    MOMENTS,
+    OVERHEAD,
+    GiB,
+    Plan,
+    Row,
+    largest_group,
+    load_of,
+    plan,
+    server_needs,
+    server_share,
+)
 from apo_lora.preflight.time_plan import time_table
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.tables import aligned
@@ -30,7 +41,10 @@ def print_plan(name: str, recipe: Recipe, *, gpu_memory: float | None = None) ->
     shape = find_shape(recipe.model.name, recipe.model.revision)
     planned, gpu_memory = plan(shape, recipe), gpu_memory or _visible_gpu()
     print("\n".join(plan_lines(name, recipe, shape, planned, gpu_memory)))
-    return gpu_memory is None or planned.total <= gpu_memory * (1 - server_share(recipe)) * GiB
+    if gpu_memory is None:
+        return True
+    has_room = not server_share(recipe) or completions_of_server(recipe, shape, gpu_memory) > 0
+    return has_room and planned.total <= gpu_memory * (1 - server_share(recipe)) * GiB
 
 
 def _visible_gpu() -> float | None:
@@ -49,10 +63,8 @@ def plan_lines(name: str, recipe: Recipe, shape: ModelShape, planned: Plan, gpu_
         f"{load.prompt:,} tokens ({load.image:,} of an image), completions at most {load.completion:,}."
     )
     if recipe.rollout.engine == "vllm":
-        yield (
-            f"vLLM samples: its server takes {server_share(recipe):.0%} of this GPU at its start "
-            "(rollout.vllm_gpu_memory_utilization), for weights and cache of its own. The table is without it."
-        )
+        yield "vLLM samples. The table is without it."
+        yield from _server_lines(recipe, shape, gpu_memory)
     yield ""
     yield from _part_table(planned)
     yield ""
@@ -62,6 +74,28 @@ def plan_lines(name: str, recipe: Recipe, shape: ModelShape, planned: Plan, gpu_
     yield ""
     yield "Time of a step at full length, modelled from its launches, bytes and arithmetic and never measured:"
     yield from aligned(time_table(shape, recipe))
+
+
+def completions_of_server(recipe: Recipe, shape: ModelShape, gpu_memory: float) -> int:
+    """Of full length, that its share of the GPU has cache for at once."""
+    weights, cache = server_needs(shape, recipe)
+    return max(0, int((gpu_memory * server_share(recipe) * GiB - weights - OVERHEAD) // cache))
+
+
+def _server_lines(recipe: Recipe, shape: ModelShape, gpu_memory: float | None) -> Iterator[str]:
+    share, (weights, cache) = server_share(recipe), server_needs(shape, recipe)
+    if not share:
+        yield "The servers of rollout.servers have memory of their own."
+        return
+    yield (
+        f"Its server takes {share:.0%} of the GPU at its start (rollout.vllm_gpu_memory_utilization): "
+        f"{weights / GiB:.2f} for weights, {cache / GiB:.3f} per completion at once."
+    )
+    if gpu_memory is not None:
+        wanted = load_of(recipe, shape).rollout
+        room = min(wanted, completions_of_server(recipe, shape, gpu_memory))
+        end = "" if room else ": it would not start; raise rollout.vllm_gpu_memory_utilization"
+        yield f"In {gpu_memory * share:.2f} it computes {room:,} of the rollout's {wanted:,} completions at once{end}."
 
 
 def _part_table(planned: Plan) -> list[str]:

@@ -1,18 +1,26 @@
 """A few short completions with the log-probs that they were sampled with: what preflight compares scoring with."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apo_lora.data.examples import Example
 from apo_lora.family.lookup import inner_model_of
 from apo_lora.policy.loading import Policy
 from apo_lora.policy.shared_prompt.prefill import prompts_read_once
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.sampling import Forward, generating, generation_options, prompt_inputs, watched_forwards
+from apo_lora.rollout.sampling import (
+    Forward,
+    Sampled,
+    generating,
+    generation_options,
+    prompt_inputs,
+    watched_forwards,
+)
+from apo_lora.rollout.vllm.sampler import VllmSampler
 
 SAMPLE_TOKENS = 16
 
@@ -43,6 +51,37 @@ def short_sample(
     logits_BTV = torch.stack(output.logits, dim=1).float() / recipe.grpo.temperature
     logps = torch.log_softmax(logits_BTV, dim=-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
     return as_batch(inputs, completion_ids, examples), logps, forwards
+
+
+def sample_by_vllm(
+    sampler: VllmSampler, policy: Policy, examples: Sequence[Example], recipe: Recipe, step: int | None, **changes: Any
+) -> tuple[dict[str, Any], Sampled]:
+    """A batch of one completion per example from the server, and what it said of them; see VllmSampler."""
+    inputs = prompt_inputs(policy, examples, recipe)
+    masks = inputs["attention_mask"].bool()
+    prompt_ids = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+    items = [{"prompt": e.messages(recipe.data), "images": [i.open() for i in e.images]} for e in examples]
+    sampled = sampler(policy.model, step, items, prompt_ids, range(len(examples)), **changes)
+    rows = [torch.tensor(ids) for ids in sampled.ids]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    inside = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    batch = as_batch(inputs, padded.to(policy.model.device), examples)
+    return {**batch, "completion_mask": inside.long().to(policy.model.device)}, sampled
+
+
+@contextmanager
+def random_adapter(model: nn.Module, scale: float = 0.05) -> Iterator[None]:
+    """Inside, the adapter changes what the model says, as a fresh one, whose B is zero, does not."""
+    weights = {p: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    try:
+        with torch.no_grad():
+            for parameter in weights:
+                parameter.normal_(0, scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, own in weights.items():
+                parameter.copy_(own)
 
 
 def as_batch(inputs: dict[str, Tensor], completion_ids: Tensor, examples: Sequence[Example]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             f"train.save_steps: {recipe.train.save_steps} must be a multiple of {recipe.steps_per_rollout}, the steps "
             "per rollout; a checkpoint inside a rollout could not be resumed exactly"
         )
+    yield from _measurement_problems(recipe)
     if grpo.zero_variance_groups == "resample" and num_processes > 1:
         yield "grpo.zero_variance_groups: resample needs whole groups in one process; use skip or keep"
     if apo.dads not in (None, "constant") and grpo.beta == 0:
@@ -59,7 +60,9 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         if place.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", place):
             yield f"output.mirror: {place!r} is not a Hub repository; write hub:ORG/NAME"
     if recipe.rollout.engine == "vllm":
-        yield from _vllm_problems(recipe)
+        yield from vllm_problems(recipe)
+    elif recipe.rollout.ahead:
+        yield "rollout.ahead: 1 needs a server that samples meanwhile; use rollout.engine=vllm, or 0"
     if not recipe.lora.target_modules:
         yield "lora.target_modules: must not be empty; name layers, or leave the key out to adapt all of them"
     for name in {"lm_head", "embed_tokens"} & set(recipe.lora.target_modules):
@@ -71,15 +74,35 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield f"data.min_pixels: {recipe.data.min_pixels} must not exceed data.max_pixels = {recipe.data.max_pixels}"
 
 
+def _measurement_problems(recipe: Recipe) -> Iterator[str]:
+    """Of what is measured during training."""
+    train = recipe.train
+    if train.eval_steps is None:
+        for key, value in (("train.patience", train.patience), ("output.keep_best", recipe.output.keep_best)):
+            if value:
+                yield f"{key}: needs measurements during training; set train.eval_steps"
+        return
+    if recipe.data.eval is None or not train.evaluate:
+        yield "train.eval_steps: needs items to measure; set data.eval, and train.evaluate to true"
+    if train.eval_steps % recipe.steps_per_rollout:
+        yield (
+            f"train.eval_steps: {train.eval_steps} must be a multiple of {recipe.steps_per_rollout}, the steps per "
+            "rollout; inside a rollout, training could not be stopped or resumed exactly"
+        )
+
+
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
 """What vLLM makes room for; a smaller adapter fits into a larger one."""
 
 
-def _vllm_problems(recipe: Recipe) -> Iterator[str]:
+def vllm_problems(recipe: Recipe) -> Iterator[str]:
+    """What keeps vLLM from sampling as the recipe asks, wherever its server is."""
     if recipe.lora.vision:
         yield "lora.vision: vLLM applies adapters only to language layers; use false, or rollout.engine=transformers"
     if recipe.lora.r > LORA_RANKS[-1]:
         yield f"lora.r: vLLM takes at most {LORA_RANKS[-1]}; lower it, or use rollout.engine=transformers"
+    if recipe.rollout.ahead and recipe.rollout.importance_cap is None:
+        yield "rollout.importance_cap: null leaves a rollout.ahead of 1 uncorrected; give a number such as 2.0"
     for url in () if recipe.rollout.servers == "auto" else recipe.rollout.servers:
         if not re.fullmatch(r"https?://[^/@\s]+", url):
             yield f"rollout.servers: {url!r} is not a server's URL; write http://HOST:PORT, its key in VLLM_API_KEY"

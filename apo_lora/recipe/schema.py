@@ -223,6 +223,9 @@ class RolloutSection(Section):
     """Port of the server on this machine's loopback; 0 is any free one."""
     server_seconds: Positive = 600.0
     """Longest wait for the server's start, and for one answer of it."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 samples the next rollout while this one trains, with the adapter that the training begins with: one rollout
+    behind, which importance weights correct. With the vllm engine only."""
     importance_cap: Positive | None = 2.0
     """Largest importance weight of a token: where the sampler's log-probabilities are known, the policy term is
     weighted by the trainer's probability over the sampler's; null leaves it unweighted."""
@@ -269,6 +272,13 @@ class TrainSection(Section):
     """Before step 1, check images, reference and sampling, and that the largest example fits in memory."""
     evaluate: bool = True
     """Evaluate on `data.eval` and `data.general` before and after training."""
+    eval_steps: Count | None = None
+    """Optimizer steps between measurements of some items of `data.eval` during training; must cover whole rollouts;
+    null measures before and after training only."""
+    eval_items: Count = 64
+    """Items of each of those measurements: the first of `data.eval`, with the same seed every time."""
+    patience: Count | None = None
+    """Stop after this many of those measurements in a row without a new best accuracy; null trains to the end."""
 
 
 class OutputSection(Section):
@@ -278,6 +288,10 @@ class OutputSection(Section):
     """Optimizer steps between printed lines; metrics.jsonl records every step."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to; each must be installed."""
+    keep_best: bool = False
+    """Keep the adapter that measured best during training in `adapter-best`, beside that of the last step."""
+    show_completions: Count | None = None
+    """Optimizer steps between views of one prompt's completions in the terminal; null shows none."""
     log_completions: bool = True
     """Record every completion with its rewards in completions.jsonl."""
     mirror: tuple[Place, ...] = ()
@@ -308,6 +322,12 @@ class Recipe(Section):
         """Optimizer steps of the run: max_steps, or whole rollouts for `epochs` passes over the examples."""
         rollouts = int(num_examples * self.train.epochs) // self.prompts_per_rollout
         return self.train.max_steps or max(1, rollouts) * self.steps_per_rollout
+
+    @property
+    def server_in_4bit(self) -> bool:
+        """Whether a vLLM server holds the base in 4 bits."""
+        wanted = self.rollout.quantization
+        return wanted == "bitsandbytes" or (wanted == "auto" and self.model.load_in_4bit)
 
     @property
     def completions_per_step(self) -> int:

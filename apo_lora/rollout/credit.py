@@ -22,11 +22,17 @@ class Rollout:
     indices: list[int | None]
     """The column `index` of each completion's prompt, where the data set has one."""
     texts: list[str]
+    adapter_steps: list[int]
+    """Optimizer steps that the adapter which sampled each completion had seen."""
     rewards_BF: Tensor
     lengths_B: Tensor
     """Tokens, the end token included."""
     truncated_B: Tensor
     seconds_for_rewards: float
+
+    def staleness(self, step: int) -> float:
+        """Optimizer steps between the adapters that sampled and the one after `step` steps, mean of completions."""
+        return step - sum(self.adapter_steps) / len(self.adapter_steps)
 
     def with_rows_replaced(self, rows: Sequence[int], other: "Rollout") -> "Rollout":
         """With the completions of `other`, in order, replacing these rows."""

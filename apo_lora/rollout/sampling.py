@@ -18,12 +18,23 @@ from apo_lora.recipe.schema import Recipe
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-Sampled = tuple[list[list[int]], list[list[float]]]
-"""Token ids of every row, end token included, and the log-prob of each."""
+class Sampled(NamedTuple):
+    ids: list[list[int]]
+    """Token ids of every row, end token included."""
+    logps: list[list[float]]
+    """Of each token, as it was sampled."""
+    step: int | None
+    """Optimizer steps that the adapter it was sampled with had seen; None is the base."""
 
 
 class Sampler(Protocol):
     """Samples a rollout for APOTrainer, instead of the model's own generate()."""
+
+    ahead: int
+    """Rollouts that are begun before they are asked for: 0, or 1."""
+
+    def begin(self, model: nn.Module, step: int, items: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> None:
+        """Begins the rollout that is asked for next, with the adapter of this moment, and returns at once."""
 
     def __call__(
         self,
@@ -33,7 +44,7 @@ class Sampler(Protocol):
         prompt_ids: Sequence[Sequence[int]],
         groups: Sequence[int],
     ) -> Sampled:
-        """One completion per row, with the adapter that `model` has before step `step` + 1.
+        """One completion per row, with the adapter that `model` has before step `step` + 1, or as it was begun.
 
         `items` are the data set's, with messages in `prompt` and PIL images in `images`; `prompt_ids` is what the
         trainer reads in them; rows with the same group have the same prompt.

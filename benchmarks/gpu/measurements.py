@@ -72,6 +72,10 @@ MEASUREMENTS = (
     _peer("unsloth-thriftiest", "unsloth", whole_group=False, UNSLOTH_GRPO_LOGPROB_RECOMPUTE="1"),
     _peer("trl-group", "trl", whole_group=True),
     _peer("trl-row", "trl", whole_group=False),
+    Measurement("sampling/transformers", "sampling:steps", 480, {"engine": "transformers"}),
+    Measurement("sampling/vllm", "sampling:steps", 600, {"engine": "vllm"}),
+    Measurement("sampling/vllm-ahead", "sampling:steps", 600, {"engine": "vllm", "ahead": 1}),
+    Measurement("sampling/ragged", "sampling:ragged", 600),
 )
 
 

@@ -47,6 +47,7 @@ def table(results: Results) -> str:
         machines(results),
         recipes_table(results),
         peers_table(results),
+        sampling_table(results),
         aims_table(results),
         checks_table(results),
         endings(results),
@@ -141,6 +142,30 @@ def peers_table(results: Results) -> Iterator[str]:
     )
 
 
+def sampling_table(results: Results) -> Iterator[str]:
+    rows = {n.removeprefix("sampling/"): m for n, m in results.items() if n.startswith("sampling/")}
+    measured, ragged = {n: m for n, m in rows.items() if "seconds" in m}, rows.get("ragged", {}).get("rollouts", ())
+    if not measured and not ragged:
+        return
+    yield "## Sampling: generate() and vLLM"
+    yield ""
+    yield "Median seconds of a step; what is sampled ahead counts in `generate` only while the trainer waits for it."
+    yield ""
+    yield _row("sampled by", "step s", *(f"{p} s" for p in PHASES), "tok/s")
+    yield _rule(6)
+    for name, found in measured.items():
+        seconds = (_figure(found["seconds"][p], None) for p in PHASES)
+        speed = _figure(found["tokens_per_second"], None, "{:.0f}")
+        yield _row(name, f"{found['seconds_per_step']:.2f}", *seconds, speed)
+    if ragged:
+        yield from ("", "Completions of ragged lengths, in tokens per second:", "")
+        yield _row("completions", "tokens", "generate()", "vLLM")
+        yield _rule(4)
+    for row in ragged:
+        rates = row["tokens_per_second"]
+        yield _row(row["G"], f"{row['tokens']:,}", f"{rates['transformers']:.0f}", f"{rates['vllm']:.0f}")
+
+
 def aims_table(results: Results) -> Iterator[str]:
     rows = list(ratios(results))
     if not rows:
@@ -173,7 +198,8 @@ def endings(results: Results) -> Iterator[str]:
     yield _row("measurement", "ended", "seconds", "failed checks")
     yield _rule(4)
     for name, measured in results.items():
-        yield _row(name, measured["status"], f"{measured['seconds_in_all']:.0f}", len(failed_checks(measured)))
+        ended = f"skipped: {measured['skipped']}" if "skipped" in measured else measured["status"]
+        yield _row(name, ended, f"{measured['seconds_in_all']:.0f}", len(failed_checks(measured)))
 
 
 def _row(*cells: Any) -> str:

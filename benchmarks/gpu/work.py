@@ -34,7 +34,12 @@ OFFLINE = (
 # What a rehearsal changes in every recipe: sizes that a CPU gets through in seconds.
 SMALLER = {
     "3b": (),
-    "tiny": ("data.max_pixels=12544", "data.max_prompt_tokens=280", "grpo.max_completion_length=16"),
+    "tiny": (
+        "data.max_pixels=12544",
+        "data.max_prompt_tokens=280",
+        "grpo.max_completion_length=16",
+        "rollout.quantization=none",
+    ),
 }
 
 
@@ -92,6 +97,9 @@ def picture_size(pixels: int) -> tuple[int, int]:
 
 def full_length_only(trainer: Any) -> None:
     """Every completion of this trainer, whose ever it is, gets exactly the number of tokens that it may have."""
+    if sampler := getattr(trainer, "sampler", None):
+        whole = {"min_tokens": sampler.options["max_tokens"], "ignore_eos": True, "stop_token_ids": []}
+        sampler.options |= whole
     trainer.generation_config.min_new_tokens = trainer.generation_config.max_new_tokens
 
 

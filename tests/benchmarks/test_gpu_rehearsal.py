@@ -12,6 +12,8 @@ import torch
 from conftest import PROJECT
 from forks import environment, forks_address
 
+from apo_lora.errors import ModelError
+from apo_lora.machine import vllm_environment
 from benchmarks.gpu import results
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.measurements import MEASUREMENTS
@@ -144,6 +146,26 @@ def test_what_is_measured_is_not_measured_again(rehearsal):
     dates = {name: measured["date"] for name, measured in results.read(rehearsal.suite / "out").items()}
     assert rehearse(rehearsal.suite, "smoke/resume") == 0
     assert {name: m["date"] for name, m in results.read(rehearsal.suite / "out").items()} == dates
+
+
+@pytest.mark.matrix
+def test_sampling_with_vllm_is_measured_beside_generate(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a rehearsal is for hosts without a GPU")
+    try:
+        vllm_environment.set_up()
+    except ModelError as error:
+        pytest.skip(f"vLLM's packages cannot be had here: {error}")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment("unsloth").items():
+            patch.setenv(name, value)
+        assert rehearse(tmp_path, "sampling") == 0
+    found = results.read(tmp_path / "out")
+    steps = [found[f"sampling/{way}"] for way in ("transformers", "vllm", "vllm-ahead")]
+    assert all(all(checks(way).values()) and way["tokens"]["completion"] == 64 * 16 for way in steps)
+    assert [row["G"] for row in found["sampling/ragged"]["rollouts"]] == [8, 16]
+    table = results.table(found)
+    assert "| vllm-ahead |" in table and "Completions of ragged lengths" in table
 
 
 def test_a_rehearsal_refuses_a_gpu(monkeypatch):

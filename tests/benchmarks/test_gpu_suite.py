@@ -16,14 +16,31 @@ from apo_lora.data.inputs import open_inputs
 from apo_lora.errors import DataError, ModelError
 from apo_lora.family.lookup import shape_from_config
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.machine import vllm_environment
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
-from benchmarks.gpu import random_model, results, work
-from benchmarks.gpu.__main__ import main, measure
+from benchmarks.gpu import random_model, results, sampling, work
+from benchmarks.gpu.__main__ import described, exit_status, is_done, main, measure
 from benchmarks.gpu.measurements import CARDS, MEASUREMENTS, Measurement, Setting, selected
 from benchmarks.gpu.record import Record
 
 SUITE = PROJECT / "benchmarks" / "gpu"
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_without_vllms_environment_its_rows_are_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv(vllm_environment.PLACE, str(tmp_path / "nowhere"))
+    record = Record(tmp_path / "record.json")
+    sampling.steps(record, Setting("tiny", tmp_path), "vllm")
+    found = {"status": "finished", "seconds_in_all": 1.0, **json.loads((tmp_path / "record.json").read_text())}
+    assert "apo-lora setup-vllm" in found["skipped"] and described(found).startswith("skipped: vLLM's environment")
+    assert not is_done(found)  # it is tried again once there is one
+    results_by_name = {"sampling/vllm": found}
+    assert exit_status(results_by_name, selected("sampling/vllm")[:1]) == 0
+    table = results.table(results_by_name)
+    assert "| sampling/vllm | skipped: vLLM's environment is not there" in table and "## Sampling" not in table
+
 
 # --- children ---------------------------------------------------------------------------------------------------------
 

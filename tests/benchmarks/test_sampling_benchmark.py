@@ -1,4 +1,4 @@
-"""The benchmark of sampling: what both engines are asked for. A run of it takes a quarter of an hour."""
+"""The benchmark of sampling: what both engines are asked for. A run of it takes half an hour."""
 
 import torch
 

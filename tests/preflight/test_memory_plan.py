@@ -18,6 +18,7 @@ from apo_lora.preflight.memory_plan import (
     load_of,
     plan,
     prompts_per_pass,
+    server_needs,
     tower_has_gradient,
     with_rollout,
 )
@@ -168,6 +169,41 @@ def test_plan_says_whether_it_fits(arguments, code, words, capsys):
     shown = capsys.readouterr().out
     assert words in shown and "not yet compared with a measured GPU run" in shown and "KV cache" in shown
     assert max(map(len, shown.splitlines())) <= 160
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        (["--vram", "24"], 0, ["In 12.00 it computes 64 of the rollout's 64", "of which vLLM leaves 12.00"]),
+        (["--vram", "8"], 1, ["it computes 1 of", "of which vLLM leaves 4.00"]),
+        (["rollout.vllm_gpu_memory_utilization=0.1", "--vram", "24"], 1, ["it computes 0 of", "it would not start"]),
+        (["rollout.servers=[http://other:8000]", "--vram", "16"], 0, ["have memory of their own"]),
+    ],
+)
+def test_a_server_takes_its_share(changes, code, words, capsys):
+    assert main(["plan", "--recipe", "single_gpu", "rollout.engine=vllm", *changes]) == code
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words) and "KV cache" not in shown
+    assert max(map(len, shown.splitlines())) <= 160
+
+
+def test_a_servers_weights_are_in_its_own_bits():
+    shape = QWEN2_5_VL.published["3b"]
+    (quantised, cache), (in_16_bits, same) = (
+        server_needs(shape, recipe_of("single_gpu", "rollout.engine=vllm", f"rollout.quantization={bits}"))
+        for bits in ("auto", "none")
+    )
+    assert in_16_bits == 2 * sum(shape.parameters().values()) and quantised < in_16_bits / 2
+    assert cache == same == (1536 + 1024) * 2 * 36 * 256 * 2  # tokens, keys and values, layers, width, bytes
+
+
+def test_where_a_server_samples_the_tower_runs_in_the_scoring():
+    large = ("data.max_pixels=12845056", "data.max_prompt_tokens=17000", "grpo.completions_per_pass=1")
+    own, theirs = (
+        plan(QWEN2_5_VL.published["3b"], recipe_of("single_gpu", *large, f"rollout.engine={engine}")).peaks["score"]
+        for engine in ("transformers", "vllm")
+    )
+    assert theirs > own + GiB / 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without a GPU")

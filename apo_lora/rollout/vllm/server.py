@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -24,7 +25,7 @@ from apo_lora.errors import ModelError
 from apo_lora.machine import ranks
 from apo_lora.machine.vllm_environment import build, interpreter, problem
 from apo_lora.policy.loading import base_path
-from apo_lora.recipe.combinations import LORA_RANKS
+from apo_lora.recipe.combinations import LORA_RANKS, vllm_problems
 from apo_lora.recipe.schema import Recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.launcher import FOLDER, PARENT
@@ -47,6 +48,19 @@ class Servers(ABC):
     """Under which they serve the base without an adapter."""
     adapters: Path
     """Folder that this process writes its adapter to, and that its servers read."""
+    adapter: str | None = None
+    """Name of the one that they have loaded."""
+
+    def load(self, folder: Path, name: str) -> None:
+        """The adapter in this folder under this name; the one before is unloaded. Raises ServerFault."""
+        for endpoint in self.endpoints:
+            endpoint.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            if self.adapter is not None:
+                endpoint.ask("/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        for path in self.adapters.iterdir():
+            if path != folder:
+                shutil.rmtree(path, ignore_errors=True)
+        self.adapter = name
 
     @abstractmethod
     def restart(self) -> None:
@@ -124,16 +138,19 @@ class LocalServer(Servers):
 
     def restart(self) -> None:
         self.faulty = True
-        self.stop()
+        self._end()
         self.start()
 
-    def stop(self) -> None:
-        """Ends it and its workers; the log stays where there was a fault."""
+    def _end(self) -> None:
         if self.process:
             for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(self.process.pid, number)
                     self.process.wait(timeout=patience)
+
+    def stop(self) -> None:
+        """Ends it and its workers; the log stays where there was a fault."""
+        self._end()
         shutil.rmtree(self.adapters, ignore_errors=True)
         if not self.faulty:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -187,22 +204,27 @@ class RemoteServers(Servers):
     def restart(self) -> None:
         time.sleep(self.PATIENCE)
 
+    def leave(self) -> None:
+        """Nothing of this run stays with them."""
+        for endpoint in self.endpoints if self.adapter else ():
+            with suppress(ServerFault):
+                replace(endpoint, seconds=5.0).ask("/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        shutil.rmtree(self.adapters, ignore_errors=True)
+
 
 def servers_problem(recipe: Recipe) -> str | None:
     """Why this machine cannot sample with vLLM as the recipe asks, or None."""
-    if recipe.rollout.engine != "vllm" or recipe.rollout.servers != "auto":
+    if recipe.rollout.engine != "vllm":
+        return None
+    if why := next(vllm_problems(recipe), None):  # of a recipe that was written for another engine
+        return why
+    if recipe.rollout.servers != "auto":
         return None
     if why := problem():
         return f"rollout.engine: {why}, or use rollout.engine=transformers, the default"
-    if build() == "cpu" and quantized(recipe):
+    if build() == "cpu" and recipe.server_in_4bit:
         return "rollout.quantization: vLLM quantises only on a GPU; use none, or rollout.engine=transformers"
     return None
-
-
-def quantized(recipe: Recipe) -> bool:
-    """Whether the server holds the base in 4 bits."""
-    wanted = recipe.rollout.quantization
-    return wanted == "bitsandbytes" or (wanted == "auto" and recipe.model.load_in_4bit)
 
 
 def longest_sequence(recipe: Recipe) -> int:
@@ -217,7 +239,7 @@ def command_options(recipe: Recipe, base: str, *, dtype: str, images: int, has_g
         "revision": recipe.model.revision,
         "served-model-name": "base",
         "dtype": dtype,
-        "quantization": "bitsandbytes" if quantized(recipe) else None,
+        "quantization": "bitsandbytes" if recipe.server_in_4bit else None,
         "max-model-len": longest_sequence(recipe),
         "max-num-seqs": sequences,
         "limit-mm-per-prompt": json.dumps({"image": images, "video": 0}),
@@ -232,7 +254,8 @@ def command_options(recipe: Recipe, base: str, *, dtype: str, images: int, has_g
     }
     flags = ["enable-lora", "trust-request-mm-kwargs", "disable-log-stats"]
     if not has_gpu:
-        flags += ["enforce-eager", "skip-mm-profiling"]
+        # vLLM 0.31 fails where it reads a prompt in parts and there is a seed: "CPU Generator does not use offset".
+        flags += ["enforce-eager", "skip-mm-profiling", "no-enable-chunked-prefill"]
     pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
     return [*(part for pair in pairs for part in pair), *(f"--{flag}" for flag in flags)]
 
@@ -255,7 +278,7 @@ def serving(recipe: Recipe, run_path: Path, examples: Sequence[Example]) -> Iter
         try:
             yield servers
         finally:
-            shutil.rmtree(adapters, ignore_errors=True)
+            servers.leave()
         return
     local = _local_server(recipe, base, max(len(example.images) for example in examples))
     try:
