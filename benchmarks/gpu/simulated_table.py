@@ -24,14 +24,28 @@ from apo_lora.run.files import write_json
 GiB = 2**30
 Results = dict[str, dict[str, Any]]
 PHASES = {"generate": "sampling", "score": "scoring", "train": "training"}
+MOVERS = {
+    ("recipes-single_gpu", "token"): "a token",
+    ("recipes-single_gpu", "score"): "scoring",
+    ("recipes-single_gpu", "train"): "training",
+}
+"""Measurements and phases whose largest operations are kept."""
 
 
-def collect(folder: Path) -> Results:
-    """The shape of every result: date, environment, planned_bytes of a recipe, and phases."""
-    kept = ("date", "environment", "planned_bytes", "peak_bytes", "phases")
+def collect(folder: Path) -> dict[str, Any]:
+    """Dates and packages, and of everything that was measured peaks, those of the plan, and phases."""
     files = [file for file in sorted(folder.glob("*.json")) if file.stem != "results"]
     read = {file.stem: json.loads(file.read_text()) for file in files}
-    return {name: {key: found[key] for key in kept if key in found} for name, found in read.items()}
+    for name, found in read.items():
+        for phase, counted in found["phases"].items():
+            if (name, phase) not in MOVERS:
+                del counted["movers"]
+    kept = ("planned_bytes", "peak_bytes", "phases")
+    return {
+        "dates": sorted({found["date"] for found in read.values()}),
+        "packages": next(iter(read.values()))["environment"]["packages"],
+        "measured": {name: {key: found[key] for key in kept if key in found} for name, found in read.items()},
+    }
 
 
 def table(head: list[str], rows: Iterator[list[str]]) -> str:
@@ -116,24 +130,20 @@ def steps(results: Results) -> str:
     return table(["", "peak, GB", *(f"launches: {words[0]}", *words[1:]), *(f"GiB: {words[0]}", *words[1:])], rows())
 
 
-def movers(results: Results, name: str) -> str:
+def movers(results: Results) -> str:
     """The ten operations that move the most bytes, in GiB, by phase."""
-    parts = {"token": "a token", "score": "scoring", "train": "training"}
-    columns = [
-        [f"{key} {found['bytes'] / GiB:.1f}" for key, found in results[name]["phases"][part]["movers"].items()]
-        for part in parts
-    ]
-    return table(list(parts.values()), map(list, zip(*columns, strict=True)))
+    found = [results[name]["phases"][phase]["movers"] for name, phase in MOVERS]
+    columns = [[f"{operation} {counts['bytes'] / GiB:.1f}" for operation, counts in part.items()] for part in found]
+    return table(list(MOVERS.values()), map(list, zip(*columns, strict=True)))
 
 
-def report(results: Results) -> str:
-    environment = next(iter(results.values()))["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    dates = sorted({found["date"] for found in results.values()})
+def report(collected: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in collected["packages"].items() if version)
+    results = collected["measured"]
     return "\n".join(
         [
             "# On a simulated device\n",
-            f"{', '.join(dates)}; Python {environment['python']}; {packages}.\n",
+            f"{', '.join(collected['dates'])}; {packages}.\n",
             "Counted on the null GPU (tools/null_gpu), not measured on a GPU. Layers are not compiled there, nobody's: "
             "compiled ones fuse the element-wise operations of scoring and training.\n",
             "## Peaks of PyTorch's allocator, GB (planned, difference)\n",
@@ -144,7 +154,7 @@ def report(results: Results) -> str:
             steps(results),
             "## What moves the most bytes in `single_gpu.yaml`, GiB\n",
             "Scoring is that of two rollouts, 32 passes; training is four passes.\n",
-            movers(results, "recipes-single_gpu"),
+            movers(results),
         ]
     )
 
