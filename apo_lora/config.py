@@ -13,6 +13,7 @@ from apo_lora.apo import DADS_SHAPES, RATIOS, REWARD_SCALES
 
 ONE_OF = {
     "zero_variance_groups": ("keep", "skip", "resample"),
+    "reference": ("base", "start"),
     "scale_rewards": tuple(REWARD_SCALES),
     "importance_sampling_level": tuple(RATIOS),
 }
@@ -45,6 +46,8 @@ class APOConfig(GRPOConfig):
     correct_from            smallest value of that reward that counts as correct
     shared_prompt           compute each prompt once for all of its completions, where the model allows it; same result
     zero_variance_groups    groups whose rewards are all equal: keep, skip, or resample other prompts (twice at most)
+    reference               what the KL is to: base, the model with its adapters off, or start, a frozen copy of the
+                            adapter as it is when the trainer is made (for a PeftModel that was trained before)
     importance_cap          largest importance weight of a token, where vLLM sampled it; None leaves tokens unweighted
     max_nonfinite_steps     stop after this many optimizer steps in a row with a loss or gradient that is not finite
 
@@ -82,6 +85,9 @@ class APOConfig(GRPOConfig):
     zero_variance_groups: str = field(
         default="keep", metadata={"help": "Groups with equal rewards: keep, skip or resample."}
     )
+    reference: str = field(
+        default="base", metadata={"help": "Policy that the KL is to: base, or the adapter at the start."}
+    )
     importance_cap: float | None = field(
         default=2.0, metadata={"help": "Largest importance weight of a token that another engine sampled."}
     )
@@ -89,7 +95,7 @@ class APOConfig(GRPOConfig):
         default=3, metadata={"help": "Stop after this many non-finite optimizer steps in a row."}
     )
 
-    beta: float = field(default=1e-3, metadata={"help": "Weight of the KL to the base without its adapter."})
+    beta: float = field(default=1e-3, metadata={"help": "Weight of the KL to the reference."})
     loss_type: str = field(default="dapo", metadata={"help": "Normalisation of the surrogate: dapo, grpo, dr_grpo."})
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Fixed: APO's KL has no correction factor."})
     vllm_importance_sampling_correction: bool = field(

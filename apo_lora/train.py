@@ -25,11 +25,12 @@ from apo_lora.run.adapter import save_adapter
 from apo_lora.run.directory import RunDir, RunLock
 from apo_lora.run.disk import checkpoint_bytes, disk_errors_as_one_line, require_room
 from apo_lora.run.files import write_atomically, write_json
-from apo_lora.run.inputs import changes_of_inputs, inputs_of
+from apo_lora.run.inputs import changes_of_inputs, inputs_of, recorded_start, start_of
 from apo_lora.run.mirror import Mirrors
 from apo_lora.run.model_card import model_card
 from apo_lora.run.recipes import fitted_as_before, record_recipes
 from apo_lora.run.resume import checkpoint_to_continue, environment_changes, only_plain_data, rewind_record
+from apo_lora.run.start import start_line, with_start
 from apo_lora.run.summary import closing_summary
 from apo_lora.run.trackers import require_trackers, trackers_in
 
@@ -64,7 +65,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
     Raises UserError for everything that a user can fix, before anything is written where possible.
     """
     run_dir = RunDir(recipe.output.dir.replace("{recipe}", recipe_name))
-    recipe = recipe.in_run_dir(run_dir.path)
+    recipe = with_start(recipe).in_run_dir(run_dir.path)
     with RunLock(run_dir) as lock:
         start = _start(recipe, recipe_name, run_dir, lock, resume, dry_run)
         inputs = _inputs(recipe, needs_device=not dry_run)  # a dry run may be on another machine
@@ -79,7 +80,7 @@ def train(recipe: Recipe, *, recipe_name: str, resume: str | None = None, dry_ru
             trackers_in(run_dir),
         ):
             rewards = _rewards(recipe, verifier, inputs)
-            used = inputs_of(inputs.train, inputs.held_out_examples, recipe.rewards.functions)
+            used = inputs_of(inputs.train, inputs.held_out_examples, recipe.rewards.functions, start_of(recipe))
             for line in changes_of_inputs(run_dir, used) if start.checkpoint else ():
                 say(line)
             if dry_run:
@@ -297,7 +298,8 @@ def _close_run(
 
     plots = write_plots(run_dir)
     versions = json.loads(run_dir.environment.read_text(encoding="utf-8"))
-    write_atomically(run_dir.model_card, model_card(recipe, base_name, evaluation, steps, versions))
+    card = model_card(recipe, base_name, evaluation, steps, versions, start=recorded_start(run_dir))
+    write_atomically(run_dir.model_card, card)
     say(closing_summary(run_dir, evaluation, plots, seconds, steps, troubles))
 
 
@@ -343,6 +345,7 @@ def _open_run(start: Start, fitted: Recipe, engine: str) -> None:
 
 def run_preflight(recipe: Recipe) -> bool:
     """`apo-lora preflight`: only the checks. Nothing is written; True if all passed."""
+    recipe = with_start(recipe)
     inputs = _inputs(recipe, needs_device=True)
     from apo_lora.preflight.checks import preflight
     from apo_lora.rollout.vllm.server import serving
@@ -367,8 +370,13 @@ def _require_device(recipe: Recipe) -> None:
 
 def _load_policy(recipe: Recipe) -> "Policy":
     from apo_lora.policy.loading import load_policy
+    from apo_lora.policy.tuned import load_start
 
-    policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
+    if recipe.lora.start:
+        policy = load_start(recipe)
+        say(start_line(recipe))
+    else:
+        policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed)
     say(policy.summary)
     return policy
 

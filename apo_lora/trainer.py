@@ -28,7 +28,7 @@ from apo_lora.config import APOConfig
 from apo_lora.family.lookup import closest_family, family_of, inner_model_of
 from apo_lora.machine import ranks
 from apo_lora.policy.batches import row_slices
-from apo_lora.policy.loading import reference_mode
+from apo_lora.policy.loading import reference_mode, set_reference
 from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt.attention import accept_prompt_groups, obstacle
@@ -50,8 +50,9 @@ from apo_lora.run.log_window import LogWindow
 class APOTrainer(GRPOTrainer):
     """GRPO with DADS and STCR on a LoRA policy; replaces `trl.GRPOTrainer` and takes its arguments.
 
-    The reference is the same model with its adapter off: no second model and no copy of the adapter is made. `args` is
-    an APOConfig, and `sampler` samples in place of generate(). Raises ValueError for a model without an adapter.
+    The reference is the same model with its adapter off, or with a frozen copy of it (`args.reference`): no second
+    model is made. `args` is an APOConfig, and `sampler` samples in place of generate(). Raises ValueError for a model
+    without an adapter.
     """
 
     def __init__(self, model, reward_funcs=None, args: APOConfig | None = None, *arguments, sampler=None, **named):
@@ -75,6 +76,7 @@ class APOTrainer(GRPOTrainer):
         self.args.beta = args.beta
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             raise ValueError("APOTrainer: the model has no adapter; give peft_config=LoraConfig(...), or a PeftModel")
+        set_reference(self.accelerator.unwrap_model(self.model), self.args.reference)
         accept_prompt_groups(self.model)  # before the first rollout, whoever loaded the model
         self._never_sample(closest_family(self.model).vision_token_ids(self.processing_class))
         self.credit_of = credit_rule(self.args, self.reward_func_names, self.reward_weights)

@@ -24,6 +24,7 @@ def _gigabytes(text: str) -> float:
 
 def run(recipe: str, overrides: list[str], vram: float | None) -> int:
     from apo_lora.preflight.plan_table import print_plan
+    from apo_lora.run.start import with_start
 
     name, loaded = load_named(recipe, overrides)
-    return 0 if print_plan(name, loaded, gpu_memory=vram) else 1
+    return 0 if print_plan(name, with_start(loaded), gpu_memory=vram) else 1

@@ -28,6 +28,7 @@ class AnswerPair(NamedTuple):
     """One answer to one item by each model; None where that model has not answered (yet)."""
 
     base: AnswerRow | None
+    """Of a run that began with lora.start, that adapter's."""
     tuned: AnswerRow | None
 
     @property
@@ -48,7 +49,7 @@ def paired(rows: Iterable[AnswerRow]) -> list[AnswerPair]:
     found: dict[tuple, dict[str, AnswerRow]] = {}
     for row in rows:
         key = row["set"], row["row"], row.get("sample", 0), row.get("greedy", False)
-        found.setdefault(key, {})[row["model"]] = row
+        found.setdefault(key, {})["base" if row["model"] == "start" else row["model"]] = row
     return [AnswerPair(*map(answers.get, MODELS)) for answers in found.values()]
 
 

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
-from apo_lora.evaluation.figures import MODELS, OUTCOMES, AnswerPair, AnswerRow, paired
+from apo_lora.evaluation.figures import OUTCOMES, AnswerPair, AnswerRow, paired
 from apo_lora.rewards.scores import FORMAT_REWARD
 from apo_lora.run.files import write_atomically
 from apo_lora.run.pictures import Thumbnail, thumbnail
@@ -164,12 +164,12 @@ def _item(pair: AnswerPair, source: AnswerSource, pictures: Sequence[tuple[Thumb
     """`pictures` come with their number on the page, or None where each is embedded in its item."""
     answers = [
         {
-            "model": "in training" if "step" in row else model,
+            "model": "in training" if "step" in row else row["model"],
             "row": row,
             "text": _cut(row.get("text", row.get("completion", ""))),
             "facts": _facts(row, source.reward_names),
         }
-        for model, row in zip(MODELS, pair, strict=True)
+        for row in pair
         if row is not None
     ]
     return _template().item(_heading(pair.either), pair.outcome, pair.either, pictures, answers)

@@ -16,8 +16,10 @@ from apo_lora.run.directory import RunDir
 from apo_lora.run.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from apo_lora.run.pictures import saved_images
 
-MODEL = {"before": "base", "after": "tuned"}
-"""The `model` in answers.jsonl: a fresh adapter is the base."""
+
+def model_at(when: Literal["before", "after"], recipe: Recipe) -> str:
+    """The `model` in answers.jsonl: a fresh adapter is the base."""
+    return "tuned" if when == "after" else "start" if recipe.lora.start else "base"
 
 
 class HeldOut:
@@ -43,16 +45,17 @@ class HeldOut:
         Several processes share the items out; each of them has the figures, the main one writes.
         """
         run_dir, is_main, figures = self.run_dir, ranks.is_main(), {}
+        model = model_at(when, self.recipe)
         if is_main and self.sets:
             others = list(read_jsonl(run_dir.answers)) if run_dir.answers.exists() else []
-            write_jsonl(run_dir.answers, [row for row in others if row["model"] != MODEL[when]])
+            write_jsonl(run_dir.answers, [row for row in others if row["model"] != model])
         for title, examples in self.sets.items():
             judged = self._shared_out(examples, title=f"{when}: {title}")
             images = [
                 saved_images(example.images, run_dir.images / title, run_dir.path) if is_main else []
                 for example in examples
             ]
-            rows = answer_rows(title, MODEL[when], examples, judged, images)
+            rows = answer_rows(title, model, examples, judged, images)
             if is_main:
                 append_jsonl(run_dir.answers, rows)
             figures[title] = summary(rows)

@@ -108,7 +108,7 @@ def answer_rows(
     sample: int = 0,
     greedy: bool = False,
 ) -> list[dict[str, Any]]:
-    """Lines of answers.jsonl. `model` is base or tuned; `images` are paths as a reader of the run finds them."""
+    """Lines of answers.jsonl. `model` is base, start or tuned; `images` are paths as a reader of the run finds them."""
     rows = []
     for example, completion, paths in zip(examples, judged, images, strict=True):
         found = final_answer(completion.text)

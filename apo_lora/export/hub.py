@@ -14,6 +14,7 @@ from apo_lora.machine.hub import hub_api
 from apo_lora.run.adapter import RECIPE_ON_HUB, AdapterSource
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
+from apo_lora.run.inputs import recorded_start
 from apo_lora.run.model_card import What, card_without_run, model_card
 
 
@@ -73,7 +74,8 @@ def hub_card(source: AdapterSource, run: RunDir, repo: str, what: What, onto: st
         raise HubError(
             f"{run.path}: the run's record, needed for the model card, cannot be read ({error}); restore it"
         ) from None
-    return model_card(source.recipe, source.base_name, evaluation, steps, environment, what=what, place=repo, onto=onto)
+    facts = {"what": what, "place": repo, "onto": onto, "start": recorded_start(run)}
+    return model_card(source.recipe, source.base_name, evaluation, steps, environment, **facts)
 
 
 def _check_name(repo: str) -> None:

@@ -78,6 +78,11 @@ def licence_of_base(name: str) -> Licence:
     return next(known, UNKNOWN) if owner in PUBLISHERS else UNKNOWN
 
 
+def published_model(name: str) -> tuple[str, str] | None:
+    """Model type and size of a published model, quantised or renamed copies of it included; None for other names."""
+    return next(((family.model_type, size) for family, size in _published(name)), None)
+
+
 def _published(name: str) -> Iterator[tuple[Family, str]]:
     """The family and the size that a name says."""
     return ((family, size) for family in FAMILIES.values() if (size := family.published_size(name)))

@@ -1,13 +1,16 @@
-"""Loading the policy: a base model, frozen, with a LoRA adapter. The base with its adapters off is the reference.
+"""Loading the policy: a base model, frozen, with a LoRA adapter; and the reference, which is the base with its adapters
+off or with a frozen copy of the adapter.
 
 Two engines: Unsloth's FastVisionModel on a GPU, transformers + PEFT without one.
 """
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,11 +249,45 @@ def _require_layers(base: nn.Module, lora: LoraSection, name: str) -> None:
         raise ModelError(f"lora.target_modules: {name} has no layer {', '.join(missing)}; it has {', '.join(linear)}")
 
 
+REFERENCE = "reference"
+"""PEFT's name of the frozen copy of an adapter."""
+
+
+def set_reference(model: nn.Module, which: str) -> None:
+    """Makes `base` or `start`, the active adapter as it is now, what reference_mode switches to. For a PeftModel."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if REFERENCE in model.peft_config:
+        model.delete_adapter(REFERENCE)
+    if which == "base":
+        return
+    own = model.active_adapter
+    weights = get_peft_model_state_dict(model, adapter_name=own, save_embedding_layers=False)
+    # Without memory first: so it draws no random numbers, and gets the dtype of what is copied.
+    model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[own]), low_cpu_mem_usage=True)
+    copies = {name: weight.detach().clone() for name, weight in weights.items()}
+    set_peft_model_state_dict(model, copies, REFERENCE, low_cpu_mem_usage=True)
+    model.set_requires_grad(REFERENCE, False)
+    # The reference is not a result: neither checkpoints nor the run's adapter contain it.
+    model.save_pretrained = partial(type(model).save_pretrained, model, selected_adapters=[own])
+
+
 @contextmanager
 def reference_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is the reference policy: the frozen base, adapters off. No second copy exists."""
-    with torch.no_grad(), model.disable_adapter():
-        yield
+    """Inside, `model` is the reference policy: the frozen base, adapters off, or the frozen adapter of set_reference.
+    No second model exists.
+    """
+    own = model.active_adapter
+    with torch.no_grad():
+        if REFERENCE not in model.peft_config:
+            with model.disable_adapter():
+                yield
+            return
+        model.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield
+        finally:
+            model.set_adapter(own)
 
 
 def is_4bit(model: nn.Module) -> bool:

@@ -6,30 +6,37 @@ not matter how they were chosen in training (all-linear, some layers, a pattern)
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apo_lora.errors import ModelError
-from apo_lora.family.lookup import family_of_base
-from apo_lora.policy.loading import Policy, import_engine, load_policy
+from apo_lora.policy.loading import Policy, import_engine, load_policy, set_reference
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource
+from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource, current_name, layer_names, plain_lora_config
+from apo_lora.run.start import named_in_errors, start_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import Tensor
 
-_PREFIX = "base_model.model."
-# PEFT itself loads such adapters, on the model that they were trained on.
-_NOT_LOADED = ("use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+
+def load_start(recipe: Recipe) -> Policy:
+    """The recipe's base with the adapter in lora.start, to be trained; and the reference. Raises ModelError.
+
+    `recipe` has been through run.start.with_start.
+    """
+    with named_in_errors():
+        policy = load_tuned(start_adapter(recipe), recipe, dropout=recipe.lora.dropout)
+    set_reference(policy.model, recipe.grpo.reference)
+    return policy
 
 
-def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
+def load_tuned(source: AdapterSource, recipe: Recipe, *, dropout: float = 0.0) -> Policy:
     """The recipe's base, loaded as it was trained, with the adapter. Raises ModelError."""
     import_engine(recipe.model)
+    plain_lora_config(source)
     config = lora_config(source)
-    if others := [key for key in _NOT_LOADED if getattr(config, key)]:
-        raise ModelError(f"{source.folder}: trained with {', '.join(others)}; load it with PEFT itself")
     shape = {key: getattr(config, key) for key in ("r", "lora_alpha", "target_modules", "use_rslora")}
+    shape["lora_dropout"] = dropout
     policy = load_policy(recipe.model, recipe.lora, recipe.data, seed=recipe.train.seed, adapter=shape)
     load_adapter(policy.model, source)
     return policy
@@ -38,19 +45,16 @@ def load_tuned(source: AdapterSource, recipe: Recipe) -> Policy:
 def lora_config(source: AdapterSource) -> "LoraConfig":
     """The adapter's own, with its layers by name. Raises ModelError."""
     from peft import LoraConfig, PeftConfig
-    from safetensors import SafetensorError, safe_open
 
+    layers = layer_names(source)
     try:
-        with safe_open(source.folder / WEIGHTS, "np") as weights:
-            keys = _current_names(weights.keys(), source)
         config = PeftConfig.from_pretrained(str(source.folder))
-    except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]}); copy it again"
         ) from error
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{source.folder}: {CONFIG} is of a {config.peft_type} adapter; only LoRA is supported")
-    layers = sorted({key.removeprefix(_PREFIX).partition(".lora_A")[0] for key in keys.values() if ".lora_A" in key})
     if not layers:
         raise ModelError(f"{source.folder}: {WEIGHTS} contains no LoRA layer; give another adapter")
     config.target_modules = "|".join(map(re.escape, layers))  # PEFT matches it in full
@@ -69,14 +73,14 @@ def load_adapter(model: "PeftModel", source: AdapterSource, *, assign: bool = Fa
 
     try:
         weights = load_file(source.folder / WEIGHTS)
-        names = _current_names(weights, source)
         _require_numbers(weights, source.folder)
-        state = {names[key]: weight.float() if assign else weight for key, weight in weights.items()}
+        state = {current_name(key, source): weight.float() if assign else weight for key, weight in weights.items()}
         loaded = set_peft_model_state_dict(model, state, model.active_adapter, low_cpu_mem_usage=assign)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
-            f"{source.folder}: the adapter cannot be loaded ({reason}); copy it again from where it was trained"
+            f"{source.folder}: the adapter cannot be loaded ({reason}); copy it again, or use the base that it was "
+            "trained on"
         ) from error
     missing = [key for key in loaded.missing_keys if ".lora_" in key]
     if missing or loaded.unexpected_keys:
@@ -84,12 +88,6 @@ def load_adapter(model: "PeftModel", source: AdapterSource, *, assign: bool = Fa
             f"{source.folder}: the adapter does not match this model ({len(missing)} weights are missing, "
             f"{len(loaded.unexpected_keys)} are unexpected); use the base that it was trained on"
         )
-
-
-def _current_names(keys: Any, source: AdapterSource) -> dict[str, str]:
-    """Of each weight, the name that it has in a model loaded now."""
-    family = family_of_base(source.base_name)
-    return {key: _PREFIX + family.module_name(key.removeprefix(_PREFIX)) for key in keys}
 
 
 def _require_numbers(weights: "dict[str, Tensor]", folder: Path) -> None:

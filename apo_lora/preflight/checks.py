@@ -23,7 +23,7 @@ from apo_lora.policy.scoring import token_logps
 from apo_lora.preflight.sample import SAMPLE_TOKENS, as_batch, random_adapter, sample_by_vllm, short_sample
 from apo_lora.preflight.shared_prompt import compare_shared_prompt, compare_shared_reading
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs
+from apo_lora.rollout.sampling import Forward, generation_fault, prompt_inputs, without_dropout
 from apo_lora.rollout.vllm.sampler import VllmSampler
 from apo_lora.rollout.vllm.server import Servers
 from apo_lora.run.figures import ALARM_DIFFERENCE
@@ -59,10 +59,10 @@ def preflight(
 
     Leaves weights, gradients and random state as they were.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_dropout(policy.model):
         torch.manual_seed(recipe.train.seed)
         batch, sampled_logps, forwards = short_sample(policy, examples[:SAMPLE_EXAMPLES], recipe)
-        sharing = []
+        sharing, starts_elsewhere = [], recipe.lora.start and recipe.grpo.reference == "base"
         if recipe.grpo.shared_prompt:
             check, shares = check_shared_prompt(policy, batch, examples, recipe)
             sharing.append(check)
@@ -74,7 +74,7 @@ def preflight(
             *sharing,
             check_generation(forwards),
             check_agreement(policy, batch, sampled_logps, recipe),
-            check_reference(policy, batch),
+            (check_start if starts_elsewhere else check_reference)(policy, batch),
             *([check_image(policy, batch)] if batch.get("pixel_values") is not None else []),
             *([check_server(policy, examples[:SAMPLE_EXAMPLES], recipe, servers)] if servers else []),
         ]
@@ -114,20 +114,33 @@ def check_agreement(policy: Policy, batch: dict, sampled_logps: Tensor, recipe: 
 
 
 def check_reference(policy: Policy, batch: dict) -> Check:
-    with torch.no_grad():
-        fresh, _ = _score(policy, batch)
-    with reference_mode(policy.model):
-        reference, _ = _score(policy, batch)
-    difference = (fresh - reference).abs().mean().item()
+    """Of a policy that starts at its reference: a fresh adapter, or any where that is grpo.reference=start."""
+    difference, kl = _from_reference(policy, batch)
     # An adapter whose B is 0 adds exactly 0. In 16 bits, kernels with and without adapters may still round differently.
     limit = 0 if policy.dtype == torch.float32 else AGREEMENT[policy.dtype]
     return Check(
-        "the fresh adapter is the base",
+        "the policy starts at its reference",
         difference <= limit,
-        f"KL to the reference starts at {token_kl(fresh, reference).mean().item():.1g}"
-        + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
-        "switching the adapter off does not give the base; set lora.dropout to 0 and install the tested peft version",
+        kl + (f" ({difference:.1e} nats per token apart, at most {limit:.0e})" if difference else ""),
+        "switching adapters does not give the reference; set lora.dropout to 0 and install the tested peft version",
     )
+
+
+def check_start(policy: Policy, batch: dict) -> Check:
+    """Of a policy that starts at lora.start and stays near the base."""
+    difference, kl = _from_reference(policy, batch)
+    remedy = "an adapter without effect was never trained, or belongs to another model; give another, or leave it out"
+    return Check("the adapter in lora.start changes the base", difference > 0, kl, remedy)
+
+
+def _from_reference(policy: Policy, batch: dict) -> tuple[float, str]:
+    """Nats per token on average between the policy and its reference, and their KL in words."""
+    with torch.no_grad():
+        own, _ = _score(policy, batch)
+    with reference_mode(policy.model):
+        reference, _ = _score(policy, batch)
+    kl = token_kl(own, reference).mean().item()
+    return (own - reference).abs().mean().item(), f"KL to the reference starts at {kl:.1g}"
 
 
 def check_image(policy: Policy, batch: dict) -> Check:

@@ -194,6 +194,8 @@ def adapter_rows(shape: ModelShape, recipe: Recipe) -> Iterator[Row]:
     states = sum(adam_bytes(values, in_8bit=in_8bit) * copies for values, copies in lora_tensors(shape, recipe))
     yield Row("LoRA", MOMENTS, 4 * parameters, f"{parameters:,} float32 values, r = {recipe.lora.r}")
     yield Row("LoRA in 16 bits", MOMENTS, 2 * parameters, "for the rollout; autocast's copy of a pass")
+    if recipe.grpo.reference == "start":
+        yield Row("LoRA of the reference", MOMENTS, 4 * parameters, "a frozen copy of lora.start")
     yield Row("optimizer state", MOMENTS, states, f"two Adam states in {'8' if in_8bit else '32'} bits")
     # A micro-batch's own gradients come apart from those of the step so far (trainer.compute_loss).
     sets = 1 if recipe.completions_per_step == recipe.grpo.completions_per_pass else 2

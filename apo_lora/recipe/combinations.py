@@ -38,6 +38,8 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield "grpo.zero_variance_groups: resample needs whole groups in one process; use skip or keep"
     if apo.dads not in (None, "constant") and grpo.beta == 0:
         yield "apo.dads: has no effect with grpo.beta = 0; set grpo.beta above 0, or apo.dads to null"
+    if grpo.reference == "start" and recipe.lora.start is None:
+        yield "grpo.reference: start is the adapter in lora.start, which is null; give lora.start, or use base"
     if rewards.correct_by not in rewards.functions:
         yield f"rewards.correct_by: {rewards.correct_by!r} must be one of rewards.functions {list(rewards.functions)}"
     elif BUILT_IN_REWARDS.get(rewards.correct_by, rewards.correct_from) < rewards.correct_from:

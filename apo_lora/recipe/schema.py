@@ -67,6 +67,9 @@ class LoraSection(Section):
     """Linear layers of the language model that get an adapter, by the last part of their name."""
     vision: bool = False
     """Also adapt the linear layers of the vision tower."""
+    start: Place | None = None
+    """Adapter to train further: a run, a folder in PEFT's format, or a Hugging Face id; null starts from a fresh one.
+    Rank, alpha, layers and, unless given, dropout are those of that adapter."""
 
 
 class ColumnsSection(Section):
@@ -192,7 +195,10 @@ class GrpoSection(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample from the k most likely tokens; 0 samples from the whole vocabulary."""
     beta: NonNegative = 1e-3
-    """Weight of the KL divergence to the frozen base."""
+    """Weight of the KL divergence to the reference."""
+    reference: Literal["base", "start"] = "base"
+    """What the KL divergence keeps the policy near: the frozen `base` without any adapter, or a frozen copy of the
+    adapter in lora.start, where it is 0 at the `start`."""
     epsilon: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     """Clip range of the probability ratio. The ratio is 1, and nothing is clipped, where a rollout feeds one step."""
     epsilon_high: Positive | None = None

@@ -34,7 +34,7 @@ COMPARED = (
     Compared("length_wrong", "Length of wrong answers", "tokens", "length_wrong", "reasoning", "length_wrong"),
     Compared("entropy", "Entropy", "nats per token", "entropy", course="entropy"),
     Compared("general_accuracy", "General accuracy", "fraction right", "accuracy", "general"),
-    Compared("kl", "KL to the base", "nats per token", "kl", course="kl"),
+    Compared("kl", "KL to the reference", "nats per token", "kl", course="kl"),
 )
 
 When = Literal["before", "after"]
@@ -141,7 +141,7 @@ def mean_rows(figures: dict[str, Any]) -> list[list[str]]:
     groups = figures[COMPARED[0].key]["variants"]
     return [
         ["", *HEADINGS],
-        row("base", lambda figure: figure["before"]),
+        row("before", lambda figure: figure["before"]),
         *(row(group, lambda figure, group=group: figure["variants"][group]) for group in groups),
     ]
 

@@ -48,7 +48,7 @@ DEPENDED_ON = {
     "max_grad_norm", "seed", "gradient_checkpointing", "use_cpu", "bf16", "fp16", "shuffle_dataset",
     "remove_unused_columns", "output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
     "dads", "stcr", "stcr_amplify_positive", "correct_by", "correct_from", "entropy_coef", "shared_prompt",
-    "zero_variance_groups", "importance_cap", "max_nonfinite_steps",
+    "zero_variance_groups", "reference", "importance_cap", "max_nonfinite_steps",
 }  # fmt: skip
 """What a run's sampling, loss, optimisation or record depends on. The others may differ: Unsloth,
 for example, sets the precision of an evaluation that no run performs (bf16_full_eval, fp16_full_eval)."""
@@ -84,6 +84,7 @@ def config_values(recipe: Recipe, policy: Policy, checkpoints: Path, max_steps: 
         "stcr_amplify_positive": recipe.apo.stcr_amplify_positive,
         "entropy_coef": recipe.apo.entropy_coef,
         "beta": grpo.beta,
+        "reference": grpo.reference,
         "epsilon": grpo.epsilon,
         "epsilon_high": grpo.epsilon_high,
         "importance_sampling_level": grpo.ratio,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_lora.errors import ModelError
+from apo_lora.family.lookup import family_of_base
 from apo_lora.machine.paths import at_home
 from apo_lora.recipe.files import load_recipe
 from apo_lora.recipe.schema import Recipe
@@ -15,6 +16,9 @@ from apo_lora.run.files import write_json
 from apo_lora.run.recipes import trained_recipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+PREFIX = "base_model.model."
+"""PEFT's, before the name of a layer in WEIGHTS."""
 
 FOUR_BIT = "base_4bit.json"
 """Beside them where the base was trained on in 4 bits: how, and which of its layers (see `four_bit_layers`)."""
@@ -102,6 +106,50 @@ def _base_here(name: str, adapter: Path) -> str:
     places = [Path.cwd(), *adapter.absolute().parents]
     found = (place / name for place in places if (place / name / "config.json").is_file())
     return str(next(found, name))
+
+
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that also change the base: without that change, their adapters are wrong."""
+NOT_PLAIN = (
+    "use_dora", "use_qalora", "lora_bias", "alpha_pattern", "rank_pattern", "modules_to_save", "target_parameters",
+    "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+)  # fmt: skip
+
+
+def plain_lora_config(source: AdapterSource) -> dict[str, Any]:
+    """CONFIG of an adapter that is two matrices per layer, all of one rank and alpha. Raises ModelError for others."""
+    config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ModelError(f"{source.folder}: {CONFIG} is of a {kind} adapter; only LoRA is supported")
+    others = [key for key in NOT_PLAIN if config.get(key)]
+    others += ["bias"] if config.get("bias", "none") != "none" else []
+    if str(initial := config.get("init_lora_weights")).lower().startswith(CHANGED_BASES):
+        others.append(f"init_lora_weights={initial}")
+    if others:
+        raise ModelError(
+            f"{source.folder}: trained with {', '.join(others)}, which is not supported; merge it into its base with "
+            "PEFT, and use that as the base"
+        )
+    return config
+
+
+def current_name(key: str, source: AdapterSource) -> str:
+    """Of a weight in WEIGHTS, the name that it has in a model that transformers loads now, in PEFT's."""
+    return PREFIX + family_of_base(source.base_name).module_name(key.removeprefix(PREFIX))
+
+
+def layer_names(source: AdapterSource) -> list[str]:
+    """The layers that WEIGHTS adapts, by the names that transformers gives them now. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(source.folder / WEIGHTS, "np") as weights:
+            keys = [current_name(key, source) for key in weights.keys()]  # noqa: SIM118  # it is no mapping
+        return sorted({key.removeprefix(PREFIX).partition(".lora_A")[0] for key in keys if ".lora_A" in key})
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{source.folder}: the adapter cannot be read ({str(error).splitlines()[0]}); copy it again"
+        ) from None
 
 
 def save_adapter(model: Any, folder: Path, recipe: Recipe | None = None) -> None:

@@ -214,7 +214,7 @@ def draw_counts(axes: Any, counts: Mapping[tuple[float, float], int], formula: S
 
 
 def draw_ends(axes: Any, ends: Mapping[str, Mapping[str, Any] | None], base: float | None) -> None:
-    """Per variant its mean with the interval and, beside it, each seed; the base is a dashed line.
+    """Per variant its mean with the interval and, beside it, each seed; before training is a dashed line.
 
     `ends` holds what comparison.compare says of each variant.
     """
@@ -228,21 +228,21 @@ def draw_ends(axes: Any, ends: Mapping[str, Mapping[str, Any] | None], base: flo
         axes.errorbar([place], [end["mean"]], yerr=reach, **style)
     if base is not None:
         axes.axhline(base, color=QUIET, linestyle="--", linewidth=1)
-        axes.annotate("base", (-0.45, base), color=QUIET, fontsize=11, va="bottom")
+        axes.annotate("before", (-0.45, base), color=QUIET, fontsize=11, va="bottom")
     axes.margins(y=0.12)  # room for the word above the line
     axes.set_xticks(range(len(ends)), ends)
     axes.set_xlim(-0.5, len(ends) - 0.5)
 
 
 def draw_changes(axes: Any, ends: Mapping[str, Mapping[str, Any] | None], base: float | None) -> None:
-    """From the base to each variant's mean, and thin to each of its seeds."""
+    """From before training to each variant's mean, and thin to each of its seeds."""
     for place, end in enumerate(ends.values()):
         if end is None or base is None:
             continue
         for value in seeds_of(end):
             axes.plot([0, 1], [base, value], color=colour(place), alpha=0.2, linewidth=1)
         axes.plot([0, 1], [base, end["mean"]], color=colour(place), marker=_marker(place), linewidth=2)
-    axes.set_xticks([0, 1], ["base", "after training"])
+    axes.set_xticks([0, 1], ["before", "after training"])
     axes.set_xlim(-0.25, 1.25)
 
 

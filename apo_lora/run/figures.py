@@ -49,7 +49,7 @@ PASSES = (
     Figure("policy_loss", "policy loss", "", ".4f"),
     Figure("kl_loss", "KL loss", "", ".4f"),
     Figure("clip_fraction", "clipped", "share of tokens", ".4f", SHARE),
-    Figure("kl", "KL to the base", "nats per token", ".4f"),
+    Figure("kl", "KL to the reference", "nats per token", ".4f"),
     Figure("kl_positives", "KL, positive advantage", "nats per token", ".4f"),
     Figure("kl_negatives", "KL, others", "nats per token", ".4f"),
     Figure("entropy", "entropy", "nats per token"),
@@ -142,7 +142,7 @@ HELD_OUT_ACCURACY = Panel("Held-out accuracy", {"held_out_accuracy": ""})
 REWARD = Panel("Reward", {"reward": ""})
 LENGTH = Panel("Length", {"length_correct": "right", "length_wrong": "wrong"})
 ENTROPY = Panel("Entropy", {"entropy": "all", "entropy_correct": "right", "entropy_wrong": "wrong"})
-KL = Panel("KL to the base", {"kl": "all", "kl_positives": "positive advantage", "kl_negatives": "others"})
+KL = Panel("KL to the reference", {"kl": "all", "kl_positives": "positive advantage", "kl_negatives": "others"})
 DADS = Panel("DADS weight", {"dads_weight_positives": ""})
 GRADIENT = Panel("Gradient norm", {"grad_norm": ""})
 GROUPS = Panel(

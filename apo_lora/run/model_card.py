@@ -39,12 +39,13 @@ def model_card(
     what: What = "adapter",
     place: str = "adapter",
     onto: str | None = None,
+    start: Mapping[str, str] | None = None,
 ) -> str:
     """The model card of a run, in Markdown with a Hub front matter.
 
     `base`: the Hugging Face id or folder that was trained on; `environment`: the run's environment.json;
     `place`: what to load it from, a folder or ORG/NAME; `onto`: trained or original, what a base trained on in 4 bits
-    was merged as.
+    was merged as; `start`: the adapter that training started from (run/inputs.py, start_of).
     """
     data, gpu, packages = recipe.data.train, environment["gpu"], environment["packages"]
     versions = ", ".join(f"{package} {version}" for package, version in packages.items() if version)
@@ -59,6 +60,7 @@ def model_card(
         recipe=recipe,
         version=packages["apo-lora"] or __version__,
         steps=steps,
+        start=start and {**start, "name": _name_elsewhere(start["name"])},
         data=_name_elsewhere(data),
         rows=evaluation_table(evaluation),
         versions=f"Python {environment['python']} on {gpu['name'] if gpu else 'a CPU'}; {versions}.",

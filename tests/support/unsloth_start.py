@@ -1,0 +1,58 @@
+"""A supervised adapter made by Unsloth alone, and two steps of training from it, on a host without a GPU."""
+
+import json
+import sys
+from pathlib import Path
+
+from unsloth_on_cpu import start
+
+start()
+
+import torch  # noqa: E402
+from stirred_adapters import stir  # noqa: E402
+from unsloth import FastVisionModel  # noqa: E402
+
+from apo_lora.commands.main import main  # noqa: E402
+from apo_lora.policy import tuned  # noqa: E402
+
+base, here = sys.argv[1], Path.cwd()
+model, processor = FastVisionModel.from_pretrained(
+    base, load_in_4bit=False, dtype=torch.float32, use_gradient_checkpointing=True, use_exact_model_name=True
+)
+model = FastVisionModel.get_peft_model(
+    model, finetune_vision_layers=False, r=4, lora_alpha=8, random_state=3407, use_gradient_checkpointing=True
+)
+stir(model, scale=0.05)
+model.save_pretrained("sft")
+processor.save_pretrained("sft")
+
+policies = []
+load = tuned.load_policy
+tuned.load_policy = lambda *arguments, **options: policies.append(load(*arguments, **options)) or policies[-1]
+
+Path("mine.py").write_text(
+    "def by_place(completions, **columns):\n    return [n % 2 for n in range(len(completions))]\n"
+)
+
+OVERRIDES = [
+    f"model.name={base}", "model.engine=unsloth", "lora.r=4", "lora.alpha=8", "lora.start=sft",
+    "grpo.prompts_per_step=2", "grpo.num_generations=4", "grpo.completions_per_pass=8",
+    "grpo.max_completion_length=24", "train.max_steps=2", "train.learning_rate=1e-2", "train.evaluate=false",
+    "data.limit=16", f"rewards.functions=[accuracy,'{here}/mine.py:by_place']",
+]  # fmt: skip
+facts = {}
+for reference in ("base", "start"):
+    code = main(
+        ["train", "--recipe", "tiny_cpu", *OVERRIDES, f"grpo.reference={reference}", f"output.dir={here / reference}"]
+    )
+    assert code == 0, code
+    rows = [json.loads(line) for line in (here / reference / "metrics.jsonl").read_text().splitlines()]
+    names = [name for name, p in policies[-1].model.named_parameters() if p.requires_grad]
+    facts[reference] = {
+        "kl": [row["kl"] for row in rows],
+        "engine": policies[-1].engine,
+        "loaded": len(names),
+        "expected": sum(parameter.requires_grad for parameter in model.parameters()),
+        "folders": [str(path) for path in (here / reference).glob("**/reference")],
+    }
+Path("facts.json").write_text(json.dumps(facts))
