@@ -36,6 +36,7 @@ from apo_lora.run.trackers import require_trackers, trackers_in
 
 if TYPE_CHECKING:
     from apo_lora.data.examples import Example
+    from apo_lora.evaluation.held_out import HeldOut
     from apo_lora.policy.loading import Policy
     from apo_lora.preflight.checks import Check
     from apo_lora.rewards.verifier import Verifier
@@ -144,14 +145,14 @@ def _train(
 
         stop = OrderlyStop(fitted.steps_per_rollout)
         sampler = sampler_of(servers, policy, fitted)
-        trainer = _trainer(fitted, run_dir, policy, examples, rewards, troubles, start.mirrors, stop, sampler)
+        trainer = _trainer(fitted, run_dir, policy, examples, rewards, troubles, start.mirrors, stop, sampler, held_out)
         started = time.perf_counter()
         with stop, only_plain_data(start.checkpoint):
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         seconds, guard = time.perf_counter() - started, trainer.nonfinite_guard
 
         if ranks.is_main():
-            save_adapter(policy.model, run_dir)
+            save_adapter(policy.model, run_dir.adapter)
         if not (stop.requested or guard.gave_up):
             held_out.measure("after")
         counts = troubles() | {"non-finite steps skipped": guard.skipped}
@@ -226,25 +227,38 @@ def _trainer(
     mirrors: Mirrors,
     stop: "OrderlyStop",
     sampler: "Sampler | None",
+    held_out: "HeldOut",
 ) -> "APOTrainer":
     """The drop-in trainer, with the run's record as callbacks."""
     from transformers import PrinterCallback, ProgressCallback
 
     from apo_lora.data.items import prompt_dataset, training_order
-    from apo_lora.rollout.record import CompletionsWriter
+    from apo_lora.rollout.record import CompletionsView, CompletionsWriter
     from apo_lora.rollout.training_arguments import refuse_changes, training_arguments
-    from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave
+    from apo_lora.run.callbacks import MetricsWriter, Screen, TimedSave, Validation
     from apo_lora.run.hooks import Figures
     from apo_lora.run.sealing import SealedCheckpoints
+    from apo_lora.run.validation import measured, why_stopped
     from apo_lora.trainer import APOTrainer
 
     steps = recipe.total_steps(len(examples))
+    if reason := why_stopped(measured(run_dir), recipe.train.patience):
+        steps = run_dir.last_metrics()["step"]
+        say(f"Not trained on after step {steps}: {reason}.")
     # Whole rollouts, also where the last one feeds more steps than are left.
     num_rollouts = -(-steps // recipe.steps_per_rollout)
     order = training_order(len(examples), num_rollouts * recipe.prompts_per_rollout, recipe.train.seed)
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    every = recipe.output.show_completions
+    names = [reward.__name__ for reward in rewards]
+
+    def keep_best() -> None:
+        save_adapter(policy.model, run_dir.adapter_best, recipe)
+
     record = [
         *([CompletionsWriter(run_dir, examples)] if recipe.output.log_completions else []),
+        *([CompletionsView(examples, names, every, recipe.steps_per_rollout)] if every else []),
+        *([Validation(run_dir, recipe, held_out.validate, keep_best)] if recipe.train.eval_steps else []),
         *([MetricsWriter(run_dir), Screen(recipe.output.logging_steps)] if ranks.is_main() else []),
         *([TimedSave(minutes, recipe.steps_per_rollout)] if (minutes := recipe.train.save_minutes) else []),
     ]

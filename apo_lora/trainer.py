@@ -10,7 +10,7 @@ import copy
 import tempfile
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from apo_lora.rollout.credit import Rollout, credit_rule
 from apo_lora.rollout.group_images import RowPixels, images_processed_once
 from apo_lora.rollout.off_policy import correction
 from apo_lora.rollout.prompts import next_items, other_items
-from apo_lora.rollout.sampling import Sampler, generation_fault, watched_forwards, without_dropout
+from apo_lora.rollout.sampling import Sampler, converted_adapters, generation_fault, watched_forwards, without_dropout
 from apo_lora.rollout.zero_variance import resampled, without_rows
 from apo_lora.run.callbacks import NonFiniteGuard
 from apo_lora.run.hooks import APOCallback
@@ -171,20 +171,20 @@ class APOTrainer(GRPOTrainer):
     def _sample(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], Rollout]:
         """TRL's rollout of these items, G to a prompt, with what lets scoring compute each prompt once."""
         self.rollout_features, self.rollout_items = None, inputs
-        started = time.perf_counter()
-        model = self.accelerator.unwrap_model(self.model)
+        started, model = time.perf_counter(), self.accelerator.unwrap_model(self.model)
+        elsewhere = self.sampler or self.use_vllm or self.use_transformers_continuous_batching
         if inputs[0].get("image") is not None or inputs[0].get("images"):
             family_of(model)  # raises for a model whose images cannot be split into passes
         try:
             with (
                 watched_forwards(model) as forwards,
                 without_dropout(model),
+                nullcontext() if elsewhere else converted_adapters(model, self.args),
                 images_processed_once(self.processing_class, self._groups(len(inputs))) as self.rollout_pixels,
             ):
                 batch = super()._generate_and_score_completions(inputs)
         except torch.OutOfMemoryError:
             raise out_of_memory(f"sampling {len(inputs)} completions at once") from None
-        elsewhere = self.sampler or self.use_vllm or self.use_transformers_continuous_batching
         if fault := None if elsewhere else generation_fault(forwards):
             warnings.warn(f"{fault} while sampling, which makes it many times slower", RuntimeWarning, stacklevel=2)
         self.window.seconds["generate"] += time.perf_counter() - started - self.rollout.seconds_for_rewards
@@ -369,7 +369,7 @@ class APOTrainer(GRPOTrainer):
             own = {**self.window.means(), "skipped_nonfinite_steps": self.nonfinite_guard.skipped}
             for callback in self._apo_callbacks:
                 own |= callback.figures()
-            own |= self.window.cost()
+            own |= self.window.cost(elsewhere=own.get("seconds_held_out", 0.0))
             for name in own:
                 self._metrics["train"].pop(name, None)
             logs = {**logs, **own}

@@ -70,11 +70,17 @@ def test_gradients_are_finite_float32_and_not_zero(run):
 
 def test_arithmetic_is_in_the_16_bits_that_the_card_has(run):
     facts, dtype = run
-    assert {(what, arithmetic) for what, arithmetic, _ in facts["passes"]} == {
+    assert {(what, arithmetic) for what, arithmetic, *_ in facts["passes"]} == {
         (what, dtype) for what in ("sampling", "scoring", "training")
     }
     scaled = [step["scale"] is not None for step in facts["steps"]]
     assert scaled == [dtype == "torch.float16"] * 2  # gradients overflow in float16 alone
+
+
+def test_adapters_are_converted_once_for_all_tokens(run):
+    facts, dtype = run
+    found = {(what, adapters) for what, *_, adapters in facts["passes"]}
+    assert found >= {("sampling", dtype), ("scoring", "torch.float32"), ("training", "torch.float32")}
 
 
 def test_checkpointing_offloads_in_every_step(run):
@@ -84,7 +90,7 @@ def test_checkpointing_offloads_in_every_step(run):
 def test_scoring_and_training_compile_after_unsloth_has_sampled(run):
     facts, _ = run
     assert facts["stance after generate"] == "eager_on_recompile"  # else compat.kept_compiler_stance can go
-    assert {stance for what, _, stance in facts["passes"] if what != "sampling"} == {"default"}
+    assert {stance for what, _, stance, _ in facts["passes"] if what != "sampling"} == {"default"}
 
 
 def test_scoring_checkpoints_with_torchs_own_function(run):

@@ -1,4 +1,4 @@
-"""estimate the GPU memory that a recipe needs and what would fit; runs without a GPU"""
+"""estimate the GPU memory and time that a recipe needs and what would fit; runs without a GPU"""
 
 from argparse import ArgumentParser, ArgumentTypeError
 

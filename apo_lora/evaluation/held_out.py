@@ -63,10 +63,22 @@ class HeldOut:
         if is_main:
             write_json(run_dir.evaluation, self.figures)
 
-    def _shared_out(self, examples: Sequence[Example], *, title: str) -> list[JudgedCompletion]:
+    def validate(self, step: int, title: str = "reasoning") -> dict[str, float]:
+        """figures.VALIDATION of the set's first `train.eval_items`, sampled with the same seed every time."""
+        examples = self.sets[title][: self.recipe.train.eval_items]
+        judged = self._shared_out(examples, title=f"step {step}: {title}", leave=False)
+        found = summary(answer_rows(title, "tuned", examples, judged, [[]] * len(examples)))
+        return {
+            "held_out_accuracy": found["accuracy"],
+            "held_out_accuracy_low": found["accuracy_95_low"],
+            "held_out_accuracy_high": found["accuracy_95_high"],
+            "held_out_length": sum(completion.length for completion in judged) / len(judged),
+        }
+
+    def _shared_out(self, examples: Sequence[Example], *, title: str, leave: bool = True) -> list[JudgedCompletion]:
         """A completion of every example, in order, on every process; each of them has sampled its share."""
         own = range(ranks.rank(), len(examples), ranks.num_processes())
-        with tqdm(total=len(own), desc=title, unit="item", disable=not ranks.is_main()) as bar:
+        with tqdm(total=len(own), desc=title, unit="item", leave=leave, disable=not ranks.is_main()) as bar:
             judged = measure(
                 self.policy,
                 [examples[i] for i in own],

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from statistics import median
 
-MODELLED = {"colab_t4": (80, 100)}
-"""Recipe to seconds per step at full completion length: docs/performance.md. No card has measured them."""
+MODELLED = {"colab_t4": (75, 95)}
+"""Recipe to seconds per step at full completion length: what `apo-lora plan` models for a T4, and up to a quarter
+more for what it leaves out. No card has measured them."""
 MEASURED_STEPS = 3
 """After the first one, which is slower: what is compiled and loaded on first use."""
 

@@ -1,4 +1,4 @@
-"""The memory plan as `apo-lora plan` prints it."""
+"""The memory plan and the modelled time as `apo-lora plan` prints them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +16,7 @@ from apo_lora.preflight.memory_plan import (
     server_needs,
     server_share,
 )
+from apo_lora.preflight.time_plan import time_table
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.tables import aligned
 
@@ -33,7 +34,7 @@ REMEDIES = {
 
 
 def print_plan(name: str, recipe: Recipe, *, gpu_memory: float | None = None) -> bool:
-    """`apo-lora plan`: prints the memory that the recipe needs. False where it is more than `gpu_memory` (GiB).
+    """`apo-lora plan`: prints what the recipe needs. False where it is more than `gpu_memory` (GiB).
 
     `gpu_memory` defaults to that of the visible GPU, if any. Raises ModelError for a base whose sizes are not known.
     """
@@ -70,6 +71,9 @@ def plan_lines(name: str, recipe: Recipe, shape: ModelShape, planned: Plan, gpu_
     yield from _verdict(planned, gpu_memory, server_share(recipe))
     yield ""
     yield from _group_table(recipe, shape, (gpu_memory,) if gpu_memory else USUAL_SIZES)
+    yield ""
+    yield "Time of a step at full length, modelled from its launches, bytes and arithmetic and never measured:"
+    yield from aligned(time_table(shape, recipe))
 
 
 def completions_of_server(recipe: Recipe, shape: ModelShape, gpu_memory: float) -> int:

@@ -33,6 +33,7 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             f"train.save_steps: {recipe.train.save_steps} must be a multiple of {recipe.steps_per_rollout}, the steps "
             "per rollout; a checkpoint inside a rollout could not be resumed exactly"
         )
+    yield from _measurement_problems(recipe)
     if grpo.zero_variance_groups == "resample" and num_processes > 1:
         yield "grpo.zero_variance_groups: resample needs whole groups in one process; use skip or keep"
     if apo.dads not in (None, "constant") and grpo.beta == 0:
@@ -73,6 +74,23 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
             yield f"data.{key}: contains {found}, which would start a turn or an image; leave it out"
     if (recipe.data.min_pixels or 0) > (recipe.data.max_pixels or float("inf")):
         yield f"data.min_pixels: {recipe.data.min_pixels} must not exceed data.max_pixels = {recipe.data.max_pixels}"
+
+
+def _measurement_problems(recipe: Recipe) -> Iterator[str]:
+    """Of what is measured during training."""
+    train = recipe.train
+    if train.eval_steps is None:
+        for key, value in (("train.patience", train.patience), ("output.keep_best", recipe.output.keep_best)):
+            if value:
+                yield f"{key}: needs measurements during training; set train.eval_steps"
+        return
+    if recipe.data.eval is None or not train.evaluate:
+        yield "train.eval_steps: needs items to measure; set data.eval, and train.evaluate to true"
+    if train.eval_steps % recipe.steps_per_rollout:
+        yield (
+            f"train.eval_steps: {train.eval_steps} must be a multiple of {recipe.steps_per_rollout}, the steps per "
+            "rollout; inside a rollout, training could not be stopped or resumed exactly"
+        )
 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)

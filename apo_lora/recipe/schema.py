@@ -278,6 +278,13 @@ class TrainSection(Section):
     """Before step 1, check images, reference and sampling, and that the largest example fits in memory."""
     evaluate: bool = True
     """Evaluate on `data.eval` and `data.general` before and after training."""
+    eval_steps: Count | None = None
+    """Optimizer steps between measurements of some items of `data.eval` during training; must cover whole rollouts;
+    null measures before and after training only."""
+    eval_items: Count = 64
+    """Items of each of those measurements: the first of `data.eval`, with the same seed every time."""
+    patience: Count | None = None
+    """Stop after this many of those measurements in a row without a new best accuracy; null trains to the end."""
 
 
 class OutputSection(Section):
@@ -287,6 +294,10 @@ class OutputSection(Section):
     """Optimizer steps between printed lines; metrics.jsonl records every step."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to; each must be installed."""
+    keep_best: bool = False
+    """Keep the adapter that measured best during training in `adapter-best`, beside that of the last step."""
+    show_completions: Count | None = None
+    """Optimizer steps between views of one prompt's completions in the terminal; null shows none."""
     log_completions: bool = True
     """Record every completion with its rewards in completions.jsonl."""
     mirror: tuple[Place, ...] = ()

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from apo_lora.report.credit import CreditSeen, Points, dads_curve, stcr_curve
 from apo_lora.report.groups import Group
-from apo_lora.run.curves import curve, thinned
+from apo_lora.run.curves import figure_curve, thinned
 from apo_lora.run.drawing import Line, css_classes, draw_counts, draw_curves, rounded_range, small_canvas, svg
 from apo_lora.run.figures import SHARE, Panel
 
@@ -24,9 +24,8 @@ def curve_charts(panels: Sequence[Panel], groups: Sequence[Group]) -> Iterator[C
     """With one group a panel is a chart. With several each figure has its own, on an axis that the panel's figures
     share, and the lines are the groups."""
     for panel in panels:
-        curves = {
-            name: [thinned(curve([run.steps[name] for run in group.runs])) for group in groups] for name in panel.lines
-        }
+        steps = [[run.steps for run in group.runs] for group in groups]
+        curves = {name: [thinned(figure_curve(runs, name)) for runs in steps] for name in panel.lines}
         values = [value for of_name in curves.values() for one in of_name for value in one.stack()]
         if not values:
             continue

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from apo_lora.data.examples import Example
 from apo_lora.family.lookup import closest_family
@@ -109,6 +110,25 @@ def generating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def converted_adapters(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Inside, the LoRA weights are copies in the dtype of the arguments' autocast; without one, themselves.
+
+    Autocast and Unsloth's layers convert each weight wherever it is used: while sampling, for every token anew. What is
+    computed is the same.
+    """
+    layers = [layer for name, layer in model.named_modules() if ".lora_" in name and isinstance(layer, nn.Linear)]
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    kept = [layer.weight for layer in layers]
+    try:
+        for layer in layers if dtype else []:
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight = weight
 
 
 class Forward(NamedTuple):

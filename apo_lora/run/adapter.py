@@ -152,17 +152,20 @@ def layer_names(source: AdapterSource) -> list[str]:
         ) from None
 
 
-def save_adapter(model: Any, run_dir: RunDir) -> None:
-    """Writes to a folder beside it first, so that adapter/ is always complete."""
-    temporary, old = run_dir.path / ".adapter.tmp", run_dir.path / ".adapter-old.tmp"
+def save_adapter(model: Any, folder: Path, recipe: Recipe | None = None) -> None:
+    """Writes to a folder beside it first, so that `folder` is always complete. With its `recipe`, an adapter can be
+    used apart from its run."""
+    temporary, old = (folder.with_name(f".{folder.name}{part}.tmp") for part in ("", "-old"))
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the run's model card says more
     if four_bit := four_bit_layers(model):
         write_json(temporary / FOUR_BIT, four_bit)
-    if run_dir.adapter.exists():
-        run_dir.adapter.rename(old)
-    temporary.rename(run_dir.adapter)
+    if recipe:
+        (temporary / RECIPE_ON_HUB).write_text(recipe.to_yaml(), encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

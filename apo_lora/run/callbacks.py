@@ -13,10 +13,13 @@ from transformers import TrainerCallback
 
 from apo_lora.errors import Interrupted, TrainingStopped
 from apo_lora.machine import ranks
+from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
 from apo_lora.run.figures import ALARM_DIFFERENCE, ALARM_SHARE, FIGURES, format_figure, is_recorded
 from apo_lora.run.files import append_jsonl
+from apo_lora.run.hooks import APOCallback
 from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, is_without_signal, no_signal_warning
+from apo_lora.run.validation import ACCURACY, measured, why_stopped
 
 KEPT_LOGS = 50
 """Steps whose figures stay in memory; metrics.jsonl has all."""
@@ -120,6 +123,47 @@ class TimedSave(TrainerCallback):
 
 ECHO_SECONDS = 1.0
 """A launcher may forward a signal that its processes already received: so soon after the first, it is the same."""
+
+
+class Validation(APOCallback):
+    """Every `train.eval_steps`. Keeps the best adapter, and ends a run that no longer gains, as its recipe says."""
+
+    def __init__(
+        self, run_dir: RunDir, recipe: Recipe, measure: Callable[[int], dict[str, float]], keep: Callable[[], None]
+    ):
+        """`measure(step)`, called on every process, gives figures.VALIDATION but the seconds; `keep()`, on the main
+        one, keeps the adapter of the moment."""
+        self.run_dir, self.recipe, self.measure, self.keep = run_dir, recipe, measure, keep
+        self.found: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.accuracies = measured(self.run_dir)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step, train = state.global_step, self.recipe.train
+        self.found = {}
+        if step % train.eval_steps:
+            return
+        started = time.perf_counter()
+        self.found = self.measure(step)
+        self.found["seconds_held_out"] = time.perf_counter() - started
+        is_best = self.found[ACCURACY] > max(self.accuracies.values(), default=-1.0)
+        self.accuracies[step] = self.found[ACCURACY]
+        if ranks.is_main():
+            tqdm.write(
+                f"step {step:>4}  held out: accuracy {self.found[ACCURACY]:.3f} (95 % interval "
+                f"{self.found[ACCURACY + '_low']:.2f}-{self.found[ACCURACY + '_high']:.2f})"
+                f"{', the best so far' * is_best}"
+            )
+            if is_best and self.recipe.output.keep_best:
+                self.keep()
+        if reason := why_stopped(self.accuracies, train.patience):
+            if ranks.is_main():
+                tqdm.write(f"Stopping after step {step}: {reason}.")
+            control.should_save = control.should_training_stop = True
+
+    def figures(self) -> dict[str, float]:
+        return self.found
 
 
 class OrderlyStop(TrainerCallback):

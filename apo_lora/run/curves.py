@@ -6,7 +6,7 @@ import numpy
 from pandas import DataFrame, Series, concat, to_numeric
 
 from apo_lora.run.directory import RunDir
-from apo_lora.run.figures import PER_STEP
+from apo_lora.run.figures import FIGURES, PER_STEP, VALIDATION
 from apo_lora.run.files import read_jsonl
 
 WINDOW = 5
@@ -21,9 +21,22 @@ def read_steps(run_dir: RunDir) -> DataFrame:
     rows = read_jsonl(run_dir.metrics) if run_dir.metrics.is_file() else ()
     rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
     steps = DataFrame(rows).apply(to_numeric, errors="coerce").replace([numpy.inf, -numpy.inf], numpy.nan)
-    names = dict.fromkeys(["step", *(figure.name for figure in PER_STEP), *steps.columns])
+    names = dict.fromkeys(["step", *(figure.name for figure in (*PER_STEP, *VALIDATION)), *steps.columns])
     steps = steps.reindex(columns=list(names)).astype({"step": int})
     return steps.drop_duplicates("step", keep="last").set_index("step").sort_index()
+
+
+def figure_curve(runs: Sequence[DataFrame], name: str) -> DataFrame:
+    """A figure's `curve` over the runs' steps. One with an interval is measured at some steps only: it is not smoothed,
+    and of a single run `low` and `high` are that interval."""
+    low, high = f"{name}_low", f"{name}_high"
+    if low not in FIGURES:
+        return curve([steps[name] for steps in runs])
+    measured = [part for steps in runs if len(part := steps[[name, low, high]].dropna())]
+    if len(measured) == 1:
+        return measured[0].set_axis(["mean", "low", "high"], axis=1)
+    means = concat([part[name] for part in measured], axis=1, join="inner") if measured else DataFrame()
+    return DataFrame({"mean": means.mean(axis=1), "low": means.min(axis=1), "high": means.max(axis=1)})
 
 
 def curve(runs: Sequence[Series]) -> DataFrame:

@@ -8,6 +8,7 @@ preflight.json     what was checked before step 1    images/            images o
 eval.json          before and after                  answers.jsonl      one line per completion behind eval.json
 evaluations/NAME/  what `apo-lora eval` measured
 adapter/           the result, in PEFT's format      plots/             PNG
+adapter-best/      the best of those measured        (run/validation.py)
 checkpoints/       checkpoint-STEP folders           README.md          model card
 report.html        what `apo-lora report` makes of all this
 """
@@ -44,6 +45,7 @@ class RunDir:
         self.evaluations = self.path / "evaluations"
         self.model_card = self.path / "README.md"
         self.adapter = self.path / "adapter"
+        self.adapter_best = self.path / "adapter-best"
         self.plots = self.path / "plots"
         self.images = self.path / "images"
         self.checkpoints = self.path / "checkpoints"

@@ -75,6 +75,15 @@ STEP = (
     Figure("nonfinite_rewards", "non-finite rewards", "rewards so far", ".0f"),
 )
 
+# Of held-out items, at some steps: run/validation.py. Not in PER_STEP.
+VALIDATION = (
+    Figure("held_out_accuracy", "held-out accuracy", "share of items", range=SHARE),
+    Figure("held_out_accuracy_low", "held-out accuracy, 95 % interval from", "share of items", range=SHARE),
+    Figure("held_out_accuracy_high", "held-out accuracy, 95 % interval to", "share of items", range=SHARE),
+    Figure("held_out_length", "held-out tokens", "tokens", ".1f"),
+    Figure("seconds_held_out", "measuring held-out items", "seconds", ".1f"),
+)
+
 PHASES = (
     Figure("seconds_generate", "sampling", "seconds", ".1f"),
     Figure("seconds_reward", "rewards", "seconds", ".1f"),
@@ -92,7 +101,7 @@ EVALUATION = (Figure("well_formatted", "well formatted", "share of completions",
 PER_STEP = (*ROLLOUT, *PASSES, *STEP, *COST)
 """What a line of metrics.jsonl holds, besides `step` and `reward_FUNCTION` for every reward function of the recipe."""
 
-FIGURES = {figure.name: figure for figure in (*PER_STEP, *SAMPLER, *EVALUATION)}
+FIGURES = {figure.name: figure for figure in (*PER_STEP, *SAMPLER, *VALIDATION, *EVALUATION)}
 
 HELD_OUT = ("accuracy", "length_correct", "length_wrong", "truncated", "well_formatted")
 """What is shown of held-out items, in this order."""
@@ -129,6 +138,7 @@ ALARM_DIFFERENCE = 0.1
 """Nats per token between sampler and trainer: 16-bit kernels and quantised weights explain a tenth of that."""
 
 ACCURACY = Panel("Accuracy", {"accuracy": ""})
+HELD_OUT_ACCURACY = Panel("Held-out accuracy", {"held_out_accuracy": ""})
 REWARD = Panel("Reward", {"reward": ""})
 LENGTH = Panel("Length", {"length_correct": "right", "length_wrong": "wrong"})
 ENTROPY = Panel("Entropy", {"entropy": "all", "entropy_correct": "right", "entropy_wrong": "wrong"})
@@ -144,13 +154,14 @@ TRUNCATED = Panel("Truncated", {"truncated": ""}, ALARM_SHARE)
 
 PLOTS = {
     "reward_accuracy.png": (REWARD, ACCURACY),
+    "held_out.png": (HELD_OUT_ACCURACY,),
     "length.png": (LENGTH,),
     "entropy.png": (ENTROPY,),
     "kl_dads.png": (KL, DADS),
     "zero_variance_groups.png": (GROUPS, TRUNCATED),
 }
-"""Files in a run's plots/ and the panels in each."""
+"""Files in a run's plots/ and the panels in each; a file is made where there is something to draw."""
 
-CURVES = (ACCURACY, REWARD, LENGTH, ENTROPY, KL, GRADIENT)
+CURVES = (ACCURACY, HELD_OUT_ACCURACY, REWARD, LENGTH, ENTROPY, KL, GRADIENT)
 SIGNAL_CURVES = (GROUPS, TRUNCATED)
 """Of the report."""

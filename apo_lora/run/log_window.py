@@ -26,9 +26,9 @@ class LogWindow:
         """Of each figure over the steps."""
         return {name: sum(values) / len(values) if values else None for name, values in self._figures.items()}
 
-    def cost(self) -> dict[str, float]:
-        """Of one optimizer step."""
-        seconds = (time.perf_counter() - self._started) / self.steps
+    def cost(self, elsewhere: float = 0.0) -> dict[str, float]:
+        """Of one optimizer step, without the seconds that were spent `elsewhere`."""
+        seconds = (time.perf_counter() - self._started - elsewhere) / self.steps
         phases = {phase: spent / self.steps for phase, spent in self.seconds.items()}
         return {
             **{f"seconds_{phase}": spent for phase, spent in phases.items()},

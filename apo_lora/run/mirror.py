@@ -30,7 +30,8 @@ def files_to_mirror(run_dir: RunDir) -> list[Path]:
 
     In this order a copy that was cut has a record that is ahead of its checkpoint, which a resume rewinds.
     """
-    inner = [file for folder in (run_dir.images, run_dir.plots, run_dir.adapter) for file in sorted(folder.rglob("*"))]
+    folders = (run_dir.images, run_dir.plots, run_dir.adapter, run_dir.adapter_best)
+    inner = [file for folder in folders for file in sorted(folder.rglob("*"))]
     record = [file for file in [*sorted(run_dir.path.iterdir()), *inner] if file.is_file()]
     last = run_dir.last_checkpoint()
     state = sorted((f for f in last.rglob("*") if f.is_file()), key=lambda f: (f.name == COMPLETE, f)) if last else []

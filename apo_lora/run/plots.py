@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from apo_lora.run.curves import curve, read_steps
+from apo_lora.run.curves import figure_curve, read_steps
 from apo_lora.run.directory import RunDir
 from apo_lora.run.drawing import Line, canvas, draw_curves, png
 from apo_lora.run.figures import CURVES, PLOTS, Panel
@@ -17,24 +17,33 @@ def write_plots(run_dir: RunDir) -> list[Path]:
     steps = read_steps(run_dir)
     if steps.empty:
         return []
-    for name, panels in PLOTS.items():
+    measured = {name: panels for name, panels in PLOTS.items() if _measured(panels, steps)}
+    for name, panels in measured.items():
         with replacing(run_dir.plots / name) as temporary:
             temporary.write_bytes(_picture(panels, steps, columns=len(panels)))
-    return [run_dir.plots / name for name in PLOTS]
+    return [run_dir.plots / name for name in measured]
 
 
 def overview(run_dir: RunDir) -> bytes | None:
     """The report's curves in one image, as PNG; None if no step was recorded."""
     steps = read_steps(run_dir)
-    return None if steps.empty else _picture(CURVES, steps, columns=3)
+    return None if steps.empty else _picture(_measured(CURVES, steps), steps, columns=3)
+
+
+def _measured(panels: Sequence[Panel], steps: DataFrame) -> list[Panel]:
+    return [panel for panel in panels if steps[list(panel.lines)].notna().any(axis=None)]
 
 
 def _picture(panels: Sequence[Panel], steps: DataFrame, columns: int) -> bytes:
     rows = -(-len(panels) // columns)
     figure, grid = canvas(rows, columns, size=(5.5 * columns, 3.6 * rows))
-    for panel, axes in zip(panels, grid.flat, strict=True):
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for panel, axes in zip(panels, grid.flat, strict=False):
         axes.set(title=panel.title, xlabel="optimizer step", ylabel=panel.figure.unit)
-        lines = [Line(label, place, curve([steps[name]])) for place, (name, label) in enumerate(panel.lines.items())]
+        lines = [
+            Line(label, place, figure_curve([steps], name)) for place, (name, label) in enumerate(panel.lines.items())
+        ]
         lines = [line for line in lines if not line.curve.empty]
         draw_curves(axes, lines, value_range=panel.figure.range, alarm=panel.alarm)
         if len(lines) > 1:

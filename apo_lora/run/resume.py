@@ -22,7 +22,7 @@ from apo_lora.run.files import read_jsonl
 # Keys that may differ when a run is continued: they change its length or what is shown, not what it computes.
 FREE_ON_RESUME = (
     "train.max_steps", "train.epochs", "train.save_steps", "train.save_minutes", "train.keep_checkpoints",
-    "train.evaluate", "train.preflight", "output.",
+    "train.evaluate", "train.eval_steps", "train.eval_items", "train.patience", "train.preflight", "output.",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from apo_lora.recipe.files import override
 from apo_lora.run.directory import RunDir
 from apo_lora.run.figures import FIGURES, HELD_OUT, format_figure
 from apo_lora.run.tables import aligned
+from apo_lora.run.validation import best_step, measured
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -19,6 +20,14 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[tuple[str, str, str, st
         for task in before or after
         for name in HELD_OUT
     ]
+
+
+def _best(run_dir: RunDir) -> list[str]:
+    accuracies = measured(run_dir)
+    if not (accuracies and run_dir.adapter_best.is_dir()):
+        return []
+    step = best_step(accuracies)
+    return [f"Best adapter {run_dir.adapter_best} (step {step}, held-out accuracy {accuracies[step]:.3f})"]
 
 
 def _label(name: str) -> str:
@@ -49,6 +58,7 @@ def closing_summary(
     lines += [
         "",
         f"Adapter      {run_dir.adapter}",
+        *_best(run_dir),
         f"Record       {run_dir.metrics}, {run_dir.completions}",
         f"Model card   {run_dir.model_card}",
         *([f"Plots        {run_dir.plots}/{', '.join(plot.name for plot in plots)}"] if plots else []),

@@ -6,7 +6,7 @@ takes through the model at once: all of them, or one.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,11 @@ from benchmarks.gpu.work import alternating, full_length_only, recipe_on_random_
 GROUP = 8
 
 
-def measure(record: Record, setting: Setting, engine: str, whole_group: bool) -> None:
+def measure(record: Record, setting: Setting, engine: str, whole_group: bool, overrides: Sequence[str] = ()) -> None:
     cap = pretend_card(PEERS_CARD)
     run = f"peer-{engine}-{'group' if whole_group else 'row'}"
     shutil.rmtree(setting.folder / run, ignore_errors=True)
-    recipe = peer_recipe(setting, run, rows=GROUP if whole_group else 1)
+    recipe = peer_recipe(setting, run, GROUP if whole_group else 1, overrides)
     rows = recipe.grpo.completions_per_pass
     record.put(engine=engine, rows_at_once=rows, card_gib=PEERS_CARD, cap_bytes=cap)
     trainer = BUILD[engine](recipe)
@@ -56,7 +56,7 @@ def measure(record: Record, setting: Setting, engine: str, whole_group: bool) ->
         record.check("no pass was made smaller", lambda: (trainer.pass_size.rows == rows, trainer.pass_size.rows))
 
 
-def peer_recipe(setting: Setting, run: str, rows: int) -> Recipe:
+def peer_recipe(setting: Setting, run: str, rows: int, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_on_random_model(
         "single_gpu",
         setting,
@@ -68,6 +68,7 @@ def peer_recipe(setting: Setting, run: str, rows: int) -> Recipe:
         "grpo.prompts_per_step=1",
         f"grpo.completions_per_pass={rows}",
         f"train.max_steps={1 + setting.steps}",
+        *overrides,
     )
 
 

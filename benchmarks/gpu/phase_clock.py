@@ -97,7 +97,7 @@ class PhaseClock(TrainerCallback):
 
         Peaks are None without a GPU: there is no allocator to ask.
         """
-        timed = self.steps[1:]
+        timed = self.steps[1:] or self.steps
         seconds = {phase: statistics.median(step["seconds"][phase] for step in timed) for phase in PHASES}
         peaks = {phase: max(step["peak_bytes"][phase] for step in self.steps) or None for phase in PHASES}
         return {

@@ -4,6 +4,7 @@ Memory and time do not depend on the values of weights, so the 3B shape stands f
 is byte-level without merges: a byte is a token, and the special tokens have their published ids.
 """
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -77,8 +78,11 @@ def measure(record: Record, setting: Setting) -> None:
     record.check("the shape is the wanted one", lambda: (shape == SHAPES[setting.size], str(shape)))
 
 
-def make(size: str, folder: Path) -> None:
-    """Model, tokenizer and processor into `folder`, in place of what is there."""
+def make(size: str, folder: Path, sparse: bool = False) -> None:
+    """Model, tokenizer and processor into `folder`, in place of what is there.
+
+    With `sparse`, all weights are zero, in a file that takes no disk: for the null GPU, which computes nothing of them.
+    """
     shape, processor = SHAPES[size], build_processor(ORDINARY_TOKENS[size])
     ids = processor.tokenizer.get_vocab()
     config = build_config(shape, ids)
@@ -86,7 +90,7 @@ def make(size: str, folder: Path) -> None:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(fastest_device(2 * sum(shape.parameters().values()))):
+        with torch.device("meta" if sparse else fastest_device(2 * sum(shape.parameters().values()))):
             model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
@@ -102,9 +106,30 @@ def make(size: str, folder: Path) -> None:
     unfinished = folder.with_name(f".{folder.name}")
     for old in (unfinished, folder):
         shutil.rmtree(old, ignore_errors=True)
-    model.save_pretrained(unfinished, max_shard_size="4GB")
+    if sparse:
+        save_sparse(model, unfinished)
+    else:
+        model.save_pretrained(unfinished, max_shard_size="4GB")
     processor.save_pretrained(unfinished)
     unfinished.rename(folder)
+
+
+def save_sparse(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+    """As save_pretrained does it, but behind the file's header is a hole of the weights' size."""
+    names = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}  # tied ones once
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if names[id(tensor)] == name:
+            start, end = end, end + tensor.nbytes
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def fastest_device(num_bytes: int) -> str:

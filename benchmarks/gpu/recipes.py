@@ -1,6 +1,7 @@
 """What the shipped recipes take on cards of their size: memory and time by phase, and memory against the plan."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,10 +22,10 @@ TOLERANCE = 0.15
 """How far a measured peak may be from the planned one."""
 
 
-def measure(record: Record, setting: Setting, name: str, card: float) -> None:
+def measure(record: Record, setting: Setting, name: str, card: float, overrides: Sequence[str] = ()) -> None:
     run = f"recipe-{name}"
     shutil.rmtree(setting.folder / run, ignore_errors=True)
-    recipe = recipe_on_random_model(name, setting, run, f"train.max_steps={1 + setting.steps}")
+    recipe = recipe_on_random_model(name, setting, run, f"train.max_steps={1 + setting.steps}", *overrides)
     the_plan = plan(find_shape(recipe.model.name), recipe)
     planned = planned_peaks(the_plan)
     record.put(card_gib=card, load=asdict(the_plan.load), planned_bytes=planned)

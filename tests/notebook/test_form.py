@@ -91,7 +91,7 @@ def test_a_t4_is_told_the_modelled_time_and_its_plan(tiny, monkeypatch, capsys):
     run = session.Session()
     assert asked == [("plan", "--recipe", "colab_t4", "--vram", "14.7")]
     assert run.held_out == "hiyouga/geometry3k" and "train.evaluate=false" in run.overrides
-    assert "60 steps of 80 to 100 s (modelled, not measured)" in capsys.readouterr().out
+    assert "60 steps of 75 to 95 s (modelled, not measured)" in capsys.readouterr().out
 
 
 def test_held_out_data_is_asked_for_in_the_measurement_and_changes_no_training(tiny, monkeypatch):

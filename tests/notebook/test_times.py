@@ -1,9 +1,10 @@
 """What is said about time: modelled before a run, measured after its first steps."""
 
 import pytest
-from conftest import PROJECT
 
+from apo_lora.family.lookup import find_shape
 from apo_lora.notebook import times
+from apo_lora.preflight.time_plan import GPUS, step_work
 from apo_lora.recipe.files import find_recipe, load_recipe, shipped_recipes
 
 
@@ -16,15 +17,17 @@ def test_a_duration_in_words(seconds, text):
 
 def test_the_expected_time_is_said_to_be_modelled_where_there_is_a_model():
     (line,) = times.expected("colab_t4", 60)
-    assert "60 steps of 80 to 100 s (modelled, not measured)" in line and "80 min to 1 h 40 min" in line
+    assert "60 steps of 75 to 95 s (modelled, not measured)" in line and "75 min to 95 min" in line
     assert times.expected("tiny_cpu", 60) == times.expected("colab_t4", None) == []
 
 
-def test_the_modelled_seconds_are_those_of_the_documentation():
-    table = (PROJECT / "docs" / "performance.md").read_text()
+def test_the_modelled_seconds_are_those_of_the_plan():
     assert set(times.MODELLED) <= set(shipped_recipes())
-    for recipe, (low, high) in times.MODELLED.items():
-        assert f"| `{recipe}.yaml`, T4 | {low} to {high} |" in table
+    for name, (low, high) in times.MODELLED.items():
+        recipe = load_recipe(find_recipe(name))
+        work = step_work(find_shape(recipe.model.name), recipe)
+        (t4,) = (sum(done.seconds(gpu) for done in work.values()) for gpu in GPUS if gpu.name == "T4")
+        assert low <= t4 <= low + 1 and high == pytest.approx(1.25 * t4, rel=0.02)
 
 
 def test_a_t4_s_run_fits_a_session_with_everything_around_it():

@@ -1,21 +1,22 @@
 """Query heads that share key heads: sampling gives what transformers' own attention gives, and copies no cache."""
 
-from contextlib import nullcontext
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from key_copies import HEADS, KEY_HEADS, NEW, KeyCopies, make_grouped_tiny, sampled
+from transformers import AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from unsloth_on_cpu import run_script
 
 from apo_lora.policy.shared_prompt.attention import PromptGroups, accept_prompt_groups, attend, prompt_group
-from apo_lora.tiny import BASE_DIR
 
-ROWS, HEADS, KEY_HEADS, CACHE, WIDTH = 3, 6, 2, 11, 16
+ROWS, CACHE, WIDTH = 3, 11, 16
 LAYER = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS, is_causal=True)
-PROMPT, NEW = 13, 6
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def model_with(attention):
@@ -147,55 +148,38 @@ def recorded(monkeypatch, module):
 
 
 @pytest.fixture(scope="module")
-def grouped_tiny():
-    """The tiny model's architecture, random, with six query heads to two key heads; its own single key head is read by
-    all query heads, and so never copied."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(BASE_DIR)
-    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = HEADS, KEY_HEADS
-    config.text_config.hidden_size = HEADS * 32
-    torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-
-
-class Copies(TorchDispatchMode):
-    """Operations that make a tensor as large as the cache for every query head, in any layout; views make none."""
-
-    def __init__(self, text, rows):
-        super().__init__()
-        self.sizes = {rows * length * text.hidden_size for length in range(PROMPT + 1, PROMPT + NEW + 1)}
-        self.found = []
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        result = operation(*arguments, **(options or {}))
-        made = [] if any(output.alias_info for output in operation._schema.returns) else tree_leaves(result)
-        self.found += [operation for tensor in made if torch.is_tensor(tensor) and tensor.numel() in self.sizes]
-        return result
-
-
-def sampled(model, padded, cache, watch=None):
-    ids = torch.randint(10, 200, (4, PROMPT), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = not padded
-    torch.manual_seed(5)
-    options = {"do_sample": True, "max_new_tokens": NEW, "min_new_tokens": NEW, "cache_implementation": cache}
-    with torch.no_grad(), watch or nullcontext():
-        return model.generate(input_ids=ids, attention_mask=mask, suppress_tokens=[0], **options)[:, PROMPT:]
+def bases(tmp_path_factory, small_qwen3_vl):
+    """Of each family a small model whose query heads share key heads."""
+    grouped = make_grouped_tiny(tmp_path_factory.mktemp("qwen2_5_vl") / "grouped")
+    return {"qwen2_5_vl": str(grouped), "qwen3_vl": small_qwen3_vl}
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_sampling_copies_no_cache_and_gives_the_same_tokens(grouped_tiny, monkeypatch, ours, padded, cache):
-    text = grouped_tiny.config.get_text_config()
-    our_copies, stock_copies = Copies(text, rows=4), Copies(text, rows=4)
-    found = sampled(grouped_tiny, padded, cache, our_copies)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_sampling_copies_no_cache_and_gives_the_same_tokens(bases, family, monkeypatch, ours, padded, cache):
+    model = AutoModelForImageTextToText.from_pretrained(bases[family]).eval()
+    our_copies, stock_copies = KeyCopies(model), KeyCopies(model)
+    found = sampled(model, our_copies, padded=padded, cache=cache)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
-    expected = sampled(grouped_tiny, padded, cache, stock_copies)
-    assert len({tuple(row) for row in expected.tolist()}) == 4 and torch.equal(found, expected)
+    expected = sampled(model, stock_copies, padded=padded, cache=cache)
+    assert len({tuple(row) for row in expected.tolist()}) == len(expected) and torch.equal(found, expected)
     assert not our_copies.found
-    if padded or cache == "static":  # there is a mask; keys and values, per layer and pass after the prompt's
-        assert len(stock_copies.found) >= 2 * text.num_hidden_layers * (NEW - 1)
+    if padded or cache == "static":  # there is a mask; keys and values, per layer and pass
+        assert len(stock_copies.found) >= 2 * our_copies.layers * NEW
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Unsloth on a CPU is for hosts without a GPU")
+def test_unsloth_samples_so(bases, tmp_path):
+    run = run_script(SUPPORT / "unsloth_sampling.py", "facts.json", *bases.values(), folder=tmp_path)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    found = json.loads((tmp_path / "facts.json").read_text())
+    assert len(found) == 2 * len(bases)  # each with a static and a growing cache
+    for facts in found.values():
+        tokens = facts["tokens"]
+        assert tokens["ours"] == tokens["stock"] and len(set(map(tuple, tokens["ours"]))) > 1
+        assert facts["copies"]["ours"] == 0 and facts["copies"]["stock"] >= 2 * facts["layers"] * NEW
 
 
 def test_a_loaded_policy_samples_so_before_anything_was_scored(load_tiny, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from pandas import Series
 from PIL import Image, ImageChops
 
-from apo_lora.run.curves import curve, read_steps, thinned
+from apo_lora.run.curves import curve, figure_curve, read_steps, thinned
 from apo_lora.run.directory import RunDir
 from apo_lora.run.drawing import Line, canvas, css, css_classes, draw_counts, draw_curves, png, small_canvas, svg
 from apo_lora.run.files import append_jsonl
@@ -107,3 +107,22 @@ def test_a_run_without_a_step_has_no_plots(tmp_path):
     assert write_plots(run) == [] and overview(run) is None
     append_jsonl(run.metrics, [{"step": 1, "reward": 1.0}])
     assert all(path.is_file() for path in write_plots(run)) and overview(run)
+
+
+def test_what_is_measured_at_some_steps_has_its_interval_and_is_not_smoothed(tmp_path):
+    run = RunDir(tmp_path)
+    names = ("held_out_accuracy", "held_out_accuracy_low", "held_out_accuracy_high")
+    append_jsonl(run.metrics, [{"step": step, "reward": 1.0} for step in (1, 2, 3)])
+    steps = read_steps(run)
+    assert figure_curve([steps], names[0]).empty and "held_out.png" not in {p.name for p in write_plots(run)}
+    append_jsonl(run.metrics, [{"step": 4, "reward": 1.0, **dict(zip(names, (0.5, 0.3, 0.7), strict=True))}])
+    append_jsonl(run.metrics, [{"step": 9, "reward": 1.0, **dict(zip(names, (0.8, 0.6, 0.9), strict=True))}])
+    one = figure_curve([read_steps(run)], names[0])
+    assert one.to_dict("index") == {
+        4: {"mean": 0.5, "low": 0.3, "high": 0.7},
+        9: {"mean": 0.8, "low": 0.6, "high": 0.9},
+    }
+    other = read_steps(run).assign(held_out_accuracy=lambda frame: frame["held_out_accuracy"] - 0.2)
+    both = figure_curve([read_steps(run), other, steps], names[0])
+    assert both.loc[9].to_dict() == pytest.approx({"mean": 0.7, "low": 0.6, "high": 0.8})
+    assert run.plots / "held_out.png" in write_plots(run) and overview(run)

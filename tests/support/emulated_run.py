@@ -56,8 +56,9 @@ def stance() -> str:
     return torch._dynamo.eval_frame._stance.stance
 
 
-def watch_passes(policies: list[loading.Policy], passes: set[tuple[str, str, str]]) -> None:
-    """The policy that is loaded; what each pass of its language model is for, its autocast dtype and stance."""
+def watch_passes(policies: list[loading.Policy], passes: set[tuple[str, str, str, str]]) -> None:
+    """The policy that is loaded; what each pass of its language model is for, its autocast dtype, stance, and the dtype
+    of the adapters."""
     load = loading.load_policy
 
     def load_and_watch(*arguments: Any, **options: Any) -> Any:
@@ -68,7 +69,8 @@ def watch_passes(policies: list[loading.Policy], passes: set[tuple[str, str, str
             what = "training" if torch.is_grad_enabled() else "scoring"
             what = "sampling" if options.get("past_key_values") is not None else what
             arithmetic = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-            passes.add((what, str(arithmetic), stance()))
+            adapters = {str(p.dtype) for name, p in module.named_parameters() if "lora_" in name}
+            passes.add((what, str(arithmetic), stance(), *adapters))
 
         policy.model.get_base_model().model.language_model.register_forward_pre_hook(note, with_kwargs=True)
         return policy
@@ -101,7 +103,7 @@ def watch_steps(steps: list[dict[str, Any]], offloading: types.ModuleType) -> No
 def main(file: Path) -> None:
     offloading = prepare_unsloth()
     policies: list[loading.Policy] = []
-    passes: set[tuple[str, str, str]] = set()
+    passes: set[tuple[str, str, str, str]] = set()
     steps: list[dict[str, Any]] = []
     watch_passes(policies, passes)
     watch_steps(steps, offloading)

@@ -40,7 +40,10 @@ class ComputedOnCPU(TorchDispatchMode):
         is_on_card = any(t.is_cuda for t in tensors) or _is_card(kwargs.get("device"))
         if not is_on_card or any(t.is_meta for t in tensors) or _computes_nothing(func):
             return func(*args, **kwargs)
-        return _compute(func, args, kwargs)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
+        return compute(func, args, kwargs)
 
 
 @cache
@@ -59,36 +62,45 @@ def _is_card(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-def _compute(func: OpOverload, args: tuple, kwargs: dict) -> Any:
-    on_card: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the CPU tensor, which is kept alive
+def compute(func: OpOverload, args: tuple, kwargs: dict) -> Any:
+    name = func._schema.name.partition("::")[2]
+    result, originals = result_on_cpu(func, args, kwargs)
+    if name == "copy_":  # writes into its first argument, wherever that is
+        return args[0]
+    if name == "_to_copy" and not _is_card(kwargs.get("device") or args[0].device):
+        return result
+
+    def to_card(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return originals[id(x)][1] if id(x) in originals else on_card(x)
+
+    return tree_map(to_card, result)
+
+
+def result_on_cpu(func: OpOverload, args: tuple, kwargs: dict) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
+    """What the CPU's kernel gives, and the arguments: (in the memory of the card, its own tensor) by id of the first.
+
+    What it writes in place is written on the card.
+    """
+    originals: dict[int, tuple[Tensor, Tensor]] = {}  # keeps them alive, and so their ids
 
     def to_cpu(x: Any) -> Any:
         if isinstance(x, Tensor) and x.is_cuda:
-            same = _same_memory(x)
-            on_card[id(same)] = same, x
+            same = same_memory(x)
+            originals[id(same)] = same, x
             return same
         if isinstance(x, torch.device) and x.type == "cuda":
             return torch.device("cpu")
         return None if isinstance(x, torch.Generator) else x
 
-    def to_card(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return on_card[id(x)][1] if id(x) in on_card else _on_card(x)
-
-    name = func._schema.name.partition("::")[2]
     cpu_args, cpu_kwargs = tree_map(to_cpu, (args, kwargs))
     for key in ("pin_memory", "non_blocking"):
         cpu_kwargs.pop(key, None)
-    result = func(*cpu_args, **cpu_kwargs)
-    if name == "copy_":  # writes into its first argument, wherever that is
-        return args[0]
-    if name == "_to_copy" and not _is_card(kwargs.get("device") or args[0].device):
-        return result
-    return tree_map(to_card, result)
+    return func(*cpu_args, **cpu_kwargs), originals
 
 
-def _same_memory(tensor: Tensor) -> Tensor:
+def same_memory(tensor: Tensor) -> Tensor:
     """A CPU tensor in the memory of one on the card."""
     storage = tensor.untyped_storage()
     if tensor.numel() == 0 or storage.nbytes() == 0:
@@ -99,8 +111,8 @@ def _same_memory(tensor: Tensor) -> Tensor:
     return cpu_tensor.set_(cpu_storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def _on_card(tensor: Tensor) -> Tensor:
+def on_card(tensor: Tensor) -> Tensor:
     copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda")
     if tensor.numel():
-        _same_memory(copy).copy_(tensor)
+        same_memory(copy).copy_(tensor)
     return copy

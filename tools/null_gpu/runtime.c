@@ -101,8 +101,10 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
     return cudaSuccess;
 }
 
+/* Larger copies are left out, as arithmetic is, where memory is all that is asked for. */
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-    return memmove(to, from, size), cudaSuccess;
+    if (size <= setting("NULLGPU_LARGEST_COPY", -1)) memmove(to, from, size);
+    return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
     return cudaMemcpy(to, from, size, kind);
@@ -112,10 +114,13 @@ cudaError_t cudaMemcpyPeerAsync(void *to, int d, const void *from, int s, size_t
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                               size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    for (size_t i = 0; i < height; i++) memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
+    for (size_t i = 0; i < height; i++) cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width, kind);
     return cudaSuccess;
 }
-cudaError_t cudaMemset(void *at, int value, size_t size) { return memset(at, value, size), cudaSuccess; }
+cudaError_t cudaMemset(void *at, int value, size_t size) {
+    if (size <= setting("NULLGPU_LARGEST_COPY", -1)) memset(at, value, size);
+    return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void *at, int value, size_t size, cudaStream_t stream) {
     return cudaMemset(at, value, size);
 }
