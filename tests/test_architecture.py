@@ -86,7 +86,7 @@ NAMED_ALL_THE_SAME = {
     "run/model_card.py": "licences go by the names of published models",
     "evaluation/table.py": "a row of the paper's table",
     "machine/doctor.py": "says what the recipes for a GPU train",
-    "notebook/machine.py": "says what the recipes for a GPU train",
+    "notebook/worker.py": "says what the recipes for a GPU train",
 }
 
 

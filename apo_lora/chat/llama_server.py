@@ -9,19 +9,20 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from apo_lora.errors import ModelError
 from apo_lora.export.gguf import REPORT, find_program
 
 SERVER = "llama-server"
 START_SECONDS = 600  # a large model from a slow disk
+_HERE = {"timeout": START_SECONDS, "trust_env": False}  # a proxy knows nothing of this machine
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,10 @@ def _wait_for(url: str, process: subprocess.Popen, log: Any, gguf: Gguf) -> None
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
-        try:
-            with _open(f"{url}/health"):
+        with suppress(httpx.HTTPError):  # not listening yet; 503 while it loads
+            if httpx.get(f"{url}/health", **_HERE).is_success:
                 return
-        except OSError:  # not listening yet, or 503 while it loads
-            time.sleep(0.1)
+        time.sleep(0.1)
     log.seek(0)
     lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()] or lines
@@ -141,15 +141,15 @@ class StreamedAnswer:
 
     def __iter__(self) -> Iterator[str]:
         try:
-            with _open(f"{self._url}/v1/chat/completions", self._request) as response:
-                for line in response:
-                    data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
-                    if not data or data == "[DONE]":
-                        continue
-                    yield from self._read(json.loads(data))
-        except urllib.error.HTTPError as error:
-            raise ModelError(f"llama.cpp did not answer: {_reason(error)}") from error
-        except (OSError, ValueError) as error:
+            with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=self._request, **_HERE) as response:
+                if response.is_error:
+                    response.read()
+                    raise ModelError(f"llama.cpp did not answer: {_reason(response)}")
+                for line in response.iter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if data and data != "[DONE]":
+                        yield from self._read(json.loads(data))
+        except (httpx.HTTPError, ValueError) as error:
             raise ModelError(
                 f"llama.cpp: the connection was lost ({type(error).__name__}: {error}); ask again"
             ) from error
@@ -167,21 +167,12 @@ class StreamedAnswer:
 
 def tokens_of(url: str, text: str) -> list[int]:
     """Ids under the served model's vocabulary, special tokens included."""
-    with _open(f"{url}/tokenize", {"content": text, "parse_special": True}) as response:
-        return json.load(response)["tokens"]
+    body = {"content": text, "parse_special": True}
+    return httpx.post(f"{url}/tokenize", json=body, **_HERE).raise_for_status().json()["tokens"]
 
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of this machine
-
-
-def _open(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    return _DIRECT.open(request, timeout=START_SECONDS)
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
+def _reason(response: httpx.Response) -> str:
     try:
-        return str(json.load(error)["error"]["message"])
+        return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code}"
+        return f"HTTP {response.status_code}"

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apo_lora.machine.paths import at_home
 
@@ -11,14 +11,13 @@ if TYPE_CHECKING:
 
 
 def add_recipe(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe",
-        required=True,
-        metavar="R",
-        type=at_home,
-        help="path of a recipe, or the name of a shipped recipe",
-    )
+    add_path(parser, "--recipe", "R", "path of a recipe, or the name of a shipped recipe", required=True)
     add_overrides(parser, "changes to the recipe, such as train.max_steps=10")
+
+
+def add_path(parser: ArgumentParser, name: str, metavar: str, help: str, **more: Any) -> None:
+    """A path, or a name that stands for one; a leading ~ is the home folder."""
+    parser.add_argument(name, metavar=metavar, type=at_home, help=help, **more)
 
 
 def add_overrides(parser: ArgumentParser, help: str) -> None:

@@ -4,54 +4,30 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from apo_lora.commands.arguments import count_of, load_named
+from apo_lora.commands.arguments import add_path, count_of, load_named
 from apo_lora.errors import UserError
-from apo_lora.machine.paths import at_home
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "run",
-        metavar="RUN",
-        type=at_home,
-        help="a run directory, or a folder with an adapter or GGUF files (see --recipe)",
-    )
+    add_path(parser, "run", "RUN", "a run directory, or a folder with an adapter or GGUF files (see --recipe)")
     add("question", help="the question, in quotes")
-    add("--image", metavar="FILE", type=at_home, help="image that the question is about")
+    add_path(parser, "--image", "FILE", "image that the question is about")
     add("--sample", action="store_true", help="sample as in training instead of decoding greedily")
-    add(
-        "--max-tokens",
-        metavar="N",
-        type=count_of("tokens"),
-        help="maximum length of an answer (default: the recipe's limit)",
-    )
-    add(
-        "--recipe",
-        metavar="R",
-        type=at_home,
-        help="recipe that says how to ask (default: the run's, or the one pushed with the adapter)",
-    )
-    add(
-        "--engine",
-        choices=("transformers", "vllm"),
-        default="transformers",
-        help="what generates the answers: the model itself, word by word, or a vLLM server (see apo-lora setup-vllm)",
-    )
+    limit = "maximum length of an answer (default: the recipe's limit)"
+    add("--max-tokens", metavar="N", type=count_of("tokens"), help=limit)
+    recipe = "recipe that says how to ask (default: the run's, or the one pushed with the adapter)"
+    add_path(parser, "--recipe", "R", recipe)
+    engine = "what generates the answers: the model itself, word by word, or a vLLM server (see apo-lora setup-vllm)"
+    add("--engine", choices=("transformers", "vllm"), default="transformers", help=engine)
     add("--gguf", action="store_true", help="ask the run's exported GGUF files through llama.cpp")
-    add(
-        "--base-gguf",
-        metavar="DIR",
-        type=at_home,
-        help="with --gguf: folder with the base model's GGUF files (default: those of `export --to base-gguf`; "
-        "without them only the tuned model answers)",
+    base = (
+        "with --gguf: folder with the base model's GGUF files (default: those of `export --to base-gguf`; "
+        "without them only the tuned model answers)"
     )
-    add(
-        "--llama-cpp",
-        metavar="DIR",
-        type=at_home,
-        help="with --gguf: a llama.cpp folder (default: llama-server on the PATH, or the package xllamacpp)",
-    )
+    add_path(parser, "--base-gguf", "DIR", base)
+    llama_cpp = "with --gguf: a llama.cpp folder (default: llama-server on the PATH, or the package xllamacpp)"
+    add_path(parser, "--llama-cpp", "DIR", llama_cpp)
 
 
 def run(

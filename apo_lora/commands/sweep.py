@@ -3,23 +3,16 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
-from apo_lora.commands.arguments import add_overrides, count_of
-from apo_lora.machine.paths import at_home
+from apo_lora.commands.arguments import add_overrides, add_path, count_of
 
 WHEN_STOPPED = "Stopped. Finished runs are kept; run the same command again to continue the rest."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    which = "path of an experiment, or the name of a shipped experiment"
-    add("experiment", metavar="EXPERIMENT", type=at_home, help=which)
+    add_path(parser, "experiment", "EXPERIMENT", "path of an experiment, or the name of a shipped experiment")
     add_overrides(parser, "changes to every run's recipe")
-    add(
-        "--out",
-        metavar="DIR",
-        type=lambda text: Path(at_home(text)),
-        help="folder for the runs and their comparison (default: runs/NAME)",
-    )
+    add_path(parser, "--out", "DIR", "folder for the runs and their comparison (default: runs/NAME)")
     jobs = "number of runs at once (default: 1 with a GPU, else one per CPU core)"
     add("--jobs", metavar="N", type=count_of("runs"), help=jobs)
     add("--seeds", metavar="N,N,...", type=_seeds, help="use these seeds instead of the experiment's")
@@ -33,7 +26,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
-def run(experiment: str, overrides: list[str], **options) -> int:
+def run(experiment: str, overrides: list[str], out: str | None, **options) -> int:
     from apo_lora.sweep.sweep import sweep
 
-    return sweep(experiment, overrides, **options)
+    return sweep(experiment, overrides, out=Path(out) if out else None, **options)

@@ -2,20 +2,15 @@
 
 from argparse import ArgumentParser
 
-from apo_lora.commands.arguments import add_recipe, load_named
-from apo_lora.machine.paths import at_home
+from apo_lora.commands.arguments import add_path, add_recipe, load_named
 
 WHEN_STOPPED = "Stopped. Saved checkpoints are kept; continue with --resume auto."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        type=at_home,
-        help="continue the run from its last complete checkpoint, or from the one at PATH",
-    )
+    resume = "continue the run from its last complete checkpoint, or from the one at PATH"
+    add_path(parser, "--resume", "auto|PATH", resume)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and the data, print the plan and stop")
 
 

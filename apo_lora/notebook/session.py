@@ -8,15 +8,17 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 from urllib.parse import quote
 
 from IPython.display import HTML, Image, display
 
 from apo_lora.errors import UserError
-from apo_lora.notebook import form, times
+from apo_lora.notebook import form
 from apo_lora.notebook.verbs import StepFailed, environment, lifetime, python, run_verb
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl
@@ -92,7 +94,7 @@ class Session:
         """What `evaluate` measured, below the run's evaluations."""
         self.run = RunDir(filled["run"])
         self.overrides = [*filled["overrides"], *self._mirror(checkpoints, repo)]
-        print("\n".join([*filled["lines"], *times.expected(recipe, self.max_steps)]))
+        print("\n".join([*filled["lines"], *expected_time(recipe, self.max_steps)]))
 
     def _mirror(self, checkpoints: Checkpoints, hub_repo: str) -> list[str]:
         if checkpoints == "Google Drive":
@@ -249,7 +251,7 @@ class Curves:
         if self._said or self.steps is None or len(rows) <= self.before:
             return None
         seconds = [row["seconds"] for row in rows[self.before :]]
-        line = times.remaining(seconds, self.steps, rows[-1]["step"])
+        line = remaining_time(seconds, self.steps, rows[-1]["step"])
         self._said = line is not None
         return line
 
@@ -266,6 +268,45 @@ def _rows(path: Path) -> list[dict]:
         return list(read_jsonl(path)) if path.is_file() else []
     except UserError as error:
         raise StepFailed("\n".join(error.problems)) from None
+
+
+# --- how long a run will take ----------------------------------------------------------------------------------------
+
+MODELLED = {"colab_t4": (75, 95)}
+"""Recipe to seconds per step at full completion length: what `apo-lora plan` models for a T4, and up to a quarter
+more for what it leaves out. No card has measured them."""
+MEASURED_STEPS = 3
+"""After the first one, which is slower: what is compiled and loaded on first use."""
+
+
+def expected_time(recipe: str, steps: int | None) -> list[str]:
+    """A line where there is a model for the recipe."""
+    if recipe not in MODELLED or not steps:
+        return []
+    low, high = MODELLED[recipe]
+    return [
+        f"Expected: {steps} steps of {low} to {high} s (modelled, not measured), so {duration(steps * low)} to "
+        f"{duration(steps * high)}; the time that it takes here is shown after the first steps."
+    ]
+
+
+def remaining_time(seconds: Sequence[float], steps: int, last: int) -> str | None:
+    """`seconds`: of each step of this process so far; `last`: of `steps`, the one that was done last.
+
+    None until enough steps have been measured, and where little is left.
+    """
+    if len(seconds) <= MEASURED_STEPS or steps <= last:
+        return None
+    each = median(seconds[1:])
+    return f"Measured: {each:.3g} s per step, so {duration(each * (steps - last))} for the other {steps - last} steps."
+
+
+def duration(seconds: float) -> str:
+    """`1 h 20 min`, `5 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 100 else f"{minutes} min"
 
 
 # --- Colab -----------------------------------------------------------------------------------------------------------

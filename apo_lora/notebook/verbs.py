@@ -57,26 +57,18 @@ def environment() -> dict[str, str]:
 
 
 def run_verb(
-    *arguments: str, meanwhile: Meanwhile | None = None, secrets: Secrets | None = None, lock: Path | None = None
-) -> None:
-    """`apo-lora *arguments`, with live output in the cell.
-
-    `meanwhile` is called about once a second. `secrets` go into the environment of that process and nowhere else.
-    `lock`: a file that only one process at a time may hold. Interrupting the cell is Ctrl-C for the verb, which then
-    ends in its own way. Raises StepFailed.
-    """
-    run_module("apo_lora.commands.main", *arguments, name=arguments[0], meanwhile=meanwhile, secrets=secrets, lock=lock)
-
-
-def run_module(
-    module: str,
     *arguments: str,
-    name: str,
+    module: str = "apo_lora.commands.main",
     meanwhile: Meanwhile | None = None,
     secrets: Secrets | None = None,
     lock: Path | None = None,
 ) -> None:
-    """The same with `python -m module`; `name` is what a failure is reported under."""
+    """`apo-lora *arguments`, or `python -m module *arguments`, with live output in the cell.
+
+    `meanwhile` is called about once a second. `secrets` go into the environment of that process and nowhere else.
+    `lock`: a file that only one process at a time may hold. Interrupting the cell is Ctrl-C for the verb, which then
+    ends in its own way. Raises StepFailed, under the name of the first argument.
+    """
     # Into a file and not a pipe: a step outlives its kernel for as long as it takes to save its work.
     with _held(lock) as held, tempfile.NamedTemporaryFile() as said:
         process = subprocess.Popen(
@@ -97,7 +89,7 @@ def run_module(
             process.kill()
             process.wait()
     if process.returncode:
-        raise StepFailed(_failure(name, process.returncode))
+        raise StepFailed(_failure(arguments[0], process.returncode))
 
 
 def lifetime() -> dict:

@@ -16,10 +16,9 @@ from apo_lora.errors import ModelError, UserError
 from apo_lora.evaluation.evaluate import SECTIONS
 from apo_lora.evaluation.gallery import static_gallery
 from apo_lora.evaluation.table import table
-from apo_lora.machine.host import find_gpu
+from apo_lora.machine.host import Gpu, find_gpu
 from apo_lora.machine.paths import at_home
 from apo_lora.notebook.form import as_name
-from apo_lora.notebook.machine import banner, suited_recipe
 from apo_lora.recipe.files import find_recipe, load_recipe, override
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.directory import RunDir
@@ -29,12 +28,47 @@ OTHER_DATA = ("data.eval=null", "data.general=null", "data.columns={}")
 """What the recipe says of its own data."""
 
 
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+GiB = 2**30
+
+
 def machine(out: str) -> None:
     """The banner, and {recipe, vram in GiB or null}."""
     gpu = find_gpu()
     name = suited_recipe(gpu)
     lines = banner(gpu, name)
-    write_json(Path(out), {"lines": lines, "recipe": name, "vram": gpu and gpu.total_bytes / 2**30})
+    write_json(Path(out), {"lines": lines, "recipe": name, "vram": gpu and gpu.total_bytes / GiB})
+
+
+def suited_recipe(gpu: Gpu | None) -> str:
+    """Name of the shipped recipe: the largest 3B recipe that the GPU allows, the embedded model without a GPU."""
+    if gpu is None:
+        return "tiny_cpu"
+    if gpu.total_bytes < 14 * GiB:
+        return "gpu_8gb"
+    if gpu.total_bytes < 22 * GiB or gpu.dtype == "float16":
+        return "colab_t4"
+    return "single_gpu"
+
+
+def banner(gpu: Gpu | None, recipe_name: str) -> list[str]:
+    """GPU, memory, number format and recipe, a line each."""
+    if gpu is None:
+        return [
+            "No GPU here: the embedded tiny model trains on the CPU, which shows every step at a small scale.",
+            "For Qwen2.5-VL-3B choose Runtime > Change runtime type > T4 GPU, then Run all again.",
+            f"Recipe    {recipe_name}.yaml",
+        ]
+    return [
+        f"GPU       {gpu.name}",
+        f"Memory    {gpu.total_bytes / GiB:.1f} GiB, {gpu.free_bytes / GiB:.1f} free",
+        f"Precision {gpu.dtype}",
+        f"Recipe    {recipe_name}.yaml",
+    ]
+
+
+# --- the form and the run --------------------------------------------------------------------------------------------
 
 
 def form(

@@ -7,8 +7,7 @@ from apo_lora.data.inputs import open_inputs
 from apo_lora.data.report import report
 from apo_lora.errors import printable
 from apo_lora.recipe.schema import Recipe
-from apo_lora.rewards.check import table
-from apo_lora.rewards.check_functions import check_functions
+from apo_lora.rewards.check import check_functions, table
 from apo_lora.rewards.functions import verifier_of
 from apo_lora.rewards.plugins import find_rewards
 
@@ -16,7 +15,7 @@ from apo_lora.rewards.plugins import find_rewards
 def check_data(recipe: Recipe) -> None:
     """Prints what the rows contain: answers, images, prompt lengths, and each dropped row. Raises UserError."""
     loaded, processor = _training_rows(recipe)
-    print("\n".join(map(printable, report(loaded, recipe.data, processor).lines())))
+    print("\n".join(map(printable, report(loaded, recipe.data, processor))))
 
 
 def check_rewards(recipe: Recipe) -> bool:

@@ -148,7 +148,7 @@ def _validated(tree: dict[str, Any], source: str, problems: list[str]) -> Recipe
     try:
         recipe = Recipe.model_validate(_lists_to_tuples(tree))
     except ValidationError as error:
-        problems += [_one_line(detail) for detail in error.errors()]
+        problems += [one_line(detail) for detail in error.errors()]
         # Also look for impossible combinations among what is valid, so that one message holds everything.
         try:
             recipe = Recipe.model_validate(_lists_to_tuples(_without(tree, error)))
@@ -177,12 +177,12 @@ def _without(tree: dict[str, Any], error: ValidationError) -> dict[str, Any]:
     return {**kept, "data": {"train": "-", **kept.get("data", {})}}
 
 
-def _one_line(detail: Any) -> str:
+def one_line(detail: Any, schema: type[Section] = Recipe) -> str:
     """A pydantic error as `section.key: what is wrong, with the remedy`."""
     loc = [str(part) for part in detail["loc"]]
     key, kind = ".".join(loc), detail["type"]
     if kind == "extra_forbidden":
-        siblings = Recipe.model_fields
+        siblings = schema.model_fields
         for name in loc[:-1]:
             siblings = siblings[name].annotation.model_fields
         return f"{key}: unknown key{_did_you_mean(loc[-1], siblings, prefix='.'.join([*loc[:-1], '']))}"

@@ -1,7 +1,9 @@
-"""A report as HTML: everything the template needs, gathered and filled in. It loads nothing from the network."""
+"""The verb `apo-lora report`: runs in, one HTML file out, which loads nothing from the network."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,16 +13,26 @@ from tqdm.auto import tqdm
 
 from apo_lora import __version__
 from apo_lora.errors import RunDirError
-from apo_lora.evaluation.gallery import MOST_BYTES, gallery, page_file, page_head
-from apo_lora.report.answers import answer_sources
-from apo_lora.report.charts import curve_charts, dads_chart, stcr_chart
+from apo_lora.evaluation.figures import AnswerPair, paired
+from apo_lora.evaluation.gallery import MOST_BYTES, AnswerSource, gallery, page_file, page_head, readable
+from apo_lora.report.charts import credit_seen, curve_charts, dads_chart, stcr_chart
 from apo_lora.report.comparison import COMPARED, HEADINGS, Compared, compare, difference_rows, format_interval
 from apo_lora.report.cost import cost
-from apo_lora.report.credit import credit_seen
-from apo_lora.report.groups import Group, differences, grouped
-from apo_lora.report.runs import Run, prompt_groups
+from apo_lora.report.runs import (
+    OWN_ANSWERS,
+    Group,
+    Run,
+    answer_files,
+    differences,
+    grouped,
+    prompt_groups,
+    read_answers,
+    read_runs,
+)
+from apo_lora.run.directory import RunDir
 from apo_lora.run.drawing import css
 from apo_lora.run.figures import CURVES, SIGNAL_CURVES, format_figure
+from apo_lora.run.files import write_atomically
 from apo_lora.run.learning_signal import verdict
 from apo_lora.run.summary import evaluation_table
 
@@ -28,6 +40,36 @@ GENERATOR = "apo-lora report"
 
 FINAL_STEPS = 5
 """Over which entropy and KL at the end of training are means."""
+
+TRAINING_GROUPS = 24
+"""Prompts of the last steps that are shown."""
+
+
+def report(paths: Sequence[str], out: str | None = None) -> Path:
+    """Writes the page and returns its path: `out`, else report.html in the run, or here where there are several.
+
+    Raises RunDirError before anything is written. An earlier report is replaced, no other file is.
+    """
+    target = Path(out) if out else RunDir(paths[0] if len(paths) == 1 else "").report
+    _check(target)
+    page = readable(render(read_runs(paths)))
+    try:
+        write_atomically(target, page)
+    except OSError as error:
+        raise RunDirError(f"{target}: cannot be written ({error.strerror}); choose another with --out") from None
+    return target
+
+
+def _check(target: Path) -> None:
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise RunDirError(f"--out {target}: must end in .html; give another name")
+    if target.is_dir():
+        raise RunDirError(f"--out {target}: is a folder; give the name of a file")
+    if target.exists() and GENERATOR not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise RunDirError(f"{target}: already exists and is not a report; choose another with --out FILE.html")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -56,7 +98,8 @@ def render(runs: Sequence[Run]) -> str:
         raise RunDirError(
             f"report: a page of {len(runs)} runs is too large ({size / 1e6:.1f} MB without answers); give fewer runs"
         )
-    return _filled(content, gallery(answer_sources(runs), room))
+    answers = [source for run in runs for source in _answer_sources(run, [] if len(runs) == 1 else [run.name])]
+    return _filled(content, gallery(answers, room))
 
 
 def _filled(content: dict[str, Any], completions: Markup) -> str:
@@ -133,3 +176,24 @@ def _record(group: Group) -> dict[str, Any]:
         "recipe": group.recipe.to_yaml(),
         "environment": yaml.safe_dump(environment, sort_keys=False, allow_unicode=True) if environment else "",
     }
+
+
+def _answer_sources(run: Run, prefix: list[str]) -> Iterator[AnswerSource]:
+    """Held-out answers; where the tuned model has none, completions of the last training steps too."""
+    root, has_tuned = run.folder.path, False
+    for title, path in answer_files(run).items():
+        pairs = paired(read_answers(path))
+        has_tuned = has_tuned or any(pair.tuned for pair in pairs)
+        parts = prefix if prefix and title == OWN_ANSWERS else [*prefix, title]
+        yield AnswerSource(", ".join(parts), pairs, root)
+    if not has_tuned:
+        last = deque(prompt_groups(run), maxlen=TRAINING_GROUPS)
+        yield AnswerSource(
+            ", ".join([*prefix, "training, last steps"]),
+            # Training rows were answered by the tuned model at that step.
+            [AnswerPair(None, row) for group in reversed(last) for row in group],
+            root,
+            reward_names=run.recipe.rewards.functions,
+            note="There are no held-out answers of the tuned model (answers.jsonl). These are completions of the last "
+            "training steps, newest first.",
+        )

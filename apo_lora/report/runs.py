@@ -1,15 +1,17 @@
-"""Run directories as they were recorded, whole or cut short."""
+"""Run directories as they were recorded, whole or cut short; runs that differ only in their seed form a group."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from pandas import DataFrame
 
 from apo_lora.errors import RecipeError, RunDirError
+from apo_lora.recipe import schema
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.curves import read_steps
 from apo_lora.run.directory import RunDir
@@ -95,12 +97,6 @@ def _read_json(path: Path) -> Row:
     return content if isinstance(content, dict) else {}
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """Rows of a file that may be absent or cut short."""
-    if path.is_file():
-        yield from (row for row in read_jsonl(path) if isinstance(row, dict))
-
-
 COMPLETION_KEYS = frozenset({"correct", "length", "advantage", "kl_weight", "stcr_multiplier"})
 ANSWER_KEYS = frozenset({"set", "model", "row", "text", "correct"})
 
@@ -134,8 +130,65 @@ def read_answers(path: Path) -> list[Row]:
 
 
 def _rows_with(keys: frozenset[str], path: Path) -> Iterator[Row]:
-    """Raises RunDirError where a row lacks one of them."""
-    for number, row in enumerate(_rows(path), start=1):
+    """Of a file that may be absent or cut short. Raises RunDirError where a row lacks one of the keys."""
+    for number, row in enumerate(read_jsonl(path) if path.is_file() else (), start=1):
         if missing := sorted(keys - row.keys()):
             raise RunDirError(f"{path} line {number}: no {', '.join(missing)}; restore the file, or remove it")
         yield row
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    label: str
+    runs: list[Run]
+    place: int
+    """Among the groups: decides the colour and the dashes of its line."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.runs[0].recipe
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(str(run.seed) for run in self.runs)
+
+    @property
+    def style(self) -> str:
+        """CSS classes."""
+        from apo_lora.run.drawing import css_classes  # matplotlib: a sweep reads runs before it draws any
+
+        return css_classes(self.place)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """In the order of their first runs."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        recipe_of_group = run.recipe.model_dump_json(exclude={"train": {"seed"}, "output": {"dir"}})
+        members.setdefault(recipe_of_group, []).append(run)
+    labels = _labels([group[0].recipe for group in members.values()])
+    return [Group(*group, place) for place, group in enumerate(zip(labels, members.values(), strict=True))]
+
+
+def differences(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
+    """Key to its value in each recipe, of the keys that are not the same in all; a group's own keys are left out."""
+    keys = dict.fromkeys(key for other in recipes[1:] for key in schema.differences(recipes[0], other))
+    return {
+        key: [attrgetter(key)(recipe) for recipe in recipes] for key in keys if key not in ("train.seed", "output.dir")
+    }
+
+
+def _labels(recipes: Sequence[Recipe]) -> list[str]:
+    """The method where that tells them apart, else with the first keys that differ."""
+    methods = [recipe.method for recipe in recipes]
+    if len(set(methods)) == len(methods):
+        return methods
+    different = list(differences(recipes).items())[:3]
+    labels = [
+        ", ".join([method, *(f"{key.split('.')[1]} {values[place]}" for key, values in different)])
+        for place, method in enumerate(methods)
+    ]
+    return [label if labels.count(label) == 1 else f"{label} ({place + 1})" for place, label in enumerate(labels)]

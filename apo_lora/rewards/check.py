@@ -1,14 +1,20 @@
 """Checks before training that the rewards work on the user's rows: gold scores 1 in every format, wrong answers 0.
 
-Pure functions; `apo-lora check-rewards` shows their table.
+`apo-lora check-rewards` shows their table.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from apo_lora.recipe.schema import BUILT_IN_REWARDS, RewardsSection
 from apo_lora.rewards.answers.gold import Gold, describes_number, gold_itself, read_gold
 from apo_lora.rewards.answers.match import MathQuestion, judge
 from apo_lora.rewards.answers.text import FinalAnswer, after_answer_phrase, without_phrase
+from apo_lora.rewards.boxes import box_tries
+from apo_lora.rewards.functions import RewardFunction, reward_functions
+from apo_lora.rewards.relaxed import relaxed_tries
+from apo_lora.rewards.shaping import overlong_tries, repetition_tries
+from apo_lora.rewards.verifier import Verifier
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str] | None]], list[float]]
 Try = tuple[str, float, str]
@@ -33,11 +39,6 @@ class CheckRow:
 def in_answer(text: str) -> str:
     """A completion in the required format whose final answer is `text`."""
     return f"{_THINK}<answer>{text}</answer>"
-
-
-def gold_in_other_formats(answer: str, choices: Sequence[str] | None = None) -> list[str]:
-    """Completions that all give the gold answer, in the ways models write it; all must earn 1."""
-    return [completion for _, completion in _formats(answer, choices)]
 
 
 def _formats(answer: str, choices: Sequence[str] | None) -> list[tuple[str, str]]:
@@ -126,6 +127,47 @@ def _check(format: str, expected: float, tries: list[tuple[int, str]], rows, sco
     got = score([completion for _, completion in tries], [rows[i][0] for i, _ in tries], [rows[i][1] for i, _ in tries])
     failed = [index for (index, _), reward in zip(tries, got, strict=True) if reward != expected]
     return CheckRow(format, expected, len(tries), len(tries) - len(failed), failed[0] if failed else None)
+
+
+def check_functions(
+    rows: Sequence[tuple[str, Sequence[str] | None]], rewards: RewardsSection, verifier: Verifier, max_tokens: int
+) -> list[CheckRow]:
+    """The lines for each built-in function in `rewards.functions`; for `accuracy` where there is none.
+
+    `rows` are (answer, choices). The user's own functions are neither loaded nor called.
+    """
+    names = tuple(name for name in rewards.functions if name in BUILT_IN_REWARDS) or ("accuracy",)
+    functions = reward_functions(rewards.model_copy(update={"functions": names}), verifier, max_tokens)
+    by_row: dict[str, TriesOf] = {
+        "accuracy": accuracy_tries,
+        "relaxed": lambda answer, choices: _in_tags(relaxed_tries(answer, choices, rewards.relaxed_tolerance)),
+        "iou": lambda answer, choices: _in_tags(box_tries(answer)),
+        "format": lambda answer, choices: [("tags", 0.5, in_answer(answer)), ("no tags", 0.0, answer)],
+    }
+    by_tokens = {
+        "overlong": lambda: overlong_tries(max_tokens, rewards.overlong_cache(max_tokens)),
+        "repetition": lambda: repetition_tries(rewards.repetition_ngram),
+    }
+    checks: list[CheckRow] = []
+    for name, function in zip(names, functions, strict=True):
+        if name in by_row:
+            found = check_rows(rows, _as_score(function), by_row[name])
+        else:
+            found = [
+                CheckRow(label, expected, 1, int(function(completion_ids=[ids])[0] == expected), None)
+                for label, expected, ids in by_tokens[name]()
+            ]
+        prefix = "" if name == "accuracy" else f"{name}: "
+        checks += [replace(row, format=prefix + row.format) for row in found]
+    return checks
+
+
+def _in_tags(tries: Iterator[Try]) -> Iterator[Try]:
+    return ((label, expected, in_answer(text)) for label, expected, text in tries)
+
+
+def _as_score(function: RewardFunction):
+    return lambda completions, answers, choices: function(completions=completions, answer=answers, choices=choices)
 
 
 def table(checks: Sequence[CheckRow]) -> list[str]:

@@ -26,13 +26,18 @@ def size(number: int) -> str:
     return f"{number / 1e3:.0f} kB"
 
 
+def _full_disk(path: Path, free: int, needed: int, what: str, kept: str) -> RunDirError:
+    wanted = f"{what} needs about {size(needed)}, and " if needed else ""
+    return RunDirError(
+        f"{path}: the disk is full: {wanted}{size(free)} are free. {kept}. Free some space and continue with "
+        "--resume auto, or use another disk with output.dir=DIR"
+    )
+
+
 def require_room(path: Path, needed: int, what: str, kept: str) -> None:
     """Raises RunDirError where `needed` bytes do not fit. `kept` says what is not lost."""
     if (free := free_bytes(path)) < needed:
-        raise RunDirError(
-            f"{path}: the disk is full: {what} needs about {size(needed)}, and {size(free)} are free. {kept}. Free "
-            "some space and continue with --resume auto, or use another disk with output.dir=DIR"
-        )
+        raise _full_disk(path, free, needed, what, kept)
 
 
 @contextmanager
@@ -50,11 +55,7 @@ def disk_errors_as_one_line(path: Path, kept: str, needed: int = 0) -> Iterator[
         free = free_bytes(path)
         if not (_says_full(error) or (isinstance(error, (OSError, RuntimeError)) and free < needed)):
             raise
-        wanted = f"a checkpoint needs about {size(needed)}, and " if needed else ""
-        raise RunDirError(
-            f"{path}: the disk is full: {wanted}{size(free)} are free. {kept}. Free some space and continue with "
-            "--resume auto"
-        ) from error
+        raise _full_disk(path, free, needed, "a checkpoint", kept) from error
 
 
 def _says_full(error: BaseException | None) -> bool:

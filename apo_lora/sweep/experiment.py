@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
 from apo_lora.errors import RecipeError
-from apo_lora.recipe.files import find_recipe, load_recipe, read_yaml, shipped_recipes
+from apo_lora.recipe.files import find_recipe, load_recipe, one_line, read_yaml, shipped_recipes
 from apo_lora.recipe.schema import Count, Place, Positive, Recipe, Section
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]  # it becomes a folder's
@@ -85,21 +85,12 @@ def load_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(*(f"{path.name}: {_one_line(detail)}" for detail in error.errors())) from None
+        raise RecipeError(*(f"{path.name}: {one_line(detail, Experiment)}" for detail in error.errors())) from None
     if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
         raise RecipeError(
             f"{path.name}: seeds: {list(experiment.seeds)} is not valid; give at least one, and each only once"
         )
     return experiment
-
-
-def _one_line(detail: Any) -> str:
-    key, kind = ".".join(str(part) for part in detail["loc"]), detail["type"]
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key; valid here: {', '.join(Experiment.model_fields)}"
-    if kind == "missing":
-        return f"{key}: missing; it is required"
-    return f"{key}: {detail['input']!r} is not valid ({detail['msg'][0].lower()}{detail['msg'][1:]})"
 
 
 def plan_runs(path: Path, experiment: Experiment, out: Path, overrides: Sequence[str] = ()) -> list[PlannedRun]:

@@ -16,8 +16,7 @@ from apo_lora.run.directory import RunDir
 from apo_lora.run.files import append_jsonl, read_jsonl, replacing, write_atomically, write_json
 from apo_lora.run.tables import aligned, markdown
 from apo_lora.sweep.experiment import Experiment, PlannedRun
-from apo_lora.sweep.queue import Outcome
-from apo_lora.sweep.runs import is_finished
+from apo_lora.sweep.runs import Outcome, is_finished
 
 
 def now() -> str:

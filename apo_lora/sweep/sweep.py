@@ -15,8 +15,7 @@ from apo_lora.run.directory import RunDir
 from apo_lora.run.figures import format_figure
 from apo_lora.sweep.experiment import Experiment, PlannedRun, find_experiment, load_experiment, plan_runs
 from apo_lora.sweep.findings import closing_summary, record_child, spent_by_run, write_findings
-from apo_lora.sweep.queue import Outcome, run_all
-from apo_lora.sweep.runs import State, is_finished, states, steps_done
+from apo_lora.sweep.runs import Outcome, State, is_finished, run_all, states, steps_done
 
 
 def sweep(

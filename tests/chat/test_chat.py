@@ -154,35 +154,6 @@ def test_sampled_answers_vary_and_greedy_ones_do_not(run):
 # --- what cannot be answered -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--image", "nowhere.png"], "no file"),
-        (["--image", "text.png"], "not an image"),
-        (["--max-tokens", "0"], "not a valid number of tokens"),
-    ],
-)
-def test_bad_use_is_one_line(run, arguments, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
-    try:
-        code = main(["chat", str(run.path), QUESTION, *arguments])
-    except SystemExit as exit:  # argparse
-        code = exit.code
-    written = capsys.readouterr()
-    assert code == 2 and says in written.err and len(written.err.strip().splitlines()) == 1
-    assert written.out == ""
-
-
-@pytest.mark.parametrize(
-    ("question", "says"), [("", "empty"), ("<|image_pad|>?", "reserved token"), ("<image> How many?", "add --image")]
-)
-def test_a_question_that_is_none_is_one_line(run, question, says, capsys):
-    assert main(["chat", str(run.path), question]) == 2
-    error = capsys.readouterr().err.strip()
-    assert says in error and len(error.splitlines()) == 1
-
-
 def test_an_adapter_of_another_size_is_refused(run, tmp_path):
     other = RunDir(shutil.copytree(run.path, tmp_path / "other"))
     edit_config(other.adapter, r=4)
@@ -191,12 +162,6 @@ def test_an_adapter_of_another_size_is_refused(run, tmp_path):
     (other.adapter / WEIGHTS).write_bytes(b"cut short")
     with pytest.raises(ModelError, match="cannot be read"):
         ask(other)
-
-
-def test_an_adapter_alone_wants_a_recipe(run, capsys):
-    assert main(["chat", str(run.adapter), QUESTION]) == 2
-    error = capsys.readouterr().err.strip()
-    assert "--recipe R" in error and len(error.splitlines()) == 1
 
 
 def test_an_adapter_alone_answers_as_its_run_does(run, board, tmp_path):

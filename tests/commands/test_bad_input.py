@@ -1,6 +1,5 @@
 """Everything in bad_input_cases.py ends in its one line, exit code 2, in seconds, and writes nothing."""
 
-import io
 import re
 import shlex
 import subprocess
@@ -8,11 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
 import pytest
 from bad_input_cases import CASES, CHECK, GOOD, Case
-from bad_input_files import jsonl, link, noise, picture, png_of_size
-from PIL import Image
+from data_sets import jsonl, link, noise, png, png_of_size
 
 from apo_lora.commands.main import main
 from apo_lora.data.examples import load_examples
@@ -113,10 +110,10 @@ def test_a_bad_row_among_good_ones_is_dropped_and_named(bad, here, capsys):
     make(
         {
             "set/data.jsonl": jsonl(*rows, row),
-            "set/a.png": picture(),
+            "set/a.png": png(),
             "set/cut.png": noise("PNG")[:9000],
             "set/bomb.png": png_of_size(50_000, 50_000),
-            "b.png": picture(),
+            "b.png": png(),
         },
         here,
     )
@@ -127,60 +124,11 @@ def test_a_bad_row_among_good_ones_is_dropped_and_named(bad, here, capsys):
     assert re.search(rf"dropped row 4: {says}", shown), shown
 
 
-# --- odd images that are right ---------------------------------------------------------------------------------------
-
-
-def deep(levels) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(numpy.array([levels], dtype=numpy.uint16)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def rotated() -> bytes:
-    """Red on the left and blue on the right, and a note in the file that it is to be turned by a quarter."""
-    image = Image.new("RGB", (40, 20), "red")
-    image.paste("blue", (20, 0, 40, 20))
-    exif, stream = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
-    image.save(stream, "PNG", exif=exif)
-    return stream.getvalue()
-
-
-def animated() -> bytes:
-    stream = io.BytesIO()
-    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
-    red.save(stream, "GIF", save_all=True, append_images=[blue])
-    return stream.getvalue()
-
-
-RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
-ACCEPTED = {
-    # what it is: (file name, content, size as seen, {place: colour as seen})
-    "CMYK, of a print shop": ("a.tif", picture("TIFF", mode="CMYK", color=(0, 255, 255, 0)), (60, 30), {(0, 0): RED}),
-    "16-bit grey, of a scanner": ("a.png", deep([0, 32768, 65535]), (3, 1), {(1, 0): GREY, (2, 0): WHITE}),
-    "animated: its first frame": ("a.gif", animated(), (8, 8), {(0, 0): RED}),
-    "a JPEG called .png": ("a.png", picture("JPEG", color="white"), (60, 30), {(0, 0): WHITE}),
-    "a PNG without an ending": ("a", picture(), (60, 30), {(0, 0): RED}),
-    "transparent: on white": ("a.png", picture(mode="RGBA", color=(255, 0, 0, 0)), (60, 30), {(0, 0): WHITE}),
-    "one bit": ("a.png", picture(mode="1", color=1), (60, 30), {(0, 0): WHITE}),
-    "a photograph to be turned": ("a.png", rotated(), (20, 40), {(10, 0): RED, (10, 39): BLUE}),
-    "one pixel": ("a.png", picture(size=(1, 1)), (1, 1), {(0, 0): RED}),
-}
-
-
-@pytest.mark.parametrize("kind", ACCEPTED, ids=str)
-def test_an_odd_image_is_seen_as_a_person_would_see_it(kind, here):
-    name, content, size, colors = ACCEPTED[kind]
-    make({"data.jsonl": jsonl({**GOOD, "image": name}), name: content}, here)
-    (example,) = load_examples("data.jsonl", DataSection(train="data.jsonl"), split="train").examples
-    (image,) = example.images
-    opened = image.open()
-    assert image.size == opened.size == size and opened.mode == "RGB"
-    assert {place: opened.getpixel(place) for place in colors} == colors
+# --- images elsewhere -------------------------------------------------------------------------------------------------
 
 
 def test_images_elsewhere_can_be_named(here):
-    make({"data.jsonl": jsonl({**GOOD, "image": "a.png"}), "pictures/a.png": picture()}, here)
+    make({"data.jsonl": jsonl({**GOOD, "image": "a.png"}), "pictures/a.png": png()}, here)
     section = DataSection(train="data.jsonl", image_folder="pictures")
     (example,) = load_examples("data.jsonl", section, split="train").examples
     assert example.images[0].path == Path(here, "pictures/a.png")
@@ -192,7 +140,7 @@ def test_links_of_the_hubs_cache_lead_to_its_blobs(here, monkeypatch):
 
     home = here / "hub" / "datasets--someone--pictures"
     snapshot = home / "snapshots" / "1"
-    make({f"{home}/blobs/abc": picture(), f"{snapshot}/data.jsonl": jsonl({**GOOD, "image": "a.png"})}, here)
+    make({f"{home}/blobs/abc": png(), f"{snapshot}/data.jsonl": jsonl({**GOOD, "image": "a.png"})}, here)
     (snapshot / "a.png").symlink_to("../../blobs/abc")
     section = DataSection(train=str(snapshot))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "hub"))
@@ -207,5 +155,5 @@ def test_a_picture_that_is_asked_about_may_be_a_link(here):
     """The user names it, so it may lie anywhere."""
     from apo_lora.chat.chat import example_of
 
-    make({"pictures/a.png": picture(), "b.png": link("pictures/a.png")}, here)
+    make({"pictures/a.png": png(), "b.png": link("pictures/a.png")}, here)
     assert example_of("What is it?", "b.png").images[0].size == (60, 30)

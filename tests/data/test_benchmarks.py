@@ -1,10 +1,8 @@
 """The paper's benchmarks, read from files with the schema that each of them has on the Hub."""
 
-import io
-
+import data_sets
 import datasets
 import pytest
-from PIL import Image
 
 from apo_lora.data.benchmarks import BENCHMARKS, find_benchmark
 from apo_lora.data.examples import load_examples
@@ -16,9 +14,7 @@ TEXT, PICTURE = datasets.Value("string"), datasets.Image()
 
 
 def png(color="red"):
-    stream = io.BytesIO()
-    Image.new("RGB", (60, 40), color).save(stream, "PNG")
-    return {"bytes": stream.getvalue(), "path": None}
+    return {"bytes": data_sets.png(color), "path": None}
 
 
 # Features as on the data sets' cards; rows in the manner of theirs, written for this test.

@@ -8,78 +8,42 @@ from data_sets import content, example_of, load, only, png, section, write_jsonl
 
 from apo_lora.data import images as data_images
 from apo_lora.data.choices import choice_lines
-from apo_lora.data.columns import Columns
-from apo_lora.data.examples import (
-    load_examples,
-)
-from apo_lora.data.formats import read_row
-from apo_lora.data.text import BadRow
+from apo_lora.data.examples import load_examples
 from apo_lora.errors import DataError
+
+
+def asked(content):
+    return {"role": "user", "content": content}
+
+
+def answered(content):
+    return {"role": "assistant", "content": content}
+
+
+PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]
+FROM_ARROW = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "How many?", "image": None}]
+OPENAI = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "How many?"}]
+LLAVA = [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": 3}]
+URI = "data:image/png;base64," + base64.b64encode(png()).decode()
+MARKED, TAGGED = asked("<image>How many?"), "<answer> 3 </answer>"
 
 
 @pytest.mark.parametrize(
     "row",
     [
         {"image": "a.png", "problem": "How many?", "answer": "3"},
-        {"images": ["a.png"], "question": "How many?", "solution": "<answer> 3 </answer>"},
+        {"images": ["a.png"], "question": "How many?", "solution": TAGGED},
         {"img": {"path": "a.png", "bytes": None}, "query": "How many?", "label": 3},
         {"image_path": "./a.png", "prompt": "How many?", "gold": 3.0, "answer": None},
         {"file_name": "a.png", "text": "<image>How many?", "target": ["3"]},
-        {"message": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, "How many?"]}], "answer": "3"},
-        {
-            "message": json.dumps(
-                [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}],
-                    }
-                ]
-            ),
-            "answer": "3",
-        },
-        {
-            "id": 1,
-            "image": "a.png",
-            "conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": 3}],
-        },
-        {
-            "messages": [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "no"}],
-            "images": ["a.png"],
-            "solution": "<answer> 3 </answer>",
-        },
-        {
-            "messages": [
-                {"role": "user", "content": "<image>How many?"},
-                {"role": "assistant", "content": "<answer> 3 </answer>"},
-            ],
-            "images": [{"path": "a.png"}],
-        },
-        {  # as Arrow gives it: every key in every part
-            "prompt": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "text": None, "image": None},
-                        {"type": "text", "text": "How many?", "image": None},
-                    ],
-                }
-            ],
-            "images": ["a.png"],
-            "reward_model": {"style": "rule", "ground_truth": "3"},
-        },
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": "a.png"}},
-                        {"type": "text", "text": "How many?"},
-                    ],
-                }
-            ],
-            "answer": 3,
-        },
-        {"image": "data:image/png;base64," + base64.b64encode(png()).decode(), "problem": "How many?", "answer": "3"},
+        {"message": [asked([PARTS[0], "How many?"])], "answer": "3"},
+        {"message": json.dumps([asked(PARTS)]), "answer": "3"},
+        {"id": 1, "image": "a.png", "conversations": LLAVA},
+        {"messages": [MARKED, answered("no")], "images": ["a.png"], "solution": TAGGED},
+        {"messages": [MARKED, answered(TAGGED)], "images": [{"path": "a.png"}]},
+        {"prompt": [asked(FROM_ARROW)], "images": ["a.png"], "reward_model": {"style": "rule", "ground_truth": "3"}},
+        {"messages": [asked(OPENAI)], "answer": 3},
+        {"image": URI, "problem": "How many?", "answer": "3"},
     ],
 )
 def test_every_format_gives_the_same_example(folder, row):
@@ -259,23 +223,3 @@ def test_choices_are_shown_once():
         assert choice_lines(shown, choices) == ""
     assert choice_lines("Is it 30 or 1.5 m?", choices) == "A. 30\nB. 1.5 m"
     assert choice_lines("Why?", None) == ""
-
-
-@pytest.mark.parametrize(
-    ("problem", "reason"),
-    [
-        ("", "no problem"),
-        ("<image>", "no problem"),
-        (["a", "b"], "no problem"),
-        ("What is <|image_pad|>?", "reserved token"),
-        ('[{"role": "user", "content": ', "message is not JSON"),
-        ("Half of \ud83d", "broken text"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "not one question"),
-        ([{"role": "wizard", "content": "a"}], "unknown role"),
-        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "unsupported content"),
-    ],
-)
-def test_bad_problems(problem, reason):
-    columns = Columns("problem", "answer")
-    with pytest.raises(BadRow, match=reason):
-        read_row({"problem": problem, "answer": "1"}, columns)

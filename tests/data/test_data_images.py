@@ -1,8 +1,5 @@
-"""Images of data sets: lazy, converted, refused."""
+"""Images of data sets: lazy and converted. What is refused is in bad_input_cases.py."""
 
-import os
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -10,67 +7,24 @@ from data_sets import encoded, load, picture, png, write_jsonl
 from PIL import Image
 
 from apo_lora.data import images as data_images
-from apo_lora.data.examples import (
-    drop_undecodable,
-)
+from apo_lora.data.examples import drop_undecodable
 from apo_lora.data.images import image_refs, to_rgb
-from apo_lora.data.text import BadRow
 from apo_lora.errors import DataError
 
 
-def reason_of(value, folder) -> str:
-    with pytest.raises(BadRow) as caught:
-        image_refs([value], folders=[folder], row=1)
-    return caught.value.reason
-
-
-def header_only_png(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-def test_paths_stay_inside_the_data_folder(folder, tmp_path):
-    (tmp_path / "outside.png").write_bytes(png())
-    for path in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png", "file:///etc/passwd"):
-        assert reason_of(path, folder) == "image outside the data folder"
+def test_paths_are_found_in_the_data_folder_and_its_images(folder):
     for path in ("a.png", str(folder / "a.png"), f"file://{folder}/a.png", "x/../a.png"):
         assert image_refs([path], folders=[folder], row=1)[0].open().size == (60, 30)
-    os.symlink(tmp_path, folder / "linked")  # a data set from elsewhere may bring such a link
-    assert reason_of("linked/outside.png", folder) == "image outside the data folder"
     (folder / "images").mkdir()
     (folder / "images" / "c.png").write_bytes(png("green"))
     assert image_refs(["c.png"], folders=[folder], row=1)[0].open().getpixel((0, 0)) == (0, 128, 0)
 
 
-def test_bad_images_have_their_reasons(folder, decodings):
-    (folder / "text.png").write_text("not an image")
-    (folder / "empty.png").touch()
-    (folder / "cut.png").write_bytes(png()[:20])
-    (folder / "huge.png").write_bytes(header_only_png(30_000, 30_000))
-    (folder / "large.png").write_bytes(header_only_png(10_000, 10_000))
-    (folder / "none.png").write_bytes(header_only_png(0, 10))
-    (folder / "thread.png").write_bytes(png(size=(402, 2)))
-    reasons = {
-        **dict.fromkeys(
-            ("text.png", "empty.png", "cut.png", "none.png", "data:image/png;base64,%%"), "image unreadable"
-        ),
-        **dict.fromkeys(("huge.png", "large.png"), "image too large"),
-        "thread.png": "image too narrow",
-        "https://x.org/a.png": "image is a URL",
-        "nothing.png": "image missing",
-        ".": "image missing",
-        "nul\0.png": "image missing",
-        "../nul\0.png": "image missing",
-        "long" * 2000: "image missing",
-    }
-    assert {path: reason_of(path, folder) for path in reasons} == reasons
-    with pytest.raises(BadRow, match="image unreadable: row 8 image 2 .not an image."):
-        image_refs([png(), b"bytes that are none"], folders=[folder], row=8)
-    assert reason_of(5, folder) == "image missing"
-    assert decodings == []
+@pytest.mark.parametrize(("name", "form"), [("a.png", "JPEG"), ("a", "PNG")])
+def test_an_image_is_what_its_content_says(folder, name, form):
+    (folder / name).write_bytes(encoded(picture("white", size=(1, 1)), form))
+    (image,) = image_refs([name], folders=[folder], row=1)
+    assert image.size == (1, 1) and image.open().getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_damaged_pixels_surface_as_a_data_error(folder):
@@ -107,22 +61,22 @@ def test_every_mode_becomes_rgb():
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_rotated_images_are_measured_as_they_are_opened(form, decodings):
-    exif = Image.Exif()
+    """Red on the left, blue on the right, and a note in the file that it is to be turned by a quarter."""
+    taken, exif = picture("red", size=(40, 20)), Image.Exif()
+    taken.paste("blue", (20, 0, 40, 20))
     exif[0x0112] = 6
-    (image,) = image_refs([encoded(picture(size=(40, 20)), form, exif=exif)], folders=(), row=1)
+    (image,) = image_refs([encoded(taken, form, exif=exif)], folders=(), row=1)
     assert image.size == (20, 40) and decodings == []
-    assert image.open().size == (20, 40)
+    opened = image.open()
+    assert opened.size == (20, 40)
+    assert opened.getpixel((10, 2)) == pytest.approx((255, 0, 0), abs=9)
+    assert opened.getpixel((10, 37)) == pytest.approx((0, 0, 255), abs=9)
 
 
 @pytest.mark.parametrize("form", data_images.IMAGE_FORMATS)
 def test_accepted_formats(form):
     (image,) = image_refs([encoded(picture("white"), form)], folders=(), row=1)
     assert image.open().getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_other_formats_are_refused():
-    with pytest.raises(BadRow, match="not an image"):  # its decoder would start Ghostscript
-        image_refs([encoded(picture(), "EPS")], folders=(), row=1)
 
 
 def test_first_frame_of_an_animation():

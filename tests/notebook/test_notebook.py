@@ -16,8 +16,8 @@ from conftest import PROJECT
 
 from apo_lora.machine.host import Gpu
 from apo_lora.notebook import session, verbs
-from apo_lora.notebook.machine import banner, suited_recipe
-from apo_lora.notebook.verbs import StepFailed, run_module
+from apo_lora.notebook.verbs import StepFailed, run_verb
+from apo_lora.notebook.worker import banner, suited_recipe
 from apo_lora.recipe.files import shipped_recipes
 from apo_lora.run.directory import RunDir
 
@@ -108,7 +108,7 @@ def test_the_recipe_suits_the_card(card, recipe):
 
 def test_a_failing_verb_is_one_line_without_traceback(capsys):
     with pytest.raises(StepFailed, match="exit code 2") as failure:
-        verbs.run_verb("train", "--recipe", "nowhere.yaml")
+        run_verb("train", "--recipe", "nowhere.yaml")
     assert failure.value._render_traceback_() == [str(failure.value)]
     assert "nowhere.yaml: no such file" in capsys.readouterr().out
 
@@ -117,7 +117,7 @@ def test_secrets_reach_the_process_alone(monkeypatch, tmp_path):
     (tmp_path / "tell.py").write_text("import os; print(len(os.environ['HF_TOKEN']))")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    run_module("tell", name="tell", secrets={"HF_TOKEN": "hf_secret"})
+    run_verb("tell", module="tell", secrets={"HF_TOKEN": "hf_secret"})
     assert "HF_TOKEN" not in os.environ
 
 
@@ -139,7 +139,7 @@ def test_an_interrupted_cell_is_ctrl_c_for_the_verb(monkeypatch, tmp_path, capsy
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(StepFailed, match="Run the cell again"):
-            run_module("waits", name="train", meanwhile=interrupt)
+            run_verb("train", module="waits", meanwhile=interrupt)
     finally:
         signal.signal(signal.SIGINT, previous)
     assert "saved" in capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_curves_that_cannot_be_shown_end_no_training(tmp_path, monkeypatch, caps
     def broken():
         raise ValueError("no picture")
 
-    run_module("works", name="train", meanwhile=broken)
+    run_verb("train", module="works", meanwhile=broken)
     out = capsys.readouterr().out
     assert "saved" in out and out.count("no more curves: ValueError: no picture") == 1
 
@@ -219,8 +219,8 @@ def test_a_step_whose_kernel_died_is_asked_to_end_may_save_and_the_next_one_wait
     )
     (tmp_path / "after.py").write_text("import pathlib, sys; print(pathlib.Path(sys.argv[1]).read_text())")
     kernel = (
-        "import pathlib, sys\nfrom apo_lora.notebook.verbs import run_module\n"
-        "run_module(sys.argv[1], sys.argv[2], name='train', lock=pathlib.Path(sys.argv[3]))"
+        "import pathlib, sys\nfrom apo_lora.notebook.verbs import run_verb\n"
+        "run_verb(sys.argv[2], module=sys.argv[1], lock=pathlib.Path(sys.argv[3]))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
 

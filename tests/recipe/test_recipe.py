@@ -1,6 +1,4 @@
-"""Recipes: shipped ones load, slips are named with the nearest key, and all at once."""
-
-import re
+"""Recipes: shipped ones load, and slips are named, all at once; more slips are in bad_input_cases.py."""
 
 import pytest
 import yaml
@@ -43,14 +41,10 @@ def test_shipped_recipe_loads_and_tells_what_it_is_for(name):
     [("grpo_baseline", {"dads", "stcr"}), ("dads_only", {"stcr"}), ("stcr_only", {"dads"})],
 )
 def test_variants_are_tiny_cpu_minus_their_keys(name, without):
-    whole = yaml.safe_load(find_recipe("tiny_cpu").read_text())
-    variant = yaml.safe_load(find_recipe(name).read_text())
-    assert whole.pop("apo") == {**{key: whole_apo(key) for key in without}, **variant.pop("apo", {})}
+    whole, variant = (yaml.safe_load(find_recipe(each).read_text()) for each in ("tiny_cpu", name))
+    apo = whole.pop("apo")
+    assert apo == {key: apo[key] for key in without} | variant.pop("apo", {})
     assert variant == whole
-
-
-def whole_apo(key):
-    return yaml.safe_load(find_recipe("tiny_cpu").read_text())["apo"][key]
 
 
 def test_without_apo_keys_it_is_plain_grpo(tmp_path):
@@ -81,26 +75,13 @@ def test_overrides_are_typed(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("grpo: {num_generation: 8}", "did you mean grpo.num_generations?"),
-        ("train: {num_generations: 8}", "did you mean grpo.num_generations?"),
-        ("gpro: {beta: 1}", "did you mean grpo?"),
-        ("grpo: {num_generations: eight}", "grpo.num_generations: 'eight'"),
         ("grpo: {num_generations: true}", "grpo.num_generations: True"),
-        ("grpo: {num_generations: 8.5}", "grpo.num_generations: 8.5"),
-        ("grpo: {num_generations: 1}", "grpo.num_generations: 1"),
         ("grpo: {beta: -0.1}", "grpo.beta: -0.1"),
         ("grpo: {beta: .nan}", "grpo.beta: nan"),
         ("grpo: {temperature: 0}", "grpo.temperature: 0"),
-        ("grpo: 8", "grpo: must be a mapping"),
         ("model: {load_in_4bit: 'yes'}", "model.load_in_4bit: 'yes'"),
-        ("model: {dtype: bf16}", "'bfloat16'"),
-        ("apo: {dads: exponential}", "'complement_exp'"),
-        ("apo: {stcr: 1.0}", "greater than 1"),
-        ("grpo: {completions_per_pass: 7}", "does not divide prompts_per_step x num_generations = 64"),
         ("grpo: {prompts_per_rollout: 12}", "must be a multiple of grpo.prompts_per_step"),
         ("{grpo: {prompts_per_rollout: 24}, train: {save_steps: 4}}", "must be a multiple of 3, the steps per rollout"),
-        ("{grpo: {beta: 0}, apo: {dads: complement_exp}}", "no effect with grpo.beta = 0"),
-        ("rewards: {functions: [format]}", "rewards.correct_by: 'accuracy' must be one of"),
         ("grpo: {epsilon_high: 0}", "grpo.epsilon_high: 0"),
         ("grpo: {normalization: token}", "'tokens', 'sequences' or 'constant'"),
         ("grpo: {scale_rewards: false}", "'group', 'batch' or 'none'"),
@@ -112,9 +93,6 @@ def test_overrides_are_typed(tmp_path):
             "rewards.overlong_tokens: 2000 must not exceed grpo.max_completion_length = 1000",
         ),
         ("rewards: {boxes: percent}", "'pixels' or 'thousandths'"),
-        ("rewards: {weights: [1, 2, 3]}", "3 weights for 2 functions"),
-        ("lora: {target_modules: [q_proj, lm_head]}", "lm_head shares its weight"),
-        ("data: {train: x, min_pixels: 5000, max_pixels: 100}", "must not exceed data.max_pixels"),
         (
             "data: {train: x, columns: {anwser: y}}",
             "data.columns.anwser: unknown key; did you mean data.columns.answer?",
@@ -138,25 +116,6 @@ def test_all_problems_come_at_once(tmp_path):
     for key in ("data.train: missing", "data.trian", "grpo.num_generation", "grpo.beta", "grpo.completions_per_pass",
                 "train.max_step:", "'nonsense'"):  # fmt: skip
         assert key in found, key
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("data: [unclosed", "line 1"),
-        ("- a\n- b\n", "a recipe is a mapping"),
-        ("", "a recipe is a mapping"),
-        ("data: !!python/object/apply:os.system ['true']", "not valid YAML"),
-    ],
-)
-def test_a_file_that_is_no_recipe(tmp_path, text, words):
-    (problem,) = problems(tmp_path, text)
-    assert words in problem and "\n" not in problem
-
-
-def test_a_name_that_is_no_recipe():
-    with pytest.raises(RecipeError, match=re.escape("did you mean tiny_cpu?")):
-        find_recipe("tiny_cup.yaml")
 
 
 def test_columns_by_name_and_by_their_older_keys(tmp_path):

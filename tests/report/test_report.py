@@ -20,11 +20,10 @@ from report_runs import GROUP, answer_row, metrics_row, shown_sources, write_run
 from apo_lora.apo import stcr_multipliers
 from apo_lora.commands.main import main
 from apo_lora.evaluation.gallery import MOST_BYTES
+from apo_lora.report.charts import credit_seen, stcr_curve
 from apo_lora.report.cost import cost, duration
-from apo_lora.report.credit import credit_seen, stcr_curve
-from apo_lora.report.groups import differences, grouped
 from apo_lora.report.page import render
-from apo_lora.report.runs import prompt_groups, read_runs
+from apo_lora.report.runs import differences, grouped, prompt_groups, read_runs
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import append_jsonl
 from apo_lora.run.learning_signal import SIGNAL_ALARM_STEPS, verdict

@@ -6,7 +6,7 @@ import pytest
 from report_runs import OUTCOMES, answer_rows, write_run
 
 from apo_lora.evaluation.gallery import write_gallery
-from apo_lora.report.write import report
+from apo_lora.report.page import report
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Kinds of answers that other people's models and data sets write: each kind with right and wrong ones."""
+"""Kinds of answers that models and data sets write: of each gold answer, what is right and what is wrong."""
 
 import json
 from collections import Counter
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from answer_kinds import KINDS
 
+from apo_lora.rewards.answers.match import MathQuestion
 from apo_lora.rewards.answers.same import Rules
-from apo_lora.rewards.check import gold_in_other_formats, wrong_answer
-from apo_lora.rewards.scores import accuracy_reward, gold_is_parsable
+from apo_lora.rewards.check import accuracy_tries
+from apo_lora.rewards.scores import accuracy_reward, gold_is_parsable, quick_verdict
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "verifier_cases" / "cases.jsonl"
 # Measures that the verifier has no rule for.
@@ -17,32 +18,37 @@ OTHER_MEASURES = ("absent: relaxed", "absent: tolerance", "absent: IoU", "absent
 CONVERTS = Rules(convert_units=True)
 
 
-def completion(answer: str) -> str:
-    return answer[1:] if answer.startswith("!") else f"<think>so</think><answer>{answer}</answer>"
+def misjudged(gold, completions):
+    return [(gold, text) for text, reward in completions if accuracy_reward(text, gold.gold, gold.choices) != reward]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_told_right_from_wrong(kind):
-    got = {(a, gold): accuracy_reward(completion(a), gold, choices) for a, gold, choices, _ in KINDS[kind]}
-    assert {key: got[key] for key in got} == {(a, gold): float(right) for a, gold, _, right in KINDS[kind]}
+    assert [miss for gold in KINDS[kind] for miss in misjudged(gold, gold.completions())] == []
 
 
-def test_nearly_every_kind_has_right_and_wrong_answers():
-    one_sided = [kind for kind, rows in KINDS.items() if len({right for *_, right in rows}) == 1]
-    assert one_sided == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gold_of_every_kind_can_be_judged(kind):
-    assert [gold for _, gold, choices, _ in KINDS[kind] if not gold_is_parsable(gold, choices)] == []
+def test_every_kind_has_right_and_wrong_answers():
+    assert all(any(gold.right for gold in golds) and any(gold.wrong for gold in golds) for golds in KINDS.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gold_of_every_kind_earns_one_in_every_format_and_a_wrong_answer_nothing(kind):
-    for gold, choices in {gold: choices for _, gold, choices, _ in KINDS[kind]}.items():
-        missed = [c for c in gold_in_other_formats(gold, choices) if accuracy_reward(c, gold, choices) != 1]
-        assert (gold, missed) == (gold, [])
-        assert accuracy_reward(wrong_answer(gold, choices), gold, choices) == 0
+    for gold in KINDS[kind]:
+        assert gold_is_parsable(gold.gold, gold.choices)
+        tries = accuracy_tries(gold.gold, gold.choices)
+        assert misjudged(gold, ((text, reward) for _, reward, text in tries)) == []
+
+
+def test_most_verdicts_need_no_mathematics():
+    cases = [
+        (text, gold.gold, gold.choices) for golds in KINDS.values() for gold in golds for text, _ in gold.completions()
+    ]
+    asked = [case for case in cases if isinstance(quick_verdict(*case), MathQuestion)]
+    assert 0 < len(asked) < 0.3 * len(cases)
+
+
+def in_tags(answer):
+    return f"<answer>{answer}</answer>"
 
 
 @pytest.mark.parametrize(
@@ -67,15 +73,15 @@ def test_gold_of_every_kind_earns_one_in_every_format_and_a_wrong_answer_nothing
     ],
 )
 def test_units_are_converted_only_where_the_recipe_says_so(answer, gold, right):
-    assert accuracy_reward(completion(answer), gold) == 0
-    assert accuracy_reward(completion(answer), gold, rules=CONVERTS) == right
+    assert accuracy_reward(in_tags(answer), gold) == 0
+    assert accuracy_reward(in_tags(answer), gold, rules=CONVERTS) == right
 
 
 @pytest.mark.parametrize("answer", ["9 + 6", "5 \\times 3", "45 \\div 3", "x = 9 + 6", "(9+6)"])
 def test_arithmetic_counts_as_a_whole_number_only_where_the_recipe_says_so(answer):
-    assert accuracy_reward(completion(answer), "15") == 0
-    assert accuracy_reward(completion(answer), "15", rules=Rules(accept_unevaluated=True)) == 1
-    assert accuracy_reward(completion(answer), "16", rules=Rules(accept_unevaluated=True)) == 0
+    assert accuracy_reward(in_tags(answer), "15") == 0
+    assert accuracy_reward(in_tags(answer), "15", rules=Rules(accept_unevaluated=True)) == 1
+    assert accuracy_reward(in_tags(answer), "16", rules=Rules(accept_unevaluated=True)) == 0
 
 
 def test_the_shared_cases():

@@ -8,42 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+from answer_kinds import ONE_TO_FOUR, ROOTS, SHAPES
 from hostile_cases import HOSTILE
-from reward_cases import ONE_TO_FOUR, RIGHT, ROOTS, SHAPES, WHOLE, WRONG
 
 from apo_lora.errors import RewardError
-from apo_lora.rewards.answers.match import MathQuestion
-from apo_lora.rewards.check import check_rows, gold_in_other_formats, wrong_answer
+from apo_lora.rewards.check import check_rows
 from apo_lora.rewards.plugins import load_reward
-from apo_lora.rewards.scores import accuracy_reward, format_reward, gold_is_parsable, quick_verdict
+from apo_lora.rewards.scores import accuracy_reward, format_reward, gold_is_parsable
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.mark.parametrize(("answer", "gold", "choices"), RIGHT)
-def test_right_answer_is_accepted(answer, gold, choices):
-    assert accuracy_reward(f"<think>so</think><answer>{answer}</answer>", gold, choices) == 1.0
-
-
-@pytest.mark.parametrize(("answer", "gold", "choices"), WRONG)
-def test_wrong_answer_is_rejected(answer, gold, choices):
-    assert accuracy_reward(f"<think>so</think><answer>{answer}</answer>", gold, choices) == 0.0
-
-
-@pytest.mark.parametrize(("completion", "gold", "choices", "expected"), WHOLE)
-def test_the_answer_is_looked_for_in_the_right_place(completion, gold, choices, expected):
-    assert accuracy_reward(completion, gold, choices) == expected
-
-
-def test_the_table_is_large_and_half_of_it_is_wrong_answers():
-    assert len(RIGHT) + len(WRONG) + len(WHOLE) >= 120
-    assert len(WRONG) + sum(row[3] == 0 for row in WHOLE) >= 100
-
-
-def test_most_verdicts_need_no_mathematics():
-    verdicts = [quick_verdict(f"<answer>{answer}</answer>", *gold) for answer, *gold in RIGHT + WRONG]
-    asked = [verdict for verdict in verdicts if isinstance(verdict, MathQuestion)]
-    assert 0 < len(asked) < 0.3 * len(RIGHT + WRONG)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +98,15 @@ def test_accuracy_works_outside_the_main_thread():
     assert found == [1.0]
 
 
-def test_importing_the_rewards_imports_neither_torch_nor_sympy():
-    code = "import sys, apo_lora.rewards; print(sorted({'torch', 'sympy'} & set(sys.modules)))"
+def test_neither_the_rewards_nor_a_worker_import_torch():
+    code = (
+        "import sys, apo_lora.rewards; print(sorted({'torch', 'sympy'} & set(sys.modules)))\n"
+        "import apo_lora.rewards.verifier as v; v.math_equal('x+1', '1+x')\n"
+        "print(sorted({'torch', 'sympy'} & set(sys.modules)))"
+    )
     root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert ran.stdout == "[]\n['sympy']\n"
 
 
 # --- recorded verdicts ---
@@ -210,16 +188,6 @@ def test_check_rows_notices_a_reward_that_is_wrong():
         ("an empty answer", 0),
         ("an empty completion", 0),
     ]
-
-
-@pytest.mark.parametrize(
-    ("answer", "choices"),
-    [("30", None), ("1/2", None), ("2\\sqrt{3}", None), ("red", None), ("yes", None), ("banana", None), ("C", None),
-     ("x^2+1", None), ("(3,-4)", None), ("B", SHAPES), ("hexagon", SHAPES), ("36\\pi cm^2", None), ("50%", None)],
-)  # fmt: skip
-def test_all_formats_earn_one_and_the_wrong_answer_nothing(answer, choices):
-    assert [accuracy_reward(c, answer, choices) for c in gold_in_other_formats(answer, choices)].count(0.0) == 0
-    assert accuracy_reward(wrong_answer(answer, choices), answer, choices) == 0.0
 
 
 # --- users' own rewards ---

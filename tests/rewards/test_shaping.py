@@ -3,7 +3,7 @@
 import pytest
 
 from apo_lora.recipe.schema import BUILT_IN_REWARDS, RewardsSection
-from apo_lora.rewards.check_functions import check_functions
+from apo_lora.rewards.check import check_functions
 from apo_lora.rewards.functions import reward_functions
 from apo_lora.rewards.shaping import overlong_punishment, repetition_penalty
 from apo_lora.rewards.verifier import Verifier

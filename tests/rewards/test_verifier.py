@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile_cases import HOSTILE
-from reward_cases import RIGHT, WHOLE, WRONG
+from answer_kinds import KINDS
 
 from apo_lora.errors import RewardError
 from apo_lora.recipe.schema import RewardsSection
@@ -52,21 +51,11 @@ def verifier():
 
 
 def test_same_verdicts_as_the_plain_function(verifier):
-    rows = [(f"<think>so</think><answer>{a}</answer>", gold, choices) for a, gold, choices in RIGHT + WRONG]
-    rows += [row[:3] for row in WHOLE]
+    golds = [gold for of_kind in KINDS.values() for gold in of_kind]
+    rows = [(text, gold.gold, gold.choices) for gold in golds for text, _ in gold.completions()]
     got = verifier.score(*(list(column) for column in zip(*rows, strict=True)))
     assert got == [accuracy_reward(*row) for row in rows]
     assert (verifier.timeouts, verifier.crashes) == (0, 0)
-
-
-def test_hostile_completions_do_not_stop_the_others(verifier):
-    wraps = ("<answer>%s</answer>", "\\boxed{%s}")
-    completions = [wrap.replace("%s", text) for text in HOSTILE.values() for wrap in wraps]
-    completions = [ASKS_MATH[0], *completions, "\\boxed{1+x+0}"]
-    started = time.monotonic()
-    got = verifier.score(completions, ["1+x"] * len(completions), [None] * len(completions))
-    assert got == [1.0] + [0.0] * (len(completions) - 2) + [1.0]
-    assert time.monotonic() - started < 20
 
 
 def test_a_question_that_hangs_is_given_up_counted_and_the_rest_is_scored():
@@ -192,14 +181,3 @@ def test_works_from_a_script_on_stdin_in_another_directory(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-"], input=script, cwd=tmp_path, capture_output=True, text=True)
     assert ran.stdout == "[1.0] 0\n", ran.stderr
-
-
-def test_the_worker_is_quick_to_start_and_imports_no_torch():
-    code = (
-        "import sys, time; t = time.time(); import apo_lora.rewards.verifier as v; v.math_equal('x+1', '1+x');"
-        "print('torch' in sys.modules, 'sympy' in sys.modules)"
-    )
-    started = time.monotonic()
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert ran.stdout == "False True\n"
-    assert time.monotonic() - started < 10  # 1 second; the machine may be busy

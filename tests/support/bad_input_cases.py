@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bad_input_files import folder, jsonl, link, noise, parquet, picture, png_of_size
+from data_sets import encoded, folder, jsonl, link, noise, parquet, picture, png, png_of_size
 
 from apo_lora.recipe.files import find_recipe
 
@@ -116,7 +116,7 @@ RECIPES = [
     recipe("a tab for an indent", r"mine.yaml: line 2, column 1 is not valid YAML", "data:\n\ttrain: boards\n"),
     recipe("not UTF-8", r"mine.yaml: cannot be read .*utf-8", b"data: {train: \xff\xfe}\n"),
     recipe("a null byte", r"mine.yaml: .*not valid YAML", b"data: {train: a\x00b}\n"),
-    recipe("a picture for a recipe", r"mine.yaml: ", picture()),
+    recipe("a picture for a recipe", r"mine.yaml: ", png()),
     recipe("a tag that would run a command", r"mine.yaml: line 1, column \d+ is not valid YAML \(could not determine a constructor",
            "data: {train: !!python/object/apply:os.system ['touch ran']}\n"),
     recipe("a tag that would import a module", r"is not valid YAML \(could not determine a constructor", "data: !!python/name:os.system\n"),
@@ -261,7 +261,7 @@ DATA_FILES = [
     Case("fewer rows than a step takes", "train --recipe tiny_cpu data.train=data.jsonl", r"data.train: 2 usable rows, but a rollout needs 8; lower grpo.prompts_per_step, or add data",
          {"data.jsonl": jsonl(GOOD, GOOD)}),
     Case("rows with and without images", "train --recipe tiny_cpu data.train=data.jsonl", r"8 of 16 examples have no image \(rows 1, 2.*separate runs",
-         {"data.jsonl": jsonl(*[GOOD] * 8, *[{**GOOD, "image": "a.png"}] * 8), "a.png": picture()}, 30),
+         {"data.jsonl": jsonl(*[GOOD] * 8, *[{**GOOD, "image": "a.png"}] * 8), "a.png": png()}, 30),
     Case("held-out data that is not there", "train --recipe tiny_cpu data.eval=no.jsonl", r"no.jsonl: no such file or folder"),
 ]  # fmt: skip
 
@@ -275,6 +275,7 @@ ROWS = [
     row("the gold is a place past the choices", r"unparsable gold \('7' among \['cat', 'dog'\]\)", {**GOOD, "answer": 7, "choices": ["cat", "dog"]}),
     row("27 choices", r"too many choices \(27; at most 26 are supported\)", {**GOOD, "choices": list(range(27))}),
     row("the problem is empty", r"no problem \(the problem is empty\)", {**GOOD, "problem": "  "}),
+    row("the problem is only a mark", r"no problem \(the problem is empty\)", {**GOOD, "problem": "<image>"}),
     row("the problem is a list", r"no problem \(must be text or chat turns, not \['a', 'b'\]\)", {**GOOD, "problem": ["a", "b"]}),
     row("the problem holds an image token", r"reserved token \(the text contains <\|image_pad\|>\)", {**GOOD, "problem": "What is <|image_pad|>?"}),
     row("the problem opens a turn", r"reserved token \(the text contains <\|im_start\|>\)", {**GOOD, "problem": "Hi<|im_end|>"[:2] + "<|im_start|>assistant"}),
@@ -298,21 +299,22 @@ IMAGES = [
     image("a number", r"image missing \(must be a path or bytes, not int\)", name=5),
     image("a folder", r"image missing \(no file ", name="sub", set__sub=folder),
     image("a null byte in its path", r"image missing \('a\\x00.png' \(embedded null byte\)\)|image missing", name="a\0.png"),
+    image("a null byte in a path that leads out", r"image missing", name="../a\0.png"),
     image("a path of 5,000 characters", r"image missing", name="x" * 5000),
-    image("outside, by dots", r"image outside the data folder \(../a.png resolves to \S*/a.png, which is not in \S*/set; copy it there", name="../a.png", a_dot_png=picture()),
-    image("outside, by dots in the middle", r"image outside the data folder", name="x/../../a.png", a_dot_png=picture()),
+    image("outside, by dots", r"image outside the data folder \(../a.png resolves to \S*/a.png, which is not in \S*/set; copy it there", name="../a.png", a_dot_png=png()),
+    image("outside, by dots in the middle", r"image outside the data folder", name="x/../../a.png", a_dot_png=png()),
     image("outside, by its absolute path", r"image outside the data folder \(/etc/passwd", name="/etc/passwd"),
     image("outside, as a file: URL", r"image outside the data folder \(/etc/passwd", name="file:///etc/passwd"),
-    image("outside, by a link", r"image outside the data folder \(a.png resolves to \S*/b.png", set__a_dot_png=link("../b.png"), b_dot_png=picture()),
-    image("outside, by a linked folder", r"image outside the data folder", name="sub/a.png", set__sub=link("../else"), else__a_dot_png=picture()),
+    image("outside, by a link", r"image outside the data folder \(a.png resolves to \S*/b.png", set__a_dot_png=link("../b.png"), b_dot_png=png()),
+    image("outside, by a linked folder", r"image outside the data folder", name="sub/a.png", set__sub=link("../else"), else__a_dot_png=png()),
     image("a link to itself", r"image missing", set__a_dot_png=link("a.png")),
     image("of no bytes", r"image unreadable \(a.png \(not an image\)\)", set__a_dot_png=b""),
     image("a text file", r"image unreadable \(a.png \(not an image\)\)", set__a_dot_png="not an image"),
     image("a pickle", r"image unreadable \(a.png \(not an image\)\)", set__a_dot_png=b"cos\nsystem\n(S'touch ran'\ntR."),
     image("an SVG that reads a file", r"image unreadable \(a.svg \(not an image\)\)", name="a.svg",
           set__a_dot_svg="<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><svg xmlns='http://www.w3.org/2000/svg'>&e;</svg>"),
-    image("PostScript, which would start Ghostscript", r"image unreadable \(a.eps \(not an image\)\)", name="a.eps", set__a_dot_eps=picture("EPS")),
-    image("a PNG cut off in its header", r"image unreadable \(a.png", set__a_dot_png=picture()[:20]),
+    image("PostScript, which would start Ghostscript", r"image unreadable \(a.eps \(not an image\)\)", name="a.eps", set__a_dot_eps=encoded(picture(), "EPS")),
+    image("a PNG cut off in its header", r"image unreadable \(a.png", set__a_dot_png=png()[:20]),
     image("a PNG cut off in its pixels", r"image unreadable \(image a.png: cannot be decoded \(.*truncated.*\); replace the file, or remove its row", set__a_dot_png=noise("PNG")[:9000]),
     image("a JPEG cut off in its pixels", r"image unreadable \(image a.jpg: cannot be decoded \(.*truncated", name="a.jpg", set__a_dot_jpg=noise("JPEG")[:5000]),
     image("a WebP cut off in its pixels", r"image unreadable \(", name="a.webp", set__a_dot_webp=noise("WEBP")[:5000]),
@@ -321,7 +323,7 @@ IMAGES = [
     image("50,000 x 50,000 pixels", r"image too large \(a.png has more than 89,478,485 pixels\)", set__a_dot_png=png_of_size(50_000, 50_000)),
     image("four billion pixels wide", r"image (too large|unreadable|too narrow)", set__a_dot_png=png_of_size(2**31 - 1, 1)),
     image("10,000 x 10,000 pixels, which Pillow only warns of", r"image too large", set__a_dot_png=png_of_size(10_000, 10_000)),
-    image("a thread of 402 x 2", r"image too narrow \(a.png is 402 x 2; the longest aspect ratio allowed is 200:1\)", set__a_dot_png=picture(size=(402, 2))),
+    image("a thread of 402 x 2", r"image too narrow \(a.png is 402 x 2; the longest aspect ratio allowed is 200:1\)", set__a_dot_png=png(size=(402, 2))),
     image("a data URI that is none", r"image unreadable \(invalid base64\)", name="data:image/png;base64,%%"),
     image("a data URI of text", r"image unreadable \(row 1 image 1 \(not an image\)\)", name="data:image/png;base64,aGVsbG8="),
     data("image: Parquet bytes that are none", "data.parquet", (r"data.parquet: 1 of 1 rows cannot", r"data.parquet row 1: image unreadable \(row 1 image 1 \(not an image\)\)"),

@@ -2,15 +2,14 @@
 
 import io
 import json
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
-from apo_lora.data.examples import (
-    Example,
-    Loaded,
-    load_examples,
-)
+from apo_lora.data.examples import Example, Loaded, load_examples
 from apo_lora.data.images import ImageRef
 from apo_lora.recipe.schema import DataSection
 from apo_lora.tiny import BASE_DIR
@@ -43,9 +42,52 @@ def encoded(image: Image.Image, form="PNG", **keys) -> bytes:
     return stream.getvalue()
 
 
+def noise(form: str) -> bytes:
+    """A picture that does not compress, so that half of its file is about half of its pixels."""
+    return encoded(Image.effect_noise((200, 200), 60), form)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG of a hundred bytes whose header says that it is this large."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def jsonl(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(jsonl(*rows))
     return path
+
+
+# --- what makes a file, for bad_input_cases.py -----------------------------------------------------------------------
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def parquet(**columns) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        import pandas
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame(columns).to_parquet(path)
+
+    return write
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
 
 
 def only(loaded: Loaded) -> Example:

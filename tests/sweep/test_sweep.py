@@ -22,7 +22,7 @@ from apo_lora.report.comparison import compare
 from apo_lora.report.runs import read_run
 from apo_lora.run.directory import RunDir
 from apo_lora.run.files import read_jsonl, write_json
-from apo_lora.sweep import queue
+from apo_lora.sweep import runs
 from apo_lora.sweep.experiment import find_experiment, load_experiment, plan_runs, shipped_experiments
 from apo_lora.sweep.findings import picture
 from apo_lora.sweep.runs import State, state_of
@@ -61,33 +61,29 @@ def test_shipped_experiments_are_sound(name, tmp_path):
 
 
 def test_the_four_variants_differ_in_apo_alone(tmp_path):
-    runs = planned(find_experiment("apo_vs_grpo"), tmp_path)
-    assert len(runs) == 20
-    recipes = {run.variant: run.recipe for run in runs if run.seed == runs[0].seed}
-    assert [recipe.method for recipe in recipes.values()] == [
-        "GRPO",
-        "GRPO + DADS",
-        "GRPO + STCR",
-        "GRPO + DADS + STCR",
-    ]
+    plan = planned(find_experiment("apo_vs_grpo"), tmp_path)
+    assert len(plan) == 20
+    recipes = {run.variant: run.recipe for run in plan if run.seed == plan[0].seed}
+    methods = ["GRPO", "GRPO + DADS", "GRPO + STCR", "GRPO + DADS + STCR"]
+    assert [recipe.method for recipe in recipes.values()] == methods
     assert recipes["APO"].apo.dads == recipes["DADS"].apo.dads and recipes["APO"].apo.stcr == recipes["STCR"].apo.stcr
     same = {recipe.model_dump_json(exclude={"apo": True, "output": True}) for recipe in recipes.values()}
     assert len(same) == 1
 
 
 def test_a_plan_is_the_file_the_command_line_and_the_variant(experiment_file, tmp_path):
-    runs = planned(experiment_file(), tmp_path / "out", "train.max_steps=5", "apo.stcr=1.5")
-    assert [str(run) for run in runs] == ["GRPO/seed-0", "APO/seed-0", "GRPO/seed-7", "APO/seed-7"]
-    grpo, apo = runs[2].recipe, runs[3].recipe
+    plan = planned(experiment_file(), tmp_path / "out", "train.max_steps=5", "apo.stcr=1.5")
+    assert [str(run) for run in plan] == ["GRPO/seed-0", "APO/seed-0", "GRPO/seed-7", "APO/seed-7"]
+    grpo, apo = plan[2].recipe, plan[3].recipe
     assert grpo.train.learning_rate == 2e-3 and grpo.train.seed == 7 and grpo.train.max_steps == 5
     assert grpo.apo.stcr == 1.5 and apo.apo.stcr == 1.01  # a variant keeps what makes it one
-    assert runs[3].path == tmp_path / "out" / "APO" / "seed-7"
+    assert plan[3].path == tmp_path / "out" / "APO" / "seed-7"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sedes": [1]}, "sedes: unknown key; valid here: base, common"),
+        ({"sedes": [1]}, "sedes: unknown key; did you mean seeds?"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [1, 1]}, "each only once"),
         ({"seeds": [True]}, "seeds.0"),
@@ -167,8 +163,8 @@ def children(monkeypatch):
         recipe = run.recipe.to_yaml()
         return [sys.executable, "-c", CHILD, str(run.path), recipe, str(run.seed), shall.get(str(run), "finish")]
 
-    monkeypatch.setattr(queue, "train_command", command)
-    monkeypatch.setattr(queue, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runs, "train_command", command)
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.02)
     return shall, started
 
 
@@ -263,11 +259,11 @@ SWEEP_OF_ONE = """
 import subprocess
 import sys
 from pathlib import Path
-from apo_lora.sweep import queue
+from apo_lora.sweep import runs
 from apo_lora.sweep.experiment import load_experiment, plan_runs
 path, out = map(Path, sys.argv[1:])
-queue.train_command = lambda run, resume: ["sh", "-c", "echo $$ > waiting; exec sleep 100"]
-queue.run_all(plan_runs(path, load_experiment(path), out)[:1], out, 1, lambda outcome: None)
+runs.train_command = lambda run, resume: ["sh", "-c", "echo $$ > waiting; exec sleep 100"]
+runs.run_all(plan_runs(path, load_experiment(path), out)[:1], out, 1, lambda outcome: None)
 """
 
 
@@ -278,10 +274,9 @@ def test_a_run_is_locked_until_its_process_ends_even_where_its_sweep_was_killed(
         assert sweep.poll() is None
         time.sleep(0.05)
     child = int(written.read_text())
-    runs = planned(path, tmp_path)[:1]
 
     def again():
-        queue.run_all(runs, tmp_path, 1, lambda outcome: None)
+        runs.run_all(planned(path, tmp_path)[:1], tmp_path, 1, lambda outcome: None)
 
     with pytest.raises(RunDirError, match="still running it"):
         again()
@@ -299,9 +294,9 @@ def test_a_run_is_locked_until_its_process_ends_even_where_its_sweep_was_killed(
 
 def test_cpu_seconds_are_those_of_the_child(experiment_file, tmp_path, monkeypatch):
     busy = "import time\nwhile time.process_time() < 0.5: pass"
-    monkeypatch.setattr(queue, "train_command", lambda run, resume: [sys.executable, "-c", busy])
+    monkeypatch.setattr(runs, "train_command", lambda run, resume: [sys.executable, "-c", busy])
     outcomes = []
-    queue.run_all(planned(experiment_file(), tmp_path)[:1], tmp_path, 1, outcomes.append)
+    runs.run_all(planned(experiment_file(), tmp_path)[:1], tmp_path, 1, outcomes.append)
     assert 0.4 < outcomes[0].cpu_seconds < 5
 
 

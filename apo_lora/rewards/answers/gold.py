@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from apo_lora.rewards.answers.letters import bare_letter, is_rivalled, labelled, run_of_letters, several_letters
+from apo_lora.rewards.answers.letters import bare_letter, chosen, is_rivalled, labelled, several_letters
 from apo_lora.rewards.answers.lists import solutions, written_apart
 from apo_lora.rewards.answers.mathematics import math_equal
 from apo_lora.rewards.answers.numbers import Number, parse_number
@@ -74,7 +74,7 @@ def _open_gold(raw: str, text: str) -> Gold:
         return Gold(", ".join(parts), parts=parts, ordered=True)
     if re.fullmatch(r"\(?[A-Z]\)?", text):
         return Gold(text, letters=frozenset({bare_letter(text)}))
-    if letters := several_letters(text) or run_of_letters(text):
+    if letters := several_letters(text):
         return Gold(text, letters=letters)
     label = labelled(text)
     if label and not label[2] and label[0] < 8 and text.lstrip("([")[0].isupper() and not is_rivalled(*label[:2], 26):
@@ -85,17 +85,14 @@ def _open_gold(raw: str, text: str) -> Gold:
 
 
 def _right_choices(text: str, choices: tuple[str, ...]) -> frozenset[int]:
-    if text in choices and not re.fullmatch("[A-Z]", text):
-        return frozenset({choices.index(text)})  # "(b)", where the choices are themselves letters
-    letter = bare_letter(text)
-    if letter is not None and letter < len(choices):
-        return frozenset({letter})
+    if (choice := chosen(text, choices)) is not None:
+        return frozenset({choice})
     found = same_as_choice(text, choices) or [
         i for i, choice in enumerate(choices) if math_equal(strip_unit(text), strip_unit(plain(choice)))
     ]
     if found:
         return frozenset(found[:1])
-    several = several_letters(text) or run_of_letters(text)
+    several = several_letters(text)
     if several and max(several) < len(choices):
         return several
     label = labelled(text)

@@ -1,6 +1,7 @@
 """Letters of options: bare, in a list, before their text, or named in a sentence. No verdicts, only what is said."""
 
 import re
+from collections.abc import Sequence
 
 from apo_lora.rewards.answers.denials import HEDGED, NEGATED
 from apo_lora.rewards.answers.plain import plain
@@ -39,17 +40,21 @@ def bare_letter(text: str) -> int | None:
     return ord(match.group(1).upper()) - 65 if match else None
 
 
-def several_letters(text: str) -> frozenset[int] | None:
-    """The letters of "A, C", "A and C", "(A)(C)" or "A C", two or more; None for anything else ("A or C" included)."""
-    parts = [part for part in _BETWEEN.split(text.strip()) if part.strip()]
-    letters = [bare_letter(part) for part in parts]
-    return frozenset(letters) if len(set(letters)) > 1 and None not in letters else None
+def chosen(text: str, choices: Sequence[str]) -> int | None:
+    """The index of the choice whose letter, or whose own text, is the whole text; None for anything else."""
+    if text in choices and not re.fullmatch("[A-Z]", text):
+        return choices.index(text)  # "(b)", where the choices are themselves letters
+    letter = bare_letter(text)
+    return letter if letter is not None and letter < len(choices) else None
 
 
-def run_of_letters(text: str) -> frozenset[int]:
-    """The letters of "BD" or "ACD": of several options, as a rule in their order. None of anything else."""
-    is_run = re.fullmatch("[A-F]{2,6}", text) and list(text) == sorted(set(text))
-    return frozenset(ord(letter) - 65 for letter in text) if is_run else frozenset()
+def several_letters(text: str) -> frozenset[int]:
+    """The letters of "A, C", "A and C", "(A)(C)", "A C", "BD" or "ACD": two or more, those of a run as a rule in their
+    order. None of anything else, "A or C" included."""
+    if re.fullmatch("[A-F]{2,6}", text) and list(text) == sorted(set(text)):
+        return frozenset(ord(letter) - 65 for letter in text)
+    letters = {bare_letter(part) for part in _BETWEEN.split(text.strip()) if part.strip()}
+    return frozenset(letters) if len(letters) > 1 and None not in letters else frozenset()
 
 
 def labelled(text: str) -> tuple[int, str, bool] | None:

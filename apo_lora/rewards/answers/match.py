@@ -10,11 +10,11 @@ from apo_lora.rewards.answers.denials import HEDGED
 from apo_lora.rewards.answers.gold import Gold
 from apo_lora.rewards.answers.letters import (
     bare_letter,
+    chosen,
     equated,
     explicit_letter,
     is_rivalled,
     labelled,
-    run_of_letters,
     several_letters,
 )
 from apo_lora.rewards.answers.lists import (
@@ -92,7 +92,7 @@ def _is_hedge_between_words(text: str, gold: Gold) -> bool:
 
 def _judge_letters(text: str, gold: Gold, rules: Rules) -> bool | None:
     """Against "C", "A, C" or "C: 18", where what is said after the letter must not contradict."""
-    if several := several_letters(text) or run_of_letters(text):
+    if several := several_letters(text):
         return several == gold.letters
     if (letter := bare_letter(text)) is not None:
         return gold.letters == {letter}
@@ -180,11 +180,8 @@ def _named(text: str, choices: tuple[str, ...], is_value: bool) -> set[Named]:
     in_words = _in_words(text, choices)
     if is_value:
         return in_words
-    if text in choices and not re.fullmatch("[A-Z]", text):
-        return {Named({choices.index(text)})}  # "(b)", where the choices are themselves letters
-    letter = bare_letter(text)
-    if letter is not None and letter < len(choices):
-        return {Named({letter})}
+    if (choice := chosen(text, choices)) is not None:
+        return {Named({choice})}
     # "C = 5" where 5 is B: whether label or variable is meant, the two contradict.
     if (said := equated(text)) and said[0] < len(choices) and (value := _in_words(said[1], choices)):
         return value | {Named({said[0]})}
@@ -198,7 +195,7 @@ def _named(text: str, choices: tuple[str, ...], is_value: bool) -> set[Named]:
     after_label = same_as_choice(label[1], choices) if label and label[0] < len(choices) else []
     if label and label[0] in after_label:
         return {Named({label[0]})}
-    several = several_letters(text) or run_of_letters(text)
+    several = several_letters(text)
     if several and max(several) < len(choices):
         return {Named({letter}) for letter in several}
     parts = split_list(text)
