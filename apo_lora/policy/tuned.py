@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from apo_lora.errors import ModelError
 from apo_lora.policy.loading import Policy, import_engine, load_policy, set_reference
 from apo_lora.recipe.schema import Recipe
-from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource, current_name, layer_names, plain_lora_config
+from apo_lora.run.adapter import CONFIG, WEIGHTS, AdapterSource, current_names, layer_names, plain_lora_config
 from apo_lora.run.start import named_in_errors, start_adapter
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def load_adapter(model: "PeftModel", source: AdapterSource, *, assign: bool = Fa
     try:
         weights = load_file(source.folder / WEIGHTS)
         _require_numbers(weights, source.folder)
-        state = {current_name(key, source): weight.float() if assign else weight for key, weight in weights.items()}
+        names = current_names(weights, source)
+        state = {names[key]: weight.float() if assign else weight for key, weight in weights.items()}
         loaded = set_peft_model_state_dict(model, state, model.active_adapter, low_cpu_mem_usage=assign)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()

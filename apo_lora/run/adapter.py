@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,10 @@ def plain_lora_config(source: AdapterSource) -> dict[str, Any]:
     return config
 
 
-def current_name(key: str, source: AdapterSource) -> str:
-    """Of a weight in WEIGHTS, the name that it has in a model that transformers loads now, in PEFT's."""
-    return PREFIX + family_of_base(source.base_name).module_name(key.removeprefix(PREFIX))
+def current_names(keys: Iterable[str], source: AdapterSource) -> dict[str, str]:
+    """Of each weight in WEIGHTS, the name that it has in a model that transformers loads now, in PEFT's."""
+    family = family_of_base(source.base_name)
+    return {key: PREFIX + family.module_name(key.removeprefix(PREFIX)) for key in keys}
 
 
 def layer_names(source: AdapterSource) -> list[str]:
@@ -144,7 +146,7 @@ def layer_names(source: AdapterSource) -> list[str]:
 
     try:
         with safe_open(source.folder / WEIGHTS, "np") as weights:
-            keys = [current_name(key, source) for key in weights.keys()]  # noqa: SIM118  # it is no mapping
+            keys = current_names(weights.keys(), source).values()
         return sorted({key.removeprefix(PREFIX).partition(".lora_A")[0] for key in keys if ".lora_A" in key})
     except (OSError, SafetensorError) as error:
         raise ModelError(
