@@ -45,18 +45,18 @@ def reference_scores(policy, batch):
         return token_logps(policy.model, batch)[0]
 
 
-def plain_base():
+def plain_base(base=BASE_DIR):
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(BASE_DIR, dtype=torch.float32)
+    return AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
 
 
-def trained_by_peft(folder, **options):
+def trained_by_peft(folder, base=BASE_DIR, **options):
     """PEFT's own model with an adapter that changes it, saved."""
     from peft import LoraConfig, get_peft_model
 
     shape = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "o_proj"], "lora_dropout": 0.1}
-    model = get_peft_model(plain_base(), LoraConfig(task_type="CAUSAL_LM", **shape | options))
+    model = get_peft_model(plain_base(base), LoraConfig(task_type="CAUSAL_LM", **shape | options))
     stir(model)
     model.save_pretrained(folder)
     return folder
@@ -215,6 +215,15 @@ def test_every_weight_of_the_file_is_in_the_model(maker, tmp_path, make_batch):
     adapted = [module for module in policy.model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     scaling = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
     assert all(module.scaling == {"default": scaling} for module in adapted)
+
+
+def test_the_family_is_that_of_the_base_and_not_of_a_name_elsewhere(small_qwen3_vl, tmp_path, make_batch):
+    trained_by_peft(tmp_path, small_qwen3_vl)
+    edit_config(tmp_path, base_model_name_or_path="/data/some/model")
+    policy = started(tmp_path, "start", name=small_qwen3_vl)
+    assert len(trained_names(policy)) == len(load_file(tmp_path / WEIGHTS))
+    batch = make_batch(policy)
+    assert torch.equal(scores(policy, batch), reference_scores(policy, batch))
 
 
 @pytest.mark.slow
