@@ -205,11 +205,10 @@ def cache_line(host: Host) -> DoctorLine:
     stale = sorted(
         {f"{name} {was}" for versions in made_by for name, was in versions.items() if not _same(was, now[name])}
     )
-    if not made_by and max(file.stat().st_mtime for file in files) < host.installed_at:
-        stale = ["an older installation"]
-    if stale:
+    if stale or not made_by:  # the Unsloth that is asked for records them in what it writes
         folder = '"$UNSLOTH_COMPILE_LOCATION"' if os.environ.get("UNSLOTH_COMPILE_LOCATION") else host.cache.name
-        return DoctorLine("Unsloth cache", "note", f"written by {', '.join(stale)}", f"rm -r {folder}")
+        found = f"written by {', '.join(stale) or 'an older installation'}"
+        return DoctorLine("Unsloth cache", "note", found, f"rm -r {folder}")
     return DoctorLine("Unsloth cache", "ok", f"{len(files)} files, written by the installed versions")
 
 

@@ -74,8 +74,6 @@ class Host:
     """Why vLLM's own environment cannot be used; None where it can."""
     cache: Path
     """Unsloth's rewritten trainers."""
-    installed_at: float
-    """When the youngest of CACHE_PACKAGES was installed."""
 
 
 def look() -> Host:
@@ -102,7 +100,6 @@ def look() -> Host:
         has_token=has_token,
         vllm_problem=vllm_environment.problem(),
         cache=Path(os.environ.get("UNSLOTH_COMPILE_LOCATION") or "unsloth_compiled_cache"),
-        installed_at=max((_installed_at(packages[name]) for name in CACHE_PACKAGES if name in packages), default=0.0),
     )
 
 
@@ -142,11 +139,6 @@ def _torch_of(torchvision: Distribution | None) -> str | None:
     wanted = map(Requirement, (torchvision and torchvision.requires) or [])
     pins = (pin for requirement in wanted if requirement.name == "torch" for pin in requirement.specifier)
     return next((pin.version for pin in pins if pin.operator == "=="), None)
-
-
-def _installed_at(package: Distribution) -> float:
-    files = [Path(file.locate()) for file in package.files or [] if file.name == "METADATA"]
-    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 # --- what imports ----------------------------------------------------------------------------------------------------

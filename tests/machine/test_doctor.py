@@ -39,7 +39,6 @@ HOST = Host(
     has_token=True,
     vllm_problem=None,
     cache=Path("nowhere"),
-    installed_at=0.0,
 )
 
 
@@ -99,13 +98,7 @@ def test_a_python_is_bad_only_where_the_package_itself_excludes_it():
         (UNSLOTH_BROKEN, "unsloth", "bad", "NotImplementedError", "unsloth==1.2.3"),
         (installed(unsloth=None) | NO_GPU, "unsloth", "note", "only be imported with a GPU", "unsloth==1.2.3"),
         ({"tested": {}}, "tested set", "note", "cannot be read", "reinstall apo-lora"),
-        (
-            installed(numpy="9.9"),
-            "other packages",
-            "note",
-            "1 of 2 differ from the tested versions: numpy 9.9",
-            "numpy==1.2.3",
-        ),
+        (installed(numpy="9.9"), "other packages", "note", "1 of 2 differ from the tested versions", "numpy==1.2.3"),
         (NO_GPU, "GPU", "note", "tiny_cpu.yaml", "CUDA GPU"),
         (NO_GPU | {"gpu_problem": "built without CUDA"}, "GPU", "note", "built without CUDA", "CUDA_VISIBLE_DEVICES"),
         (gpu(count=2), "GPU", "ok", "the first of 2", ""),
@@ -170,12 +163,8 @@ def write_cached(folder, *versions):
     (folder / "UnslothGRPOTrainer.py").write_text((head if versions else "") + "import torch\n")
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "unsloth_compiled_cache"
-
-
-def test_unsloths_cache_is_stale_if_another_version_wrote_it(cache):
+def test_unsloths_cache_is_stale_if_another_version_wrote_it(tmp_path):
+    cache = tmp_path / "unsloth_compiled_cache"
     now = {"unsloth-zoo": "4", "unsloth": "3", "transformers": "2", "trl": "1.15.0"}
     host = replace(HOST, cache=cache, installed=now)
     assert doctor.cache_line(host).found == "none"
@@ -184,13 +173,8 @@ def test_unsloths_cache_is_stale_if_another_version_wrote_it(cache):
     write_cached(cache, "4", "3", "2", "1.14.0")
     line = doctor.cache_line(host)
     assert (line.status, line.found, line.remedy) == ("note", "written by trl 1.14.0", "rm -r unsloth_compiled_cache")
-
-
-def test_a_cache_that_records_no_versions_is_judged_by_its_age(cache):
     write_cached(cache)
-    written_at = (cache / "UnslothGRPOTrainer.py").stat().st_mtime
-    assert doctor.cache_line(replace(HOST, cache=cache, installed_at=written_at - 60)).status == "ok"
-    assert doctor.cache_line(replace(HOST, cache=cache, installed_at=written_at + 60)).status == "note"
+    assert doctor.cache_line(host).found == "written by an older installation"
 
 
 def test_the_installed_unsloth_records_versions_in_the_order_that_is_read_here():
@@ -272,9 +256,3 @@ def test_the_real_command_on_this_host_shows_no_token_and_no_path(tmp_path):
     assert str(Path.home()) not in shown and str(tmp_path) not in shown and f"/{getpass.getuser()}/" not in shown
     assert shown.isascii()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]  # nothing was written
-
-
-def test_the_doctor_itself_imports_no_torch():
-    heavy = ("torch", "transformers", "unsloth")
-    code = f"import sys, apo_lora.machine.doctor; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
