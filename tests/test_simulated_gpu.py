@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def committed():
-    return json.loads((RESULTS / "results.json").read_text())["measured"]
+    return json.loads((RESULTS / "counts.json").read_text())["measured"]
 
 
 def on_null_gpu(folder: Path, *command: str) -> dict:
@@ -101,7 +101,7 @@ def test_every_recipe_s_committed_peaks_are_within_a_tenth_of_today_s_plan(commi
 
 
 def test_the_tables_are_those_of_the_results(committed):
-    collected = json.loads((RESULTS / "results.json").read_text())
+    collected = json.loads((RESULTS / "counts.json").read_text())
     assert (RESULTS / "results.md").read_text() == simulated_table.report(collected)
     page = (PROJECT / "docs" / "performance.md").read_text()
     for table in (simulated_table.peaks, simulated_table.tokens, simulated_table.steps):

@@ -1,6 +1,6 @@
 """What benchmarks.gpu.simulated has counted, as tables.
 
-    python -m benchmarks.gpu.simulated_table FOLDER          (writes results.json and results.md beside the files in it)
+    python -m benchmarks.gpu.simulated_table FOLDER          (writes counts.json and results.md beside the files in it)
 
 The files in FOLDER are named by what was measured: recipes-NAME, recipes-NAME-stock (--stock-attention),
 recipes-NAME-transformers (model.engine=transformers), peers-NAME. results.md says everything, and performance.md in the
@@ -34,7 +34,7 @@ MOVERS = {
 
 def collect(folder: Path) -> dict[str, Any]:
     """Dates and packages, and of everything that was measured peaks, those of the plan, and phases."""
-    files = [file for file in sorted(folder.glob("*.json")) if file.stem != "results"]
+    files = [file for file in sorted(folder.glob("*.json")) if file.stem != "counts"]
     read = {file.stem: json.loads(file.read_text()) for file in files}
     for name, found in read.items():
         for phase, counted in found["phases"].items():
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     results = collect(folder)
-    write_json(folder / "results.json", results)
+    write_json(folder / "counts.json", results)
     (folder / "results.md").write_text(report(results))
 
 

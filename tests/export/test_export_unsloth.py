@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT
-from forks import environment, forks_address
+from forks import environment
 
 from apo_lora.commands.main import main
 from apo_lora.export import by_unsloth as export_unsloth
 from apo_lora.recipe.files import find_recipe, load_recipe
-
-SUPPORT = PROJECT / "tests" / "support"
 
 
 @pytest.fixture
@@ -126,12 +124,8 @@ def test_the_real_unsloth_exports(gguf_adapter, llama_cpp, llama_quantize, as_pr
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(home))
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", str(home))
     monkeypatch.syspath_prepend(str(PROJECT))
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); from forks import run_in_fork\n"
-        f"sys.exit(run_in_fork({forks_address('unsloth')!r}, {str(SUPPORT / 'unsloth_gguf.py')!r}, *sys.argv[1:]))\n"
-    )
-    as_program(program)
+    # No fork: Unsloth reads these variables when it is imported.
+    as_program(PROJECT / "tests" / "support" / "unsloth_gguf.py")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     out = tmp_path / "out"
     assert main(["export", str(gguf_adapter), "--to", "gguf", "--out", str(out)]) == 0
