@@ -18,12 +18,15 @@ PROMPT, COMPLETION = [1, 2, 3], [7, 8, 9]
 
 
 def happens(times: int) -> bool:
-    """One more of the faults that are to happen."""
-    counter = Path("faults")
-    done = len(counter.read_bytes()) if counter.exists() else 0
-    if done < times:
-        counter.write_bytes(b"x" * (done + 1))
-    return done < times
+    """One more of the faults that are to happen. Requests come at once, and one may end the process while another
+    asks: each fault is a file that exactly one of them creates."""
+    for number in range(times):
+        try:
+            Path(f"fault-{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return True
+    return False
 
 
 class Server(BaseHTTPRequestHandler):
