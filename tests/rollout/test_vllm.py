@@ -216,7 +216,7 @@ def test_the_same_state_of_the_generator_draws_the_same_seeds(fake, monkeypatch)
     [
         ("dies", "the connection was lost"),
         ("is killed", "the connection was lost"),
-        ("breaks off", "its answer to /v1/chat/completions is broken"),
+        ("breaks off", "the connection was lost in the middle of an answer"),
         ("hangs", "no answer to /v1/chat/completions within 4 seconds"),
         ("answers 500", "it answered 500 to /v1/chat/completions: EngineCore encountered an issue"),
         ("refuses the adapter", "it answered 400 to /v1/load_lora_adapter: rank 99 is too large"),

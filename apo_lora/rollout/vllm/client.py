@@ -4,7 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import Any
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of these machines
@@ -37,7 +37,9 @@ class Endpoint:
             if isinstance(getattr(error, "reason", None), TimeoutError):
                 raise ServerFault(f"no connection within {self.seconds:g} seconds") from None
             raise ServerFault(f"the connection was lost ({getattr(error, 'reason', error)})") from None
-        except (HTTPException, ValueError) as error:  # an answer that was cut off, or is not HTTP
+        except IncompleteRead as error:
+            raise ServerFault(f"the connection was lost in the middle of an answer ({error})") from None
+        except (HTTPException, ValueError) as error:  # an answer that is not HTTP
             raise ServerFault(f"its answer to {path} is broken ({error})") from None
         try:
             return json.loads(text)
