@@ -16,7 +16,7 @@ train: $(READY)
 	$(VENV)/bin/apo-lora train --recipe $(RECIPE) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not matrix" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not matrix" $(ARGS)
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -m matrix $(ARGS)

@@ -5,14 +5,28 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from gguf_model import gguf_adapter, llama_cpp, llama_quantize  # noqa: F401  # fixtures
+from gguf_model import gguf_adapter, llama_cpp, llama_cpp_sources, llama_quantize  # noqa: F401  # fixtures
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other on a busy machine
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+LONGEST = (
+    "colab_twin/test_colab_twin.py", "faults/test_kill_matrix.py", "rollout/test_vllm_server.py",
+    "export/test_export_gguf.py", "test_trainer.py", "test_simulated_gpu.py", "chat/test_chat_gguf.py",
+    "benchmarks/test_gpu_rehearsal.py", "test_emulated_gpu.py",
+)  # fmt: skip
+
 PROJECT = Path(__file__).parent.parent
 SHARED_DATA = PROJECT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, then those with slow tests: two workers, which take a file at a time, end together."""
+    longest = [(PROJECT / "tests" / name).resolve(strict=True) for name in LONGEST]
+    slow = [item.path for item in items if item.get_closest_marker("slow")]
+    order = {path: place for place, path in enumerate(dict.fromkeys(longest + slow))}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import forks
 import pytest
 from conftest import PROJECT
 
@@ -93,20 +94,22 @@ def with_our_names(script: str) -> str:
     return script
 
 
-def run(script, model, folder):
+def run(script, model, folder, *, forked):
     path = folder / "script.py"
     path.write_text(f"MODEL = {str(model)!r}\n" + with_our_names(script) + REPORT)
-    finished = subprocess.run(
-        [sys.executable, str(path)], cwd=folder, capture_output=True, text=True,
-        env={"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)},
-    )  # fmt: skip
+    environment = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    if forked:
+        finished = forks.run([path], cwd=folder, env=environment)
+    else:
+        command = [sys.executable, str(path)]
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished
 
 
 @pytest.mark.slow
 def test_plain_prompts_on_a_text_model(text_model, tmp_path):
-    run(HEAD + ARGUMENTS + PLAIN, text_model, tmp_path)
+    run(HEAD + ARGUMENTS + PLAIN, text_model, tmp_path, forked=False)
     assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
@@ -114,7 +117,7 @@ def test_plain_prompts_on_a_text_model(text_model, tmp_path):
 def test_chats_with_images_and_an_evaluation(tmp_path):
     from apo_lora.tiny import BASE_DIR
 
-    run(HEAD + ARGUMENTS + CHATS_WITH_IMAGES, BASE_DIR, tmp_path)
+    run(HEAD + ARGUMENTS + CHATS_WITH_IMAGES, BASE_DIR, tmp_path, forked=True)
 
 
 @pytest.mark.slow

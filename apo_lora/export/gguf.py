@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from apo_lora.errors import ModelError
@@ -108,11 +109,18 @@ def describe(file: Path, llama_cpp: Path) -> dict[str, Any]:
     if reader.is_dir() and str(reader) not in sys.path:
         sys.path.insert(0, str(reader))
     try:
-        reader = importlib.import_module("gguf").GGUFReader(file)
+        reader_type = importlib.import_module("gguf").GGUFReader
     except ImportError as error:
         raise ModelError(
             f"--to gguf: {error}; give a llama.cpp folder with --llama-cpp, or pip install gguf"
         ) from error
+
+    class Reader(reader_type):
+        """Cuts the words of a vocabulary out of a plain array: out of the memory map it takes three times as long."""
+
+        data = property(lambda self: self._data, lambda self, mapped: setattr(self, "_data", np.asarray(mapped)))
+
+    reader = Reader(file)
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     matrices = Counter(t.tensor_type.name for t in reader.tensors if t.name.startswith("v.") and len(t.shape) > 1)
     return {

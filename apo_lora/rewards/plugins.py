@@ -119,8 +119,9 @@ def source_files(spec: str) -> list[Path]:
         return []
     own = Path(path).resolve()
     files = {Path(str(getattr(other, "__file__", ""))) for other in list(sys.modules.values())}
-    beside = {file.resolve() for file in files if file.is_absolute()} - {own}
-    return [own, *sorted(file for file in beside if file.parent == own.parent)]
+    folders = {folder: folder.resolve() for folder in {file.parent for file in files if file.is_absolute()}}
+    near = {file.resolve() for file in files if folders.get(file.parent) == own.parent or file.is_symlink()} - {own}
+    return [own, *sorted(file for file in near if file.parent == own.parent)]
 
 
 def _require_module(spec: str, name: str) -> None:

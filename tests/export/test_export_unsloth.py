@@ -109,15 +109,15 @@ def test_a_llama_cpp_that_was_named_is_not_passed_over(as_program, adapter, tmp_
 
 
 @pytest.mark.slow
-def test_the_real_unsloth_exports(gguf_adapter, llama_cpp, llama_quantize, as_program, tmp_path, monkeypatch, capsys):
+def test_the_real_unsloth_exports(gguf_adapter, llama_cpp_sources, llama_quantize, as_program, tmp_path, monkeypatch):
     """The whole command, with Unsloth's own code made to run on a CPU, and a llama.cpp where it keeps its own."""
     if torch.cuda.is_available():
         pytest.skip("Unsloth on a CPU is for hosts without a GPU")
     home = tmp_path / "llama.cpp"
     home.mkdir()
-    shutil.copy(llama_cpp / "convert_hf_to_gguf.py", home)
+    shutil.copy(llama_cpp_sources / "convert_hf_to_gguf.py", home)
     for part in ("conversion", "gguf-py"):
-        shutil.copytree(llama_cpp / part, home / part)
+        shutil.copytree(llama_cpp_sources / part, home / part)
     shutil.copy(llama_quantize / "llama-quantize", home)
     for name, value in environment("unsloth").items():
         monkeypatch.setenv(name, value)

