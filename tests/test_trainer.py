@@ -384,8 +384,10 @@ def test_shared_prompts_give_the_same_step(make_trainer, checkpointing):
         return step_gradient(make_trainer(recipe_of(grpo=grpo, **one_step), gradient_checkpointing=checkpointing))
 
     alone = gradient(shared_prompt=False)
-    for completions_per_pass in (8, 4, 2, 1):
+    for completions_per_pass in (8, 2) if checkpointing else (8, 4, 2, 1):
         assert (gradient(completions_per_pass=completions_per_pass) - alone).norm() < 1e-5 * alone.norm()
+    if checkpointing:
+        return
     other = gradient(num_generations=6, completions_per_pass=12, shared_prompt=False)
     assert (other - alone).norm() > 1e-2 * alone.norm()
     for completions_per_pass in (12, 4):

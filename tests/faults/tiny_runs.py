@@ -27,7 +27,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
     return [
         "train", "--recipe", "tiny_cpu", "--resume", "auto",
         "grpo.prompts_per_step=2", "grpo.num_generations=2", "grpo.completions_per_pass=2",
-        "grpo.max_completion_length=12", f"rewards.functions=[accuracy,'{reward}:by_text']",
+        "grpo.max_completion_length=10", f"rewards.functions=[accuracy,'{reward}:by_text']",
         f"train.max_steps={STEPS}", "train.save_steps=2", "train.preflight=false",
         "data.limit=16", "data.eval_limit=2", "data.general=null",
         f"output.dir={folder}/run", f"output.mirror=[{folder}/mirror]", *overrides,

@@ -1,5 +1,7 @@
 """Completions behind one shared prompt against every completion behind its own: the same log-probs and gradients."""
 
+from itertools import product
+
 import pytest
 import torch
 from PIL import Image
@@ -93,8 +95,15 @@ def difference(one, other):
 # --- the same result -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_generations", [2, 4, 8])
-@pytest.mark.parametrize("rows_per_pass", [None, 1, 3, 8])
+def crossed(combinations, tested):
+    """Every combination; `make matrix` has those that are not `tested`, whose values these have in other pairs."""
+    return [pytest.param(*each, marks=() if each in tested else pytest.mark.matrix) for each in combinations]
+
+
+@pytest.mark.parametrize(
+    ("num_generations", "rows_per_pass"),
+    crossed(product((2, 4, 8), (None, 1, 3, 8)), {(2, None), (4, 8), (8, 1), (8, 3)}),
+)
 def test_scores_equal_those_of_prompts_alone(tiny_policy, make_groups, stir_adapter, num_generations, rows_per_pass):
     stir_adapter(tiny_policy.model)
     batch = make_groups(tiny_policy, num_generations)
@@ -105,8 +114,13 @@ def test_scores_equal_those_of_prompts_alone(tiny_policy, make_groups, stir_adap
         torch.testing.assert_close(one, other, rtol=RELATIVE, atol=RELATIVE)
 
 
-@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
-@pytest.mark.parametrize(("num_generations", "rows_per_pass"), [(2, None), (4, 4), (8, 3)])
+@pytest.mark.parametrize(
+    ("num_generations", "rows_per_pass", "checkpointing"),
+    crossed(
+        [(*rows, way) for rows in ((2, None), (4, 4), (8, 3)) for way in (None, "reentrant", "not reentrant")],
+        {(2, None, None), (4, 4, None), (8, 3, None), (8, 3, "reentrant"), (8, 3, "not reentrant")},
+    ),
+)
 def test_gradients_equal_those_of_prompts_alone(
     tiny_policy, make_groups, stir_adapter, num_generations, rows_per_pass, checkpointing
 ):

@@ -141,6 +141,7 @@ def test_its_log_probs_are_those_of_the_trainer_with_the_same_adapter(server, po
     assert not set(policy.never_sampled) & {token for row in completions for token in row}
 
 
+@pytest.mark.matrix
 def test_a_qwen3_vl_is_served_as_it_is_trained(environment, boards, small_qwen3_vl, tmp_path):
     """By a server of its own, before that of the other tests begins: two would take turns on the cores."""
     recipe = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"name": small_qwen3_vl})})

@@ -84,6 +84,15 @@ def run_in_fork(address: str, *arguments: str) -> int:
         return _status(connection) & 255
 
 
+def in_a_fork(command: list[str]) -> list[str]:
+    """The same command of Python's, done by a fork: for code that starts its programs by itself."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from forks import run_in_fork; "
+        "sys.exit(run_in_fork(*sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", program, forks_address("training"), *command[1:]]
+
+
 def _ask(address: str, request: dict, streams: list[int]) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from checkpoints import checkpoint
+from forks import in_a_fork
 from PIL import Image
 from report_runs import held_out, write_run
 
@@ -332,7 +333,9 @@ def test_a_dry_run_lists_the_runs_with_an_estimate(experiment_file, children, tm
 
 
 @pytest.mark.slow
-def test_a_real_sweep_is_made_of_ordinary_runs_and_continues(experiment_file, tmp_path, capsys):
+def test_a_real_sweep_is_made_of_ordinary_runs_and_continues(experiment_file, tmp_path, monkeypatch, capsys):
+    train_command = runs.train_command
+    monkeypatch.setattr(runs, "train_command", lambda *run, **options: in_a_fork(train_command(*run, **options)))
     small = {
         "grpo": {
             "prompts_per_step": 2, "num_generations": 4, "completions_per_pass": 8, "max_completion_length": 32
