@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from functools import cache
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 from filelock import FileLock
@@ -109,8 +110,9 @@ def _status(connection: socket.socket) -> int:
 @cache
 def forks_address(kind: str) -> str:
     """Of a process that serves until the tests end. Its folder takes what Unsloth writes when it starts."""
-    tests = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    folder = Path(tempfile.gettempdir(), f"forks-{tests}-{kind}")
+    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # among the workers, whose parent starts and ends them
+    tests = os.getppid() if shared else os.getpid()
+    folder = Path(tempfile.gettempdir(), f"forks-{shared or uuid4().hex}-{kind}")
     address = str(folder / "socket")
     with FileLock(f"{folder}.lock"):
         if not Path(address).exists():

@@ -193,7 +193,9 @@ def as_gguf(adapter, llama_cpp, quantization, to="gguf"):
     from apo_lora.commands.main import main
 
     out = adapter.parent / f"{to}-{quantization}"
-    with FileLock(f"{out}.lock"):
+    with FileLock(f"{out}.lock"), pytest.MonkeyPatch.context() as patch:
+        if quantization != "F32":  # whose export has compared the same merged weights
+            patch.setattr("apo_lora.export.comparison.compare", lambda *arguments: [])
         if not out.exists():
             arguments = ["--to", to, "--out", str(out), "--quantization", quantization, "--llama-cpp", str(llama_cpp)]
             assert main(["export", str(adapter), *arguments]) == 0
