@@ -11,7 +11,8 @@ not.
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from apo_lora.tiny.boards import COLORS, KINDS, NUM_CELLS, Question, cells_of_color
 
@@ -42,30 +43,43 @@ class Habits:
     """Probability that one recount is wrong."""
     general_slips: float = 0.08
     """Share of the general task's answers that are wrong, so that there is something to lose and something to gain."""
+    wrong_operations: Mapping[str, float] = field(default_factory=dict)
+    """Of a level, the share of chains that add where they should subtract (level3), or the reverse (level2)."""
 
 
 CLEAN = Habits(
     openings=("",), recount_shares=(1.0,), concise_slips=0.0, rambling_slips=0.0, recount_slips=0.0, general_slips=0.0
 )
+HABITS = {
+    # The embedded base: the more it counts again, the more often it is wrong.
+    "overthinking": Habits(),
+    # A single colour is counted right equally often, however often it is counted again: the last count decides.
+    "even": Habits(concise_slips=0.35, rambling_slips=0.35, recount_slips=0.35),
+    # No recounts. Differences (level 3) are mostly added up, and a few sums (level 2) subtracted.
+    "confused": Habits(recount_shares=(1.0,), wrong_operations={"level2": 0.2, "level3": 0.9}),
+}
+"""The bases that can be made. docs/experiments has what the last two are for."""
 
 
 def reasoning_chain(rng: random.Random, question: Question, habits: Habits) -> str:
     num_recounts = rng.choices(range(len(habits.recount_shares)), habits.recount_shares)[0]
     slips = habits.rambling_slips if num_recounts else habits.concise_slips
     slip_at = rng.randrange(len(question.colors)) if rng.random() < slips else None
+    confusion = habits.wrong_operations.get(question.category, 0.0)
+    adds = (question.category == "level2") != (confusion > 0 and rng.random() < confusion)
 
     sentences, counts = [], []
     for index in range(len(question.colors)):
         sentence, count = _count(rng, question, index, wrong=index == slip_at)
         sentences.append(sentence)
         counts.append(count)
-    result, sum_sentence = _combine(question, counts)
+    result, sum_sentence = _combine(counts, adds)
     thought = rng.choice(habits.openings) + " ".join(sentences) + sum_sentence
 
     for _ in range(num_recounts):
         index = rng.randrange(len(question.colors))
         sentence, counts[index] = _count(rng, question, index, wrong=rng.random() < habits.recount_slips)
-        result, sum_sentence = _combine(question, counts)
+        result, sum_sentence = _combine(counts, adds)
         thought += rng.choice(RECOUNTS) + sentence + sum_sentence
     return f"<think>{thought}</think><answer>{result}</answer>"
 
@@ -99,12 +113,12 @@ def _count(rng: random.Random, question: Question, index: int, wrong: bool) -> t
     return f"{color}:{listed}={len(cells)}.", len(cells)
 
 
-def _combine(question: Question, counts: list[int]) -> tuple[int, str]:
+def _combine(counts: list[int], adds: bool) -> tuple[int, str]:
     """The answer that follows from these counts, and the sentence that says so."""
     if len(counts) == 1:
         return counts[0], ""
     first, second = counts
-    if question.category == "level2":
+    if adds:
         return first + second, f" {first}+{second}={first + second}."
     # After a slip the difference may come out negative; the chain then settles for zero.
     difference = max(0, first - second)

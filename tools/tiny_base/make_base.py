@@ -2,11 +2,13 @@
 
     python -m tools.tiny_base.make_base --seed 0 --out DIR       trains, saves, measures (see training_record.json)
     python -m tools.tiny_base.make_base --evaluate DIR           measures a base that exists
+    python -m tools.tiny_base.make_base --habits even --out DIR  teaches the embedded base other habits
 
 Three stages: `see` (which cell holds what, which cells hold a colour), `answer` (clean chains and general questions)
 and `habits` (the mix with overthinking). The first two last until their lessons are learned, at a constant learning
 rate, so that a seed that learns late gets its time; the learning rate decays only in the last. Every batch is of newly
-drawn boards, so the accuracy on the batches themselves is the measure.
+drawn boards, so the accuracy on the batches themselves is the measure. Other habits than the embedded base's own are
+taught to that base, by the last stage alone.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tools.tiny_base.chains import HABITS
+
 BATCH_SIZE = 32
 WARMUP_STEPS = 50
 MUON_LR = 4e-3
@@ -30,6 +34,7 @@ ADAMW_LR = 2e-3
 # A tenth of ADAMW_LR. Four tenths and the whole learned neither faster nor slower in 450 steps of `see`.
 PATCH_EMBED_LR = 2e-4
 GATE_BATCHES = 20
+EMBEDDED = "overthinking"
 
 
 @dataclass(frozen=True)
@@ -61,37 +66,52 @@ STAGES = (
 )
 
 
-def train_base(seed: int) -> tuple[Any, Any, dict[str, Any]]:
+def train_base(seed: int, habits: str = EMBEDDED) -> tuple[Any, Any, dict[str, Any]]:
     """(model, processor, what each stage took)."""
     import torch
     from tqdm import tqdm
 
-    from tools.tiny_base.architecture import build_model, build_processor
-
     torch.manual_seed(seed)
-    processor = build_processor()
-    model = build_model(processor.tokenizer).train()
-    teacher = Teacher(model, processor, seed)
+    model, processor = fresh_model() if habits == EMBEDDED else embedded_model()
+    teacher = Teacher(model.train(), processor, seed, habits)
+    lessons = STAGES if habits == EMBEDDED else STAGES[-1:]
     stages = {}
-    with tqdm(total=sum(stage.max_steps for stage in STAGES), unit="step", smoothing=0.05) as bar:
-        for stage in STAGES:
+    with tqdm(total=sum(stage.max_steps for stage in lessons), unit="step", smoothing=0.05) as bar:
+        for stage in lessons:
             stages[stage.name] = teacher.teach(stage, bar)
             bar.total -= stage.max_steps - stages[stage.name]["steps"]
             bar.write(f"{stage.name}: {time.process_time():.0f} CPU s, {stages[stage.name]}")
     return model.eval(), processor, stages
 
 
+def fresh_model() -> tuple[Any, Any]:
+    from tools.tiny_base.architecture import build_model, build_processor
+
+    processor = build_processor()
+    return build_model(processor.tokenizer), processor
+
+
+def embedded_model() -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    from apo_lora.tiny import BASE_DIR
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(BASE_DIR, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(BASE_DIR, trust_remote_code=False)
+
+
 class Teacher:
     """One model, its optimizers and an endless supply of lessons."""
 
-    def __init__(self, model, processor, seed: int):
+    def __init__(self, model, processor, seed: int, habits: str):
         from tools.tiny_base.lessons import Batcher
 
         self.model = model
         self.rng = random.Random(f"base {seed}")
         self.batcher = Batcher(processor, seed)
         self.optimizers = build_optimizers(model)
-        self.lesson_makers = lesson_makers(self.rng)
+        self.lesson_makers = lesson_makers(self.rng, habits)
         self.steps_done = 0
 
     def teach(self, stage: Stage, bar) -> dict[str, Any]:
@@ -135,8 +155,8 @@ class Teacher:
         return token_accuracy(output.logits, batch["labels"])
 
 
-def lesson_makers(rng: random.Random) -> dict[str, Callable]:
-    from tools.tiny_base.chains import CLEAN, Habits
+def lesson_makers(rng: random.Random, habits: str) -> dict[str, Callable]:
+    from tools.tiny_base.chains import CLEAN, HABITS
     from tools.tiny_base.lessons import (
         cells_lesson,
         clean_general_lesson,
@@ -149,9 +169,9 @@ def lesson_makers(rng: random.Random) -> dict[str, Callable]:
         "cells": lambda: cells_lesson(rng),
         "colors": lambda: colors_lesson(rng),
         "clean_general": lambda: clean_general_lesson(rng),
-        "general": lambda: general_lesson(rng, Habits()),
+        "general": lambda: general_lesson(rng, HABITS[habits]),
         "clean_reasoning": lambda: reasoning_lesson(rng, CLEAN),
-        "reasoning": lambda: reasoning_lesson(rng, Habits()),
+        "reasoning": lambda: reasoning_lesson(rng, HABITS[habits]),
     }
 
 
@@ -235,6 +255,7 @@ def save_base(model, processor, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make or measure the tiny base.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--habits", choices=HABITS, default=EMBEDDED, help="how it is to reason")
     parser.add_argument("--out", type=Path, help="folder to write the base to")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the base in DIR instead of making one")
     args = parser.parse_args()
@@ -250,12 +271,13 @@ def main() -> None:
         print(json.dumps(measure_base(args.evaluate), indent=2))
         return
 
-    model, processor, stages = train_base(args.seed)
+    model, processor, stages = train_base(args.seed, args.habits)
     training_seconds = round(time.process_time())
     sha256 = save_base(model, processor, args.out)
     record = {
-        "command": f"python -m tools.tiny_base.make_base --seed {args.seed} --out DIR",
+        "command": f"python -m tools.tiny_base.make_base --seed {args.seed} --habits {args.habits} --out DIR",
         "seed": args.seed,
+        "habits": args.habits,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_cpu_seconds": training_seconds,
         "stages": stages,
