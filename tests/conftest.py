@@ -1,6 +1,7 @@
 """Shared fixtures: the embedded tiny model with a LoRA adapter, and batches in the shape that TRL hands around."""
 
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gguf_model import gguf_adapter, llama_cpp, llama_cpp_sources, llama_quantiz
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other on a busy machine
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background without it
 
 LONGEST = (
     "colab_twin/test_colab_twin.py", "faults/test_kill_matrix.py", "rollout/test_vllm_server.py",

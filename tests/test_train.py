@@ -75,6 +75,12 @@ def test_a_run_is_a_record(finished_run):
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
 
 
+def test_its_credit_follows_from_its_record(finished_run, tmp_path, capsys):
+    assert main(["report", str(finished_run.path), "--out", str(tmp_path / "report.html")]) == 0
+    found = "recomputed from completions.jsonl: 32 completions, largest difference 0: equal to the record"
+    assert found in capsys.readouterr().out and found in (tmp_path / "report.html").read_text()
+
+
 def test_what_is_recorded_is_what_the_registry_declares(finished_run):
     functions = load_recipe(finished_run.recipe).rewards.functions
     declared = {"step", *(figure.name for figure in PER_STEP), *(f"reward_{name}" for name in functions)}

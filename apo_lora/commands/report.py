@@ -14,5 +14,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(runs: list[str], out: str | None) -> int:
     from apo_lora.report.page import report
 
-    print(f"Report       {report(runs, out)}")
+    written = report(runs, out)
+    print(f"Report       {written.path}")
+    for name, text in written.credit.items():
+        run_name = f"{name}: " if len(written.credit) > 1 else ""
+        print(f"Credit       {run_name}recomputed from completions.jsonl: {text}")
     return 0

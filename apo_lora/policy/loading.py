@@ -249,8 +249,8 @@ def _require_layers(base: nn.Module, lora: LoraSection, name: str) -> None:
         raise ModelError(f"lora.target_modules: {name} has no layer {', '.join(missing)}; it has {', '.join(linear)}")
 
 
-REFERENCE = "reference"
-"""PEFT's name of the frozen copy of an adapter."""
+REFERENCE = "apo_lora_reference"
+"""PEFT's name of the frozen copy of an adapter: one that no user's own adapter has."""
 
 
 def set_reference(model: nn.Module, which: str) -> None:
@@ -261,7 +261,7 @@ def set_reference(model: nn.Module, which: str) -> None:
         model.delete_adapter(REFERENCE)
     if which == "base":
         return
-    own = model.active_adapter
+    own, saved = model.active_adapter, list(model.peft_config)
     weights = get_peft_model_state_dict(model, adapter_name=own, save_embedding_layers=False)
     # Without memory first: so it draws no random numbers, and gets the dtype of what is copied.
     model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[own]), low_cpu_mem_usage=True)
@@ -269,7 +269,7 @@ def set_reference(model: nn.Module, which: str) -> None:
     set_peft_model_state_dict(model, copies, REFERENCE, low_cpu_mem_usage=True)
     model.set_requires_grad(REFERENCE, False)
     # The reference is not a result: neither checkpoints nor the run's adapter contain it.
-    model.save_pretrained = partial(type(model).save_pretrained, model, selected_adapters=[own])
+    model.save_pretrained = partial(type(model).save_pretrained, model, selected_adapters=saved)
 
 
 @contextmanager

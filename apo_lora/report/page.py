@@ -1,10 +1,10 @@
 """The verb `apo-lora report`: runs in, one HTML file out, which loads nothing from the network."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,6 +18,7 @@ from apo_lora.evaluation.gallery import MOST_BYTES, AnswerSource, gallery, page_
 from apo_lora.report.charts import credit_seen, curve_charts, dads_chart, stcr_chart
 from apo_lora.report.comparison import COMPARED, HEADINGS, Compared, compare, difference_rows, format_interval
 from apo_lora.report.cost import cost
+from apo_lora.report.recomputed import recomputed_credit
 from apo_lora.report.runs import (
     OWN_ANSWERS,
     Group,
@@ -45,19 +46,27 @@ TRAINING_GROUPS = 24
 """Prompts of the last steps that are shown."""
 
 
-def report(paths: Sequence[str], out: str | None = None) -> Path:
-    """Writes the page and returns its path: `out`, else report.html in the run, or here where there are several.
+class Written(NamedTuple):
+    path: Path
+    credit: Mapping[str, str]
+    """By the name of each run: whether its credit, recomputed, is that of the record."""
+
+
+def report(paths: Sequence[str], out: str | None = None) -> Written:
+    """Writes the page to `out`, else to report.html in the run, or here where there are several.
 
     Raises RunDirError before anything is written. An earlier report is replaced, no other file is.
     """
     target = Path(out) if out else RunDir(paths[0] if len(paths) == 1 else "").report
     _check(target)
-    page = readable(render(read_runs(paths)))
+    runs = read_runs(paths)
+    credit = recomputed_by_run(runs)
+    page = readable(render(runs, credit))
     try:
         write_atomically(target, page)
     except OSError as error:
         raise RunDirError(f"{target}: cannot be written ({error.strerror}); choose another with --out") from None
-    return target
+    return Written(target, credit)
 
 
 def _check(target: Path) -> None:
@@ -72,8 +81,15 @@ def _check(target: Path) -> None:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The whole page, under MOST_BYTES. Raises RunDirError where even a page without gallery is too large."""
+def recomputed_by_run(runs: Sequence[Run]) -> dict[str, str]:
+    return {run.name: recomputed_credit(run).text for run in tqdm(runs, "recomputing credit", delay=2, leave=False)}
+
+
+def render(runs: Sequence[Run], credit: Mapping[str, str] | None = None) -> str:
+    """The whole page, under MOST_BYTES. Raises RunDirError where even a page without gallery is too large.
+
+    `credit`: as recomputed_by_run gives it.
+    """
     groups = grouped(runs)
     content = {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -90,6 +106,7 @@ def render(runs: Sequence[Run]) -> str:
         "signal": [_signal(run) for group in groups for run in group.runs],
         "costs": [(group, cost(group.runs)) for group in groups],
         "credit": [_credit(group) for group in tqdm(groups, "reading completions", delay=2, leave=False)],
+        "recomputed": recomputed_by_run(runs) if credit is None else credit,
         "record": [_record(group) for group in groups],
     }
     size = len(_filled(content, Markup()).encode("utf-8", "replace"))

@@ -101,17 +101,18 @@ COMPLETION_KEYS = frozenset({"correct", "length", "advantage", "kl_weight", "stc
 ANSWER_KEYS = frozenset({"set", "model", "row", "text", "correct"})
 
 
-def prompt_groups(run: Run) -> Iterator[list[Row]]:
-    """The completions of one prompt in one rollout, group by group, as completions.jsonl holds them.
-
-    A group that a kill cut short is left out.
-    """
+def recorded_groups(run: Run) -> Iterator[list[Row]]:
+    """The completions of one prompt in one rollout, group by group, as completions.jsonl holds them."""
     size = run.recipe.grpo.num_generations
     rows = _rows_with(COMPLETION_KEYS, run.folder.completions)
-    for _, alike in groupby(rows, key=lambda row: (row.get("step"), row.get("prompt"))):
+    for _, alike in groupby(rows, key=lambda row: (row.get("step"), row.get("row"), row.get("prompt"))):
         rows = list(alike)  # one step can hold a prompt twice, one group after the other
-        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-        yield from (group for group in groups if len(group) == size)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def prompt_groups(run: Run) -> Iterator[list[Row]]:
+    """The same without a group that a kill cut short."""
+    return (group for group in recorded_groups(run) if len(group) == run.recipe.grpo.num_generations)
 
 
 OWN_ANSWERS = "before and after training"

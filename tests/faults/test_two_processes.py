@@ -14,6 +14,8 @@ from forks import Forked, two_processes
 
 from apo_lora.errors import TrainingStopped
 from apo_lora.machine import ranks
+from apo_lora.report.recomputed import recomputed_credit
+from apo_lora.report.runs import read_run
 from apo_lora.run.directory import RunDir
 
 from .tiny_runs import arguments, steady_rows
@@ -106,6 +108,7 @@ def test_a_run_that_is_interrupted_and_killed_ends_as_the_whole_one_and_goes_on_
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert "Changed since the run started: processes from 2 to 1" in alone.stdout
     assert [row["step"] for row in steady_rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
+    assert recomputed_credit(read_run(run.path)).text.endswith("equal to the record")  # of two processes, then of one
 
 
 def test_what_a_lost_process_raises_is_told_from_other_errors(monkeypatch):

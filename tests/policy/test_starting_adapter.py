@@ -13,7 +13,7 @@ from unsloth_on_cpu import run_script
 
 from apo_lora.errors import ModelError, RecipeError, UserError
 from apo_lora.family.lookup import find_shape
-from apo_lora.policy.loading import reference_mode, set_reference
+from apo_lora.policy.loading import REFERENCE, reference_mode, set_reference
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.tuned import load_start
 from apo_lora.preflight.checks import check_reference, check_start
@@ -110,11 +110,28 @@ def test_the_reference_is_the_base_or_the_start(adapter, make_batch, load_tiny):
     assert torch.equal(reference_scores(policy, batch), base)
 
 
+def test_an_adapter_that_the_user_calls_reference_is_kept(adapter, tmp_path):
+    policy = started(adapter)
+    policy.model.add_adapter("reference", policy.model.peft_config["default"])
+    stir(policy.model, seed=1)
+
+    def own_weights():
+        return {name: p.clone() for name, p in policy.model.named_parameters() if ".reference." in name}
+
+    before = own_weights()
+    for which in ("start", "base", "start"):
+        set_reference(policy.model, which)
+        after = own_weights()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    policy.model.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir() if path.is_dir()] == ["reference"]
+
+
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_what_is_trained_and_saved_is_one_adapter(adapter, tmp_path, load_in_4bit):
     policy = started(adapter, "start", load_in_4bit=load_in_4bit)
     names, trained = [name for name, _ in policy.model.named_parameters()], trained_names(policy)
-    of_reference = [name for name in names if ".reference." in name]
+    of_reference = [name for name in names if f".{REFERENCE}." in name]
     assert len(of_reference) == len(trained) > 0 and all(".default." in name for name in trained)
     policy.model.save_pretrained(tmp_path / "saved")
     assert not [path for path in (tmp_path / "saved").iterdir() if path.is_dir()]
@@ -136,7 +153,7 @@ def test_the_plan_counts_the_reference(adapter):
         for reference in ("base", "start")
         for recipe in [with_start(recipe_of(adapter, reference))]
     }
-    held = sum(p.nbytes for name, p in started(adapter, "start").model.named_parameters() if ".reference." in name)
+    held = sum(p.nbytes for name, p in started(adapter, "start").model.named_parameters() if f".{REFERENCE}." in name)
     assert rows["start"].pop("LoRA of the reference") == held and rows["start"] == rows["base"]
 
 

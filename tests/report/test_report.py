@@ -283,9 +283,11 @@ def test_an_interrupted_report_leaves_the_earlier_one(run_folder, monkeypatch):
     assert target.read_bytes() == earlier
 
 
-@pytest.mark.parametrize(("changes", "loaded"), [(["apo.dads=null", "apo.stcr=null"], []), ([], ["torch"])])
-def test_torch_is_loaded_for_the_formulas_alone(changes, loaded, tmp_path):
-    folder = write_run(tmp_path / "run", *changes)
+@pytest.mark.parametrize(("with_completions", "loaded"), [(False, []), (True, ["torch"])])
+def test_torch_is_loaded_for_the_formulas_alone(with_completions, loaded, tmp_path):
+    folder = write_run(tmp_path / "run")
+    if not with_completions:
+        RunDir(folder).completions.unlink()
     code = (
         "import sys; from apo_lora.commands.main import main; main(sys.argv[1:])\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])"

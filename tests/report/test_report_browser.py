@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
-    return report([write_run(tmp_path_factory.mktemp("runs") / "run")])
+    return report([write_run(tmp_path_factory.mktemp("runs") / "run")]).path
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def four_runs(tmp_path_factory):
         for method, changes in (("apo", ()), ("grpo", ("apo.dads=null", "apo.stcr=null")))
         for seed in (1, 2)
     ]
-    return report(runs, folder / "report.html")
+    return report(runs, folder / "report.html").path
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_run_without_anything_has_an_empty_gallery(open_page, tmp_path):
     folder = write_run(tmp_path / "run", answers=False)
     for name in ("metrics.jsonl", "completions.jsonl", "eval.json"):
         (folder / name).unlink()
-    page = open_page(report([folder]))
+    page = open_page(report([folder]).path)
     assert shown(page) == "No matching answers." and count(page, "all") == 0
     choose(page, "changed")
     assert page.locator(".item").count() == 0

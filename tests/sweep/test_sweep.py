@@ -146,7 +146,8 @@ if what == "wait":
         sys.exit(0)
     signal.signal(signal.SIGINT, stop)
     (path / "waiting").touch()
-    time.sleep(60)
+    for _ in range(6000):  # a signal just before a long sleep would be answered after it
+        time.sleep(0.01)
 (path / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 task = {"accuracy": 0.6 + int(seed) / 100, "length_wrong": 50.0}
 (path / "eval.json").write_text(json.dumps({w: {"reasoning": task, "general": task} for w in ("before", "after")}))
