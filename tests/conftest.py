@@ -15,8 +15,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what 
 
 LONGEST = (
     "colab_twin/test_colab_twin.py", "faults/test_kill_matrix.py", "rollout/test_vllm_server.py",
-    "export/test_export_gguf.py", "test_trainer.py", "test_simulated_gpu.py", "chat/test_chat_gguf.py",
-    "benchmarks/test_gpu_rehearsal.py", "test_emulated_gpu.py",
+    "export/test_export_gguf.py", "export/test_export_unsloth.py", "test_trainer.py", "test_simulated_gpu.py",
+    "chat/test_chat_gguf.py", "benchmarks/test_gpu_rehearsal.py", "test_emulated_gpu.py",
 )  # fmt: skip
 
 PROJECT = Path(__file__).parent.parent
