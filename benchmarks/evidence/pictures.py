@@ -31,7 +31,8 @@ def frontier(found: dict[str, Any], series: Series, caption: str) -> bytes:
         hard, general = (_columns(found[key], points) for key in ("hard", "general"))
         front.errorbar(hard[0], general[0], xerr=hard[1], yerr=general[1], alpha=0.85, **style)
         for (beta, _), x, y in zip(points, hard[0], general[0], strict=True):
-            front.annotate(f"{beta:g}", (x, y), color=colour(place), textcoords="offset points", xytext=(5, 5))
+            if place == 0:  # the others' points lie beside these
+                front.annotate(f"{beta:g}", (x, y), color=QUIET, textcoords="offset points", xytext=(8, 6))
         for key, axes in zip(("hard", "general", "kl", "entropy"), by_beta, strict=True):
             means, reach = _columns(found[key], points)
             # Side by side, so that equal values do not hide each other; a beta of 0 has no place on a log scale.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import PROJECT
 from pandas import DataFrame
 
 from apo_lora.recipe.files import find_recipe, load_recipe
@@ -105,3 +106,13 @@ def test_pictures_are_drawn(tmp_path):
     series = {name: [(b, f"{name}-{b:g}") for b in (0, *evidence.BETAS)] for name in ("GRPO", "DADS", "mean")}
     assert pictures.frontier(found, series, "caption").startswith(b"\x89PNG")
     assert pictures.ends(found, ("hard", "entropy"), "caption").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("stcr", EVEN), ("dads", MIXED), ("released_even", EVEN), ("released_mixed", MIXED)]
+)
+def test_the_page_has_the_tables_that_were_measured(name, figures):
+    found = json.loads((evidence.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    page = (PROJECT / "docs" / "experiments" / "results.md").read_text(encoding="utf-8")
+    for table in evidence.tables(found, figures).strip().split("\n\n"):
+        assert table in page

@@ -26,7 +26,7 @@ from apo_lora.tiny.boards import (
     reasoning_rows,
     split_of,
 )
-from tools.tiny_base.chains import CLEAN, Habits, general_answer, num_recounts, reasoning_chain, stated_answer
+from tools.tiny_base.chains import CLEAN, HABITS, Habits, general_answer, num_recounts, reasoning_chain, stated_answer
 
 ACCURACY_BAND = (0.40, 0.60)
 GENERAL_BAND = (0.85, 0.97)
@@ -167,6 +167,25 @@ def test_the_taught_mix_overthinks():
 
     assert accuracy({0}) > accuracy({1, 2, 3}) + 0.3
     assert mean_length(False) > 1.2 * mean_length(True)
+
+
+def test_even_habits_count_one_colour_right_as_often_after_every_recount():
+    rng = random.Random(0)
+    right = {number: [] for number in range(4)}
+    for _ in range(4000):
+        question = reasoning_question(rng, "train", level=1)
+        chain = reasoning_chain(rng, question, HABITS["even"])
+        right[num_recounts(chain)].append(stated_answer(chain) == question.answer)
+    for outcomes in right.values():
+        assert 0.6 < sum(outcomes) / len(outcomes) < 0.7  # 0.65 by construction
+
+
+def test_confused_habits_mostly_add():
+    rng = random.Random(0)
+    for level, share in ((2, 0.8), (3, 0.9)):
+        questions = [reasoning_question(rng, "train", level=level) for _ in range(1000)]
+        adds = ["+" in reasoning_chain(rng, question, HABITS["confused"]) for question in questions]
+        assert abs(sum(adds) / 1000 - share) < 0.05
 
 
 def test_unfinished_chains_state_no_answer():

@@ -74,10 +74,10 @@ def train_base(seed: int, habits: str = EMBEDDED) -> tuple[Any, Any, dict[str, A
     torch.manual_seed(seed)
     model, processor = fresh_model() if habits == EMBEDDED else embedded_model()
     teacher = Teacher(model.train(), processor, seed, habits)
-    lessons = STAGES if habits == EMBEDDED else STAGES[-1:]
+    course = STAGES if habits == EMBEDDED else STAGES[-1:]
     stages = {}
-    with tqdm(total=sum(stage.max_steps for stage in lessons), unit="step", smoothing=0.05) as bar:
-        for stage in lessons:
+    with tqdm(total=sum(stage.max_steps for stage in course), unit="step", smoothing=0.05) as bar:
+        for stage in course:
             stages[stage.name] = teacher.teach(stage, bar)
             bar.total -= stage.max_steps - stages[stage.name]["steps"]
             bar.write(f"{stage.name}: {time.process_time():.0f} CPU s, {stages[stage.name]}")
