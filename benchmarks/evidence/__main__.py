@@ -133,7 +133,7 @@ def tables(found: dict[str, Any], figures: Sequence[Figure]) -> str:
     def row(label: str, estimate_of: Callable[[str], Any], sign: str = "") -> list[str]:
         estimates = [estimate_of(figure.key) for figure in figures]
         words = [
-            format_estimate(estimate, FORMATS[figure.key], sign)
+            format_estimate(estimate, figure.formatted_as, sign)
             for estimate, figure in zip(estimates, figures, strict=True)
         ]
         stars = [" *" if sign and estimate and estimate["excludes_zero"] else "" for estimate in estimates]
@@ -148,12 +148,6 @@ def tables(found: dict[str, Any], figures: Sequence[Figure]) -> str:
     over_betas = [row(f"{label}, all betas", of.__getitem__, "+") for label, of in found.get("pooled", {}).items()]
     return "\n\n".join("\n".join(markdown([heading, *rows])) for rows in (means, [*differences, *over_betas])) + "\n"
 
-
-FORMATS = {
-    key: {"hard": "accuracy", "easy": "accuracy", "general": "accuracy", "length_correct": "length_wrong"}.get(key, key)
-    for key in (figure.key for figure in (*EVEN, *MIXED))
-}
-"""By which figure of a run each is formatted."""
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -20,6 +20,8 @@ class Figure(NamedTuple):
     title: str
     unit: str
     value: Value
+    formatted_as: str
+    """The figure of a run whose format it takes."""
 
 
 def held_out(task: str, name: str, category: str | None = None) -> Value:
@@ -39,17 +41,19 @@ def last_steps(name: str) -> Value:
     return value
 
 
-ACCURACY = Figure("accuracy", "Accuracy", "fraction right", held_out("reasoning", "accuracy"))
+ACCURACY = Figure("accuracy", "Accuracy", "fraction right", held_out("reasoning", "accuracy"), "accuracy")
 LENGTHS = (
-    Figure("length_wrong", "Length of wrong answers", "tokens", held_out("reasoning", "length_wrong")),
-    Figure("length_correct", "Length of right answers", "tokens", held_out("reasoning", "length_correct")),
+    Figure("length_wrong", "Length of wrong answers", "tokens", held_out("reasoning", "length_wrong"), "length_wrong"),
+    Figure(
+        "length_correct", "Length of right answers", "tokens", held_out("reasoning", "length_correct"), "length_wrong"
+    ),
 )
-ENTROPY = Figure("entropy", "Entropy", "nats per token", held_out("reasoning", "entropy"))
-KL = Figure("kl", "KL to the base", "nats per token", last_steps("kl"))
+ENTROPY = Figure("entropy", "Entropy", "nats per token", held_out("reasoning", "entropy"), "entropy")
+KL = Figure("kl", "KL to the base", "nats per token", last_steps("kl"), "kl")
 MIXED = (
-    Figure("hard", "Accuracy on hard questions", "fraction right", held_out("reasoning", "accuracy", HARD)),
-    Figure("easy", "Accuracy on easy questions", "fraction right", held_out("reasoning", "accuracy", EASY)),
-    Figure("general", "General accuracy", "fraction right", held_out("general", "accuracy")),
+    Figure("hard", "Accuracy on hard questions", "fraction right", held_out("reasoning", "accuracy", HARD), "accuracy"),
+    Figure("easy", "Accuracy on easy questions", "fraction right", held_out("reasoning", "accuracy", EASY), "accuracy"),
+    Figure("general", "General accuracy", "fraction right", held_out("general", "accuracy"), "accuracy"),
     KL,
     ENTROPY,
 )

@@ -220,7 +220,7 @@ def test_the_same_state_of_the_generator_draws_the_same_seeds(fake, monkeypatch)
         ("dies", "the connection was lost"),
         ("is killed", "the connection was lost"),
         ("breaks off", "the connection was lost in the middle of an answer"),
-        ("hangs", "no answer to /v1/chat/completions within 0.5 seconds"),
+        ("hangs", "no answer to /v1/chat/completions within 2 seconds"),
         ("answers 500", "it answered 500 to /v1/chat/completions: EngineCore encountered an issue"),
         ("refuses the adapter", "it answered 400 to /v1/load_lora_adapter: rank 99 is too large"),
     ],
@@ -229,7 +229,7 @@ def test_a_fault_is_answered_with_a_restart_and_the_same_rollout(fault, said, fa
     expected = rollout(fake()[1])
     server, sampler = fake(fault, times=1)
     if fault == "hangs":  # the patience with the first one
-        server.endpoints = [replace(server.endpoints[0], seconds=0.5)]
+        server.endpoints = [replace(server.endpoints[0], seconds=2.0)]
     first = server.process.pid
     assert rollout(sampler) == expected
     assert said in capsys.readouterr().out and server.process.pid != first
