@@ -27,6 +27,7 @@ from apo_lora.apo import apo_loss, without_variance
 from apo_lora.config import APOConfig
 from apo_lora.family.lookup import closest_family, family_of, inner_model_of
 from apo_lora.machine import ranks
+from apo_lora.machine.compat import kept_static_cache
 from apo_lora.policy.batches import row_slices
 from apo_lora.policy.loading import reference_mode, set_reference
 from apo_lora.policy.passes import Pass, PassSize, StepFigures, out_of_memory
@@ -140,7 +141,7 @@ class APOTrainer(GRPOTrainer):
                 multimodal_fields = {**multimodal_fields, "pixel_values": torch.cat(pixels)}
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
         images_per_row = [len(own or ()) for own in images or [None] * len(prompt_ids)]
-        with prompts_read_once(self._inner_model, groups, images_per_row) as features:
+        with kept_static_cache(), prompts_read_once(self._inner_model, groups, images_per_row) as features:
             output = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *arguments, **options)
         if tower_is_frozen(self._inner_model):
             self.rollout_features = features

@@ -120,8 +120,7 @@ def build_unsloth(recipe: Recipe) -> GRPOTrainer:
 
 def build_trl(recipe: Recipe) -> GRPOTrainer:
     """TRL + PEFT + bitsandbytes. Left to itself, bitsandbytes would quantise the vision tower as well."""
-    on_gpu = torch.cuda.is_available()
-    dtype = choose_dtype("auto", on_gpu, on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
+    dtype, on_gpu = arithmetic(), torch.cuda.is_available()
     base = AutoModelForImageTextToText.from_pretrained(
         recipe.model.name,
         dtype=dtype,
@@ -136,7 +135,7 @@ def build_trl(recipe: Recipe) -> GRPOTrainer:
     )
     processor = AutoProcessor.from_pretrained(recipe.model.name, padding_side="left")
     limit_image_size(processor, recipe.data)
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=base,
         peft_config=LoraConfig(
             r=recipe.lora.r,
@@ -149,6 +148,10 @@ def build_trl(recipe: Recipe) -> GRPOTrainer:
         train_dataset=problems(recipe),
         reward_funcs=[alternating],
     )
+    if dtype == torch.float16:  # TRL makes LoRA weights of a 4-bit model bfloat16, whose gradients no scaler takes
+        for parameter in filter(lambda p: p.requires_grad, trainer.model.parameters()):
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 BUILD: dict[str, Callable[[Recipe], Any]] = {"ours": build_ours, "unsloth": build_unsloth, "trl": build_trl}
@@ -158,6 +161,12 @@ def problems(recipe: Recipe) -> Any:
     """One prompt per step, and one step more than there are: trainers look ahead."""
     examples = load_examples(recipe.data.train, recipe.data, split="train").examples
     return prompt_dataset(examples, recipe.data, [n % len(examples) for n in range(1 + recipe.train.max_steps)])
+
+
+def arithmetic() -> torch.dtype:
+    """Of this GPU: a T4 has no bfloat16."""
+    on_gpu = torch.cuda.is_available()
+    return choose_dtype("auto", on_gpu, on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def stock_config(recipe: Recipe, processor: Any) -> GRPOConfig:
@@ -180,7 +189,8 @@ def stock_config(recipe: Recipe, processor: Any) -> GRPOConfig:
         warmup_steps=recipe.train.warmup_steps,
         optim="adamw_8bit" if on_gpu else "adamw_torch",
         gradient_checkpointing=True,
-        bf16=on_gpu,
+        bf16=arithmetic() == torch.bfloat16,
+        fp16=arithmetic() == torch.float16,
         use_cpu=not on_gpu,
         seed=recipe.train.seed,
         save_strategy="no",

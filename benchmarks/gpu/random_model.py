@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of a given shape with random weights, made where there is no network. Saved as transformers saves it.
+"""A Qwen2.5-VL or Qwen3-VL of a given shape with random weights, made where there is no network. Saved as transformers saves it.
 
 Memory and time do not depend on the values of weights, so the 3B shape stands for the published model. Its tokenizer
 is byte-level without merges: a byte is a token, and the special tokens have their published ids.
@@ -15,16 +15,22 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from apo_lora.family.lookup import find_shape
 from apo_lora.family.qwen2_5_vl import QWEN2_5_VL
+from apo_lora.family.qwen3_vl import QWEN3_VL, Qwen3VLShape
 from apo_lora.family.shape import ModelShape
 from benchmarks.gpu.measurements import Setting
 from benchmarks.gpu.record import Record
@@ -55,6 +61,8 @@ SHAPES = {
         vision_intermediate=128,
         vision_layers=2,
     ),
+    "qwen3-vl-2b": QWEN3_VL.published["2b"],
+    "qwen3-vl-4b": QWEN3_VL.published["4b"],
 }
 
 # In the order of their published ids, which begin at 151,643: after every ordinary token.
@@ -64,7 +72,9 @@ SPECIAL_TOKENS = (
     "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-ORDINARY_TOKENS = {"3b": 151_643, "31m": 1_000, "tiny": 1_000}
+PUBLISHED_TOKENS = 151_643
+ORDINARY_TOKENS = {"31m": 1_000, "tiny": 1_000}
+"""Of smaller ones than published."""
 
 
 def measure(record: Record, setting: Setting) -> None:
@@ -83,15 +93,17 @@ def make(size: str, folder: Path, sparse: bool = False) -> None:
 
     With `sparse`, all weights are zero, in a file that takes no disk: for the null GPU, which computes nothing of them.
     """
-    shape, processor = SHAPES[size], build_processor(ORDINARY_TOKENS[size])
+    shape = SHAPES[size]
+    of_qwen3 = isinstance(shape, Qwen3VLShape)
+    processor = build_processor(ORDINARY_TOKENS.get(size, PUBLISHED_TOKENS), of_qwen3)
     ids = processor.tokenizer.get_vocab()
-    config = build_config(shape, ids)
+    config = (build_qwen3_config if of_qwen3 else build_config)(shape, ids)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta" if sparse else fastest_device(2 * sum(shape.parameters().values()))):
-            model = Qwen2_5_VLForConditionalGeneration(config)
+            model = (Qwen3VLForConditionalGeneration if of_qwen3 else Qwen2_5_VLForConditionalGeneration)(config)
     finally:
         torch.set_default_dtype(default)
     model.generation_config = GenerationConfig(
@@ -114,7 +126,7 @@ def make(size: str, folder: Path, sparse: bool = False) -> None:
     unfinished.rename(folder)
 
 
-def save_sparse(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+def save_sparse(model: PreTrainedModel, folder: Path) -> None:
     """As save_pretrained does it, but behind the file's header is a hole of the weights' size."""
     names = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}  # tied ones once
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -177,18 +189,56 @@ def build_config(shape: ModelShape, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         "fullatt_block_indexes": list(range(7, shape.vision_layers, 8)) or [shape.vision_layers - 1],
         "tokens_per_second": 2,
     }
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=shape.tied,
-    )
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **vision_ids(ids))
 
 
-def build_processor(ordinary_tokens: int) -> Qwen2_5_VLProcessor:
+def vision_ids(ids: dict[str, int]) -> dict[str, int]:
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def build_qwen3_config(shape: Qwen3VLShape, ids: dict[str, int]) -> Qwen3VLConfig:
+    text = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_size,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 262_144,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": shape.tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {
+        "depth": shape.vision_layers,
+        "hidden_size": shape.vision_hidden,
+        "intermediate_size": shape.vision_intermediate,
+        "num_heads": 16,
+        "out_hidden_size": shape.hidden,
+        "patch_size": shape.patch,
+        "spatial_merge_size": shape.merge,
+        "temporal_patch_size": shape.frames,
+        "in_channels": shape.channels,
+        "num_position_embeddings": shape.positions,
+        "deepstack_visual_indexes": list(range(5, shape.vision_layers - 1, 6)),
+    }
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **vision_ids(ids))
+
+
+def build_processor(ordinary_tokens: int, of_qwen3: bool = False) -> Qwen2_5_VLProcessor | Qwen3VLProcessor:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     # No text becomes one of the tokens after the bytes; sampling may draw them, and decodes them to something.
     unused = [f"Ġu{number}" for number in range(len(letters), ordinary_tokens)]
@@ -203,9 +253,10 @@ def build_processor(ordinary_tokens: int) -> Qwen2_5_VLProcessor:
         additional_special_tokens=list(SPECIAL_TOKENS[1:14]),
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=12_845_056),
+    patches = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} if of_qwen3 else {}
+    return (Qwen3VLProcessor if of_qwen3 else Qwen2_5_VLProcessor)(
+        image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=12_845_056, **patches),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=Qwen3VLVideoProcessor() if of_qwen3 else Qwen2VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )

@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image
 
 from apo_lora.data.examples import load_examples, prompt_lengths
+from apo_lora.family.lookup import find_shape
 from apo_lora.policy.loading import load_processor
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 from benchmarks.gpu.measurements import Setting
 
 REWARD = "benchmarks.gpu.work:alternating"
-TOKEN_SIDE = 28  # pixels: an image token is 28 x 28 of them
 
 # What a recipe reads or writes beside its model and training data, which are replaced: the Hub may be out of reach.
 OFFLINE = (
@@ -33,7 +33,6 @@ OFFLINE = (
 
 # What a rehearsal changes in every recipe: sizes that a CPU gets through in seconds.
 SMALLER = {
-    "3b": (),
     "tiny": (
         "data.max_pixels=12544",
         "data.max_prompt_tokens=280",
@@ -63,7 +62,7 @@ def recipe_on_random_model(name: str, setting: Setting, run: str, *overrides: st
         "train.warmup_steps=0",
         *OFFLINE,
         *overrides,
-        *SMALLER[setting.size],
+        *SMALLER.get(setting.size, ()),
     )
     recipe = load_recipe(find_recipe(name), given)
     write_problems(problems, recipe)
@@ -73,7 +72,8 @@ def recipe_on_random_model(name: str, setting: Setting, run: str, *overrides: st
 def write_problems(path: Path, recipe: Recipe) -> None:
     """As many as one rollout takes, each exactly `data.max_prompt_tokens` long. A byte of text is a token."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = picture_size(recipe.data.max_pixels)
+    shape = find_shape(recipe.model.name)
+    size = picture_size(recipe.data.max_pixels, shape.patch * shape.merge)
     rows = []
     for number in range(max(2, recipe.prompts_per_rollout)):
         name = f"{number}.png"
@@ -88,11 +88,11 @@ def write_problems(path: Path, recipe: Recipe) -> None:
     assert set(lengths) == {recipe.data.max_prompt_tokens}, f"prompts of {lengths} tokens"
 
 
-def picture_size(pixels: int) -> tuple[int, int]:
+def picture_size(pixels: int, token_side: int) -> tuple[int, int]:
     """Width and height of a picture of exactly so many pixels, in whole tokens, as square as that can be."""
-    tokens = pixels // TOKEN_SIDE**2
+    tokens = pixels // token_side**2
     height = max(side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0)
-    return TOKEN_SIDE * (tokens // height), TOKEN_SIDE * height
+    return token_side * (tokens // height), token_side * height
 
 
 def full_length_only(trainer: Any) -> None:

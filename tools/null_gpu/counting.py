@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from tools.null_gpu.on_cpu import ComputedOnCPU, compute, launches, result_on_cpu, same_memory
+from tools.null_gpu.on_cpu import ComputedOnCPU, compute, launches, result_on_cpu, same_memory, tensors_in
 
 LARGEST = {True: 300_000, False: 30_000_000}
 """Values in the tensors of an operation that is computed: floating-point ones, and others."""
@@ -64,18 +64,18 @@ def _result(name: str, short: str, func: OpOverload, args: tuple, kwargs: dict) 
         args = (args[0], _positions(args[1]), *args[2:])
     is_small = _is_small(args, kwargs) and not any(part in name for part in NEVER_COMPUTED)
     result = _without_cudnn(func, args, kwargs) if short == "convolution" else func(*args, **kwargs)
-    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    made = tensors_in(result)
     if is_small:
         try:
             on_cpu, _ = result_on_cpu(func, args, kwargs)
         except (NotImplementedError, RuntimeError):  # the CPU has no such kernel
             return result
-        for tensor, value in zip(made, (leaf for leaf in tree_leaves(on_cpu) if isinstance(leaf, Tensor)), strict=True):
+        for tensor, value in zip(made, tensors_in(on_cpu), strict=True):
             target = same_memory(tensor) if tensor.is_cuda else tensor
             if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
     else:
-        given = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        given = set(map(id, tensors_in(args, kwargs)))
         for tensor in made:
             if tensor.is_cuda and id(tensor) not in given and tensor.numel() <= LARGEST[True]:
                 same_memory(tensor).zero_()
@@ -84,9 +84,8 @@ def _result(name: str, short: str, func: OpOverload, args: tuple, kwargs: dict) 
 
 def _is_small(args: tuple, kwargs: dict) -> bool:
     values = {True: 0, False: 0}
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor):
-            values[leaf.is_floating_point()] += leaf.numel()
+    for tensor in tensors_in(args, kwargs):
+        values[tensor.is_floating_point()] += tensor.numel()
     if not any(values.values()) and args and isinstance(args[0], (list, tuple)):  # a tensor of this shape is made
         values[False] = torch.Size(x for x in args[0] if isinstance(x, int)).numel()
     return all(values[kind] <= LARGEST[kind] for kind in values)
@@ -112,8 +111,8 @@ def _without_cudnn(func: OpOverload, args: tuple, kwargs: dict) -> Tensor:
 
 
 def _bytes_moved(short: str, args: tuple, kwargs: dict, result: Any) -> int:
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_cuda]
-    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_cuda]
+    given = [tensor for tensor in tensors_in(args, kwargs) if tensor.is_cuda]
+    made = [tensor for tensor in tensors_in(result) if tensor.is_cuda]
     if short in WRITTEN_ONLY:
         return sum(map(_size, made))
     if short in ("embedding", "index_select", "gather", "index"):  # not the whole table

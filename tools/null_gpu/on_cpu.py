@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 # They make or describe memory, and compute nothing.
 MEMORY = {
@@ -19,7 +19,25 @@ MEMORY = {
 
 def launches() -> int:
     """Kernels and matrix products that this process asked the card for, none of which was computed."""
-    return ctypes.c_long.in_dll(ctypes.CDLL(None), "nullgpu_launches").value
+    return _counter().value
+
+
+@cache
+def _counter() -> ctypes.c_long:
+    return ctypes.c_long.in_dll(ctypes.CDLL(None), "nullgpu_launches")
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Those of an operation's arguments or results, in their order: as PyTorch's pytree, at a tenth of its time."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 class ComputedOnCPU(TorchDispatchMode):
@@ -36,7 +54,7 @@ class ComputedOnCPU(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        tensors = tensors_in(args, kwargs)
         is_on_card = any(t.is_cuda for t in tensors) or _is_card(kwargs.get("device"))
         if not is_on_card or any(t.is_meta for t in tensors) or _computes_nothing(func):
             return func(*args, **kwargs)
