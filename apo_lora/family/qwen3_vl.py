@@ -38,6 +38,13 @@ class Qwen3VLShape(ModelShape):
     def feature_width(self) -> int:
         return self.hidden * (1 + self.deepstack)
 
+    @property
+    def head_norms(self) -> int:
+        return self.query_width + self.kv_width
+
+    def tower_launches(self, patches: int) -> float:
+        return 20 * self.vision_layers  # attention is one call per image
+
     def language_linears(self) -> tuple[Linear, ...]:
         return tuple(replace(linear, bias=False) for linear in super().language_linears())
 

@@ -105,6 +105,17 @@ class ModelShape:
             Linear("down_proj", inner, hidden, True, n),
         )
 
+    # What the time plan needs beside the linear layers.
+
+    @property
+    def head_norms(self) -> int:
+        """Values of one token's queries and keys that go through a norm of their own."""
+        return 0
+
+    def tower_launches(self, patches: int) -> float:
+        """Beyond those of the language model's layers: attention is one call per window."""
+        return patches / 2
+
     # Values per token that are live together in a layer, per patch in a block of the tower. How they were fitted says
     # memory_plan.py.
 

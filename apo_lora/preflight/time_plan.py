@@ -76,21 +76,40 @@ def _dequantised(shape: ModelShape, recipe: Recipe, names: tuple[str, ...] = ())
     return weights * (4.5 if recipe.model.load_in_4bit else value_bytes(recipe))
 
 
-def _read_tokens(shape: ModelShape, recipe: Recipe, tokens: int, completion_tokens: int) -> Work:
+class Moved(NamedTuple):
+    """Of one token in one layer: how often the values that memory_plan.py counts and those of norms in heads are moved;
+    bytes of a completion token's logits, each."""
+
+    values: float
+    head_norms: float
+    logit: float
+
+
+PREFILL, SCORING, TRAINING = Moved(6.4, 31, 0), Moved(4.5, 31, 80), Moved(8.7, 51, 68)
+"""The last one three times: forward, recomputed, backward."""
+
+
+def _through_layers(shape: ModelShape, recipe: Recipe, tokens: int, completion_tokens: int, moved: Moved) -> Work:
     """Tokens through all layers at once, and the head at those of completions; without launches."""
-    layers = 6.4 * shape.layers * tokens * value_bytes(recipe) * shape.layer_forward
-    head = 2 * shape.vocabulary * shape.hidden * completion_tokens
-    return Work(0, _dequantised(shape, recipe) + layers, 2 * _weights(shape) * tokens + head)
+    values = moved.values * shape.layer_forward + moved.head_norms * shape.head_norms
+    layers = shape.layers * tokens * value_bytes(recipe) * values
+    logits = moved.logit * shape.vocabulary * completion_tokens
+    flops = 2 * _weights(shape) * tokens + 2 * shape.vocabulary * shape.hidden * completion_tokens
+    return Work(0, _dequantised(shape, recipe) + layers + logits, flops)
 
 
 def prefill(shape: ModelShape, recipe: Recipe) -> Work:
-    load = load_of(recipe, shape)
+    """The prompts of a rollout and their images; a group's cache is then copied for each of its completions."""
+    load, size = load_of(recipe, shape), value_bytes(recipe)
     read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else load.rollout
     patches = read * load.image * shape.patches_per_token
-    language = _read_tokens(shape, recipe, read * load.prompt, load.rollout)
-    tower = 8.2 * shape.vision_layers * patches * value_bytes(recipe) * shape.tower_forward
+    language = _through_layers(shape, recipe, read * load.prompt, load.rollout, PREFILL)
+    tower = 8.2 * shape.vision_layers * patches * size * shape.tower_forward
+    held = load.length if uses_unsloth(recipe) else load.prompt
+    copied = 2 * load.rollout * held * kv_bytes_per_token(shape, size) if recipe.grpo.shared_prompt else 0
     in_tower = 2 * patches * sum(linear.weights for linear in shape.vision_linears())
-    return Work(136 * shape.layers + patches / 2, language.bytes + tower, language.flops + in_tower)
+    launches = 136 * shape.layers + shape.tower_launches(patches)
+    return Work(launches, language.bytes + tower + copied, language.flops + in_tower)
 
 
 def token(shape: ModelShape, recipe: Recipe) -> Work:
@@ -98,7 +117,7 @@ def token(shape: ModelShape, recipe: Recipe) -> Work:
     load, linears = load_of(recipe, shape), shape.language_linears()
     held = load.length if uses_unsloth(recipe) else load.prompt + load.completion / 2
     cache = load.rollout * held * kv_bytes_per_token(shape, value_bytes(recipe))
-    launches, head = 66 * shape.layers, shape.vocabulary * shape.hidden
+    launches, head = (83 if shape.head_norms else 66) * shape.layers, shape.vocabulary * shape.hidden
     stored = sum(map(nf4_bytes, linears)) if recipe.model.load_in_4bit else value_bytes(recipe) * _weights(shape)
     if recipe.model.load_in_4bit and load.rollout > 16:
         narrow = tuple(linear.name for linear in linears if linear.name not in ("gate_proj", "up_proj"))
@@ -111,15 +130,13 @@ def token(shape: ModelShape, recipe: Recipe) -> Work:
 
 def score_pass(shape: ModelShape, recipe: Recipe) -> Work:
     load = load_of(recipe, shape)
-    read = _read_tokens(shape, recipe, load.pass_tokens, load.rows * load.completion)
-    return read._replace(launches=shape.layers * (70 + 7 * load.rows))
+    work = _through_layers(shape, recipe, load.pass_tokens, load.rows * load.completion, SCORING)
+    return work._replace(launches=shape.layers * ((90 if shape.head_norms else 70) + 7 * load.rows))
 
 
 def train_pass(shape: ModelShape, recipe: Recipe) -> Work:
     """Forward, forward once more where activations are not kept, and backward to the inputs."""
     load = load_of(recipe, shape)
-    read = _read_tokens(shape, recipe, load.pass_tokens, load.rows * load.completion)
+    work = _through_layers(shape, recipe, load.pass_tokens, load.rows * load.completion, TRAINING)
     times = 3 if recipe.model.gradient_checkpointing else 2
-    layers = read.bytes - _dequantised(shape, recipe)
-    moved = times * (_dequantised(shape, recipe) + 1.55 * layers)
-    return Work(shape.layers * (373 + 21 * load.rows), moved, times * read.flops)
+    return work.times(times)._replace(launches=shape.layers * ((470 if shape.head_norms else 395) + 21 * load.rows))

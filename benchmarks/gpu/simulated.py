@@ -21,7 +21,8 @@ GPUS = {
     "t4": {"NULLGPU_CC": "75", "NULLGPU_BYTES": str(15 * 2**30), "NULLGPU_SMS": "40"},  # it has no bfloat16
     "rtx4090": {"NULLGPU_CC": "89", "NULLGPU_BYTES": str(24 * 2**30), "NULLGPU_SMS": "128"},
 }
-"""Compute capability, memory and multiprocessors: which kernels are chosen depends on them."""
+"""Compute capability, memory and multiprocessors: which kernels are chosen depends on them. Of the two that have
+bfloat16, bitsandbytes alone tells one from the other: a process that has imported Unsloth for one counts for both."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,29 @@ COUNTS = (
 )
 
 
+def selected(only: str) -> list[Count]:
+    """Those of these names or, where a word is no count's name, of names that begin with it; all for an empty text."""
+    names, words = {count.name for count in COUNTS}, only.split(",")
+    return [c for c in COUNTS if any(c.name == word if word in names else c.name.startswith(word) for word in words)]
+
+
 def groups(counts: list[Count]) -> Iterator[list[Count]]:
-    """Those that one process can make: it imports Unsloth, which rewrites TRL, or not, and sees one GPU."""
-    for gpu in GPUS:
+    """Those that one process can make: it imports Unsloth, which rewrites TRL, or not, on a GPU with bfloat16 or not."""
+    for on_t4 in (False, True):
         for unsloth in (True, False):
-            if group := [count for count in counts if (count.gpu, count.measurement.unsloth) == (gpu, unsloth)]:
+            if group := [c for c in counts if (c.gpu == "t4", c.measurement.unsloth) == (on_t4, unsloth)]:
                 yield group
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
-    parser.add_argument("--only", default="", help="counts whose names begin with one of these, separated by commas")
+    parser.add_argument("--only", default="", help="counts by name, or how their names begin, separated by commas")
     parser.add_argument("--passes", help="of a step that are done (default: two of recipes, all of peers)")
     parser.add_argument("--steps", help="optimizer steps (default: two of recipes, one of peers)")
     parser.add_argument("--scratch", type=Path, help="folder for models and runs (default: a temporary one)")
     options = parser.parse_args()
-    counts = [count for count in COUNTS if count.name.startswith(tuple(options.only.split(",")))]
+    counts = selected(options.only)
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -133,12 +133,16 @@ def watch(phases: Phases, count: Count) -> None:
 def measure(count: Count, setting: Setting, file: Path) -> None:
     """In a fork. Nothing of CUDA is there that a fork could not use, as torch assumes."""
     import torch
+    from bitsandbytes.backends.cuda import ops
 
     from benchmarks.gpu import child
     from benchmarks.gpu.random_model import make
     from tools.null_gpu.counting import Counting
 
     torch.cuda._is_in_bad_fork = lambda: False
+    gpu = GPUS[count.gpu]
+    chosen_by = (int(gpu["NULLGPU_SMS"]), *divmod(int(gpu["NULLGPU_CC"]), 10))
+    ops._gpu_dispatch_props = lambda device: chosen_by
     os.environ.update(count.measurement.environment)
     if not setting.model.is_dir():
         make(setting.size, setting.model, sparse=True)
@@ -160,7 +164,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
     counts = [count for count in COUNTS if count.name in options.names]
-    os.environ.update(GPUS[counts[0].gpu], NULLGPU_LARGEST_COPY=str(2**20))  # nobody looks at weights and pictures
+    os.environ.update(GPUS["t4" if counts[0].gpu == "t4" else "rtx4090"])
+    os.environ.update(NULLGPU_LARGEST_COPY=str(2**20))  # nobody looks at weights and pictures
     prepare_process()
     if counts[0].measurement.unsloth:
         import unsloth  # noqa: F401  before trl: it rewrites the trainers

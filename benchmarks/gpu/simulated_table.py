@@ -2,9 +2,8 @@
 
     python -m benchmarks.gpu.simulated_table FOLDER          (writes counts.json and results.md beside the files in it)
 
-The files in FOLDER are named by what was measured: recipes-NAME, recipes-NAME-stock (--stock-attention),
-recipes-NAME-transformers (model.engine=transformers), peers-NAME. results.md says everything, and performance.md in the
-documentation has its first tables.
+The files in FOLDER are named by the counts of simulated.py. What counts.json has of others stays. results.md says
+everything, and performance.md in the documentation has its first tables.
 """
 
 import argparse
@@ -20,9 +19,12 @@ from apo_lora.preflight.time_plan import time_table
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.recipe.schema import Recipe
 from apo_lora.run.files import write_json
+from benchmarks.gpu.simulated import COUNTS
 
 GiB = 2**30
 Results = dict[str, dict[str, Any]]
+NAMES = [count.name for count in COUNTS]
+RECIPES = [name.partition("-")[2] for name in NAMES if name.startswith("recipes-") and name.count("-") == 1]
 PHASES = {"generate": "sampling", "score": "scoring", "train": "training"}
 MOVERS = {
     ("recipes-single_gpu", "token"): "a token",
@@ -40,11 +42,12 @@ def collect(folder: Path) -> dict[str, Any]:
         for phase, counted in found["phases"].items():
             if (name, phase) not in MOVERS:
                 del counted["movers"]
-    kept = ("planned_bytes", "peak_bytes", "phases")
+    kept = ("date", "planned_bytes", "peak_bytes", "phases")
+    measured = {name: {key: found[key] for key in kept if key in found} for name, found in read.items()}
+    before = json.loads((folder / "counts.json").read_text())["measured"] if (folder / "counts.json").exists() else {}
     return {
-        "dates": sorted({found["date"] for found in read.values()}),
         "packages": next(iter(read.values()))["environment"]["packages"],
-        "measured": {name: {key: found[key] for key in kept if key in found} for name, found in read.items()},
+        "measured": {name: found for name, found in sorted({**before, **measured}.items()) if name in NAMES},
     }
 
 
@@ -53,19 +56,20 @@ def table(head: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def peaks(results: Results) -> str:
-    """Of the shipped recipes: measured beside planned, GB."""
+    """Of the shipped recipes: measured beside planned, GB. Preflight's pass is planned as one of training."""
 
     def rows() -> Iterator[list[str]]:
         for name, found in results.items():
             if planned := found.get("planned_bytes") if name.count("-") == 1 else None:
                 cells = [
-                    f"{found['peak_bytes'][phase] / 1e9:.2f} ({planned[phase] / 1e9:.2f}, "
-                    f"{found['peak_bytes'][phase] / planned[phase] - 1:+.0%})"
+                    f"{peak / 1e9:.2f} ({planned[phase] / 1e9:.2f}, {peak / planned[phase] - 1:+.0%})"
                     for phase in PHASES
+                    for peak in [found["peak_bytes"][phase]]
                 ]
-                yield [f"`{name.partition('-')[2]}.yaml`", *cells]
+                preflight = found["phases"]["preflight"]["peak_bytes"]
+                yield [f"`{name.partition('-')[2]}.yaml`", f"{preflight / 1e9:.2f}", *cells]
 
-    return table(["recipe", *PHASES.values()], rows())
+    return table(["recipe", "preflight", *PHASES.values()], rows())
 
 
 def recipe_and_shape(name: str) -> tuple[Recipe, ModelShape]:
@@ -110,24 +114,31 @@ def tokens(results: Results) -> str:
     return table(head, rows())
 
 
-def steps(results: Results) -> str:
+def peer_peak(found: dict[str, Any]) -> int:
+    """Of the step: all but what was held before it."""
+    return max(phase["peak_bytes"] for key, phase in found["phases"].items() if key != "outside")
+
+
+def steps(results: Results, gpu: str) -> str:
     """One optimizer step of the peers' work, by phase."""
+    head, own = f"peers-{gpu}-", peer_peak(results[f"peers-{gpu}-ours-row"])
 
     def rows() -> Iterator[list[str]]:
         for name, found in results.items():
-            if name.startswith("peers-"):
+            if name.startswith(head):
                 phases = found["phases"]
                 parts = ["prefill", "token", "score", "train"]
-                peak = max(phase["peak_bytes"] for key, phase in phases.items() if key != "outside")
                 yield [
-                    name.partition("-")[2],
-                    f"{peak / 1e9:.2f}",
+                    name.removeprefix(head),
+                    f"{peer_peak(found) / 1e9:.2f}",
+                    f"{own / peer_peak(found):.2f}",
                     *(f"{phases[part]['launches']:,}" for part in parts),
                     *(f"{phases[part]['bytes'] / GiB:,.1f}" for part in parts),
                 ]
 
     words = ("prefill", "token", "scoring", "training")
-    return table(["", "peak, GB", *(f"launches: {words[0]}", *words[1:]), *(f"GiB: {words[0]}", *words[1:])], rows())
+    columns = ("peak, GB", "ours-row to it", f"launches: {words[0]}", *words[1:], f"GiB: {words[0]}", *words[1:])
+    return table(["", *columns], rows())
 
 
 def movers(results: Results) -> str:
@@ -143,17 +154,19 @@ def report(collected: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# On a simulated device\n",
-            f"{', '.join(collected['dates'])}; {packages}.\n",
+            f"{', '.join(sorted({found['date'] for found in results.values()}))}; {packages}.\n",
             "Counted on the null GPU (tools/null_gpu), not measured on a GPU. Layers are not compiled there, nobody's: "
             "compiled ones fuse the element-wise operations of scoring and training.\n",
             "## Peaks of PyTorch's allocator, GB (planned, difference)\n",
             peaks(results),
             "## One sampled token\n",
             tokens(results),
-            "## A step of one prompt and 8 completions of 512 tokens\n",
-            steps(results),
+            "## A step of one prompt and 8 completions of 512 tokens, on an RTX 4090 (bfloat16)\n",
+            steps(results, "rtx4090"),
+            "## The same on a T4 (float16)\n",
+            steps(results, "t4"),
             "## What moves the most bytes in `single_gpu.yaml`, GiB\n",
-            "Scoring is that of two rollouts, 32 passes; training is four passes.\n",
+            "Scoring and training of two steps, of each two passes.\n",
             movers(results),
         ]
     )
