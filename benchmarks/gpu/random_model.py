@@ -97,7 +97,7 @@ def make(size: str, folder: Path, sparse: bool = False) -> None:
     of_qwen3 = isinstance(shape, Qwen3VLShape)
     processor = build_processor(ORDINARY_TOKENS.get(size, PUBLISHED_TOKENS), of_qwen3)
     ids = processor.tokenizer.get_vocab()
-    config = (build_qwen3_config if of_qwen3 else build_config)(shape, ids)
+    config = build_config(shape, ids)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -150,27 +150,17 @@ def fastest_device(num_bytes: int) -> str:
     return "cuda" if has_room else "cpu"
 
 
-def build_config(shape: ModelShape, ids: dict[str, int]) -> Qwen2_5_VLConfig:
+def build_config(shape: ModelShape, ids: dict[str, int]) -> Qwen2_5_VLConfig | Qwen3VLConfig:
     """Beside the shape, the published models' constants."""
-    head = shape.hidden // shape.heads
-    temporal = head // 8  # M-RoPE's shares of half a head, as 16, 24, 24 are of 64
-    spatial = (head // 2 - temporal) // 2
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "vocab_size": shape.vocabulary,
-        "max_position_embeddings": 128_000,
         "rms_norm_eps": 1e-6,
-        "use_sliding_window": False,
         "tie_word_embeddings": shape.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [temporal, spatial, spatial],
-        },
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
     }
@@ -178,64 +168,50 @@ def build_config(shape: ModelShape, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         "depth": shape.vision_layers,
         "hidden_size": shape.vision_hidden,
         "intermediate_size": shape.vision_intermediate,
-        "num_heads": 16 if shape.vision_hidden == 1280 else 4,
         "out_hidden_size": shape.hidden,
         "patch_size": shape.patch,
         "spatial_merge_size": shape.merge,
         "temporal_patch_size": shape.frames,
         "in_channels": shape.channels,
+    }
+    of_its_family = _qwen3_constants if isinstance(shape, Qwen3VLShape) else _qwen2_5_constants
+    config_class, text_constants, vision_constants = of_its_family(shape)
+    return config_class(
+        text_config={**text, **text_constants},
+        vision_config={**vision, **vision_constants},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def _qwen2_5_constants(shape: ModelShape) -> tuple[type, dict[str, Any], dict[str, Any]]:
+    head = shape.hidden // shape.heads
+    temporal = head // 8  # M-RoPE's shares of half a head, as 16, 24, 24 are of 64
+    spatial = (head // 2 - temporal) // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [temporal, spatial, spatial]}
+    vision = {
+        "num_heads": 16 if shape.vision_hidden == 1280 else 4,
         "window_size": 112,
         # Every eighth block sees the whole picture, the others windows of it.
         "fullatt_block_indexes": list(range(7, shape.vision_layers, 8)) or [shape.vision_layers - 1],
         "tokens_per_second": 2,
     }
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **vision_ids(ids))
+    text = {"max_position_embeddings": 128_000, "use_sliding_window": False, "rope_parameters": rope}
+    return Qwen2_5_VLConfig, text, vision
 
 
-def vision_ids(ids: dict[str, int]) -> dict[str, int]:
-    return {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-    }
-
-
-def build_qwen3_config(shape: Qwen3VLShape, ids: dict[str, int]) -> Qwen3VLConfig:
-    text = {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_size,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": 262_144,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": shape.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-    }
+def _qwen3_constants(shape: Qwen3VLShape) -> tuple[type, dict[str, Any], dict[str, Any]]:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text = {"max_position_embeddings": 262_144, "head_dim": shape.head_size, "rope_parameters": rope}
     vision = {
-        "depth": shape.vision_layers,
-        "hidden_size": shape.vision_hidden,
-        "intermediate_size": shape.vision_intermediate,
         "num_heads": 16,
-        "out_hidden_size": shape.hidden,
-        "patch_size": shape.patch,
-        "spatial_merge_size": shape.merge,
-        "temporal_patch_size": shape.frames,
-        "in_channels": shape.channels,
         "num_position_embeddings": shape.positions,
         "deepstack_visual_indexes": list(range(5, shape.vision_layers - 1, 6)),
     }
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **vision_ids(ids))
+    return Qwen3VLConfig, text, vision
 
 
 def build_processor(ordinary_tokens: int, of_qwen3: bool = False) -> Qwen2_5_VLProcessor | Qwen3VLProcessor:

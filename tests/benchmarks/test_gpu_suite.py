@@ -138,7 +138,7 @@ def test_a_preflight_that_refuses_does_not_end_the_smoke(tmp_path, monkeypatch):
 
 
 def test_the_random_model_has_the_published_shape_and_ids():
-    ids = random_model.build_processor(random_model.ORDINARY_TOKENS["3b"]).tokenizer.get_vocab()
+    ids = random_model.build_processor(random_model.PUBLISHED_TOKENS).tokenizer.get_vocab()
     published = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|vision_start|>": 151652, "<|image_pad|>": 151655}
     assert {token: ids[token] for token in published} == published and len(ids) == 151665
     built = random_model.build_config(QWEN2_5_VL.published["3b"], ids)
@@ -152,9 +152,20 @@ def test_the_random_model_has_the_published_shape_and_ids():
     assert config["vision_config"]["fullatt_block_indexes"] == [7, 15, 23, 31]
 
 
+@pytest.mark.parametrize(("size", "parameters"), [("qwen3-vl-2b", 2_127_532_032), ("qwen3-vl-4b", 4_437_815_808)])
+def test_a_random_qwen3_vl_has_the_published_shape(size, parameters):
+    ids = random_model.build_processor(random_model.PUBLISHED_TOKENS, of_qwen3=True).tokenizer.get_vocab()
+    built = random_model.build_config(random_model.SHAPES[size], ids)
+    with torch.device("meta"):
+        model = random_model.Qwen3VLForConditionalGeneration(built)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert shape_from_config(built.to_dict(), "random") == random_model.SHAPES[size]
+    assert built.vision_config.deepstack_visual_indexes == [5, 11, 17]
+
+
 @pytest.mark.parametrize(("pixels", "size"), [(802816, (896, 896)), (401408, (896, 448)), (200704, (448, 448))])
 def test_a_picture_has_exactly_the_largest_size(pixels, size):
-    assert work.picture_size(pixels) == size and size[0] * size[1] == pixels
+    assert work.picture_size(pixels, 28) == size and size[0] * size[1] == pixels
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +208,7 @@ def test_every_prompt_of_a_shipped_recipe_has_exactly_its_largest_length(tiny_se
     folder = Path(recipe.data.train).parent
     rows = [json.loads(line) for line in Path(recipe.data.train).read_text().splitlines()]
     assert len(rows) == recipe.grpo.prompts_per_step and recipe.model.dtype == "float16"
-    assert {Image.open(folder / row["image"]).size for row in rows} == {work.picture_size(recipe.data.max_pixels)}
+    assert {Image.open(folder / row["image"]).size for row in rows} == {work.picture_size(recipe.data.max_pixels, 28)}
 
 
 def test_every_group_is_half_right():

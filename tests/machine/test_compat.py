@@ -1,7 +1,11 @@
 """Each shim of compat.py: is it still needed, and does it work?"""
 
 import signal
+import sys
 import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from apo_lora.machine.compat import (
     keep_4bit_layout_on_cpu,
     kept_checkpointing,
     kept_compiler_stance,
+    kept_static_cache,
     load_onto_numbered_cpus,
     torch_checkpoint,
 )
@@ -177,3 +182,28 @@ def test_gloo_still_hangs_at_its_end(tmp_path):
 def test_gloo_ends_after_a_pause(tmp_path):
     (tmp_path / "end.py").write_text(GLOO)
     assert all(ends_well(tmp_path / "end.py", "finish", seconds=40) for _ in range(3))
+
+
+def test_unsloth_still_takes_a_growing_cache_above_half_of_the_free_memory():
+    source = Path(find_spec("unsloth").submodule_search_locations[0], "models", "vision.py").read_text()
+    body = source.partition("def _static_cache_does_not_fit(model, input_ids, kwargs):")[2].partition("\ndef ")[0]
+    assert "need <= free // 2" in body  # when this is gone, kept_static_cache can go
+    assert "need = _static_cache_bytes(model, input_ids, kwargs)" in body
+
+
+def test_a_static_cache_is_taken_where_it_fits(monkeypatch):
+    vision = SimpleNamespace(_static_cache_does_not_fit=lambda *arguments: True, _static_cache_bytes=lambda *_: need)
+    monkeypatch.setitem(sys.modules, "unsloth.models.vision", vision)
+    memory = {"mem_get_info": (8, 24), "memory_reserved": 5, "memory_allocated": 3}  # 10 are free for it
+    for name, found in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    need = 8
+    assert vision._static_cache_does_not_fit(None, None, {})
+    with kept_static_cache():
+        assert not vision._static_cache_does_not_fit(None, None, {})
+        need = 10
+        assert vision._static_cache_does_not_fit(None, None, {})
+        need = None  # Unsloth does not know
+        assert not vision._static_cache_does_not_fit(None, None, {})
+    need = 8
+    assert vision._static_cache_does_not_fit(None, None, {})
