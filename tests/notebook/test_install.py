@@ -29,7 +29,7 @@ elif {says!r}:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A folder with room to install into, and a uv on the PATH: machine(says="how it fails"). Returns its calls' file."""
+    """A disk with room, and a uv on the PATH: machine(says="how it fails"). Returns the file of uv's calls."""
     for name, value in {
         "ENVIRONMENT": tmp_path / "env", "OWN_PYTHON": tmp_path / "env/bin/python", "READY": tmp_path / "env/ready",
     }.items():  # fmt: skip
