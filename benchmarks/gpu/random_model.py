@@ -1,4 +1,5 @@
-"""A Qwen2.5-VL or Qwen3-VL of a given shape with random weights, made where there is no network. Saved as transformers saves it.
+"""A Qwen2.5-VL or Qwen3-VL of a given shape with random weights, made where there is no network,
+as transformers saves it.
 
 Memory and time do not depend on the values of weights, so the 3B shape stands for the published model. Its tokenizer
 is byte-level without merges: a byte is a token, and the special tokens have their published ids.

@@ -75,7 +75,7 @@ def selected(only: str) -> list[Count]:
 
 
 def groups(counts: list[Count]) -> Iterator[list[Count]]:
-    """Those that one process can make: it imports Unsloth, which rewrites TRL, or not, on a GPU with bfloat16 or not."""
+    """Those that one process can make: it imports Unsloth, which rewrites TRL, or not; its GPU has bfloat16 or not."""
     for on_t4 in (False, True):
         for unsloth in (True, False):
             if group := [c for c in counts if (c.gpu == "t4", c.measurement.unsloth) == (on_t4, unsloth)]:
