@@ -1,13 +1,14 @@
 """What benchmarks.gpu.simulated has counted, as tables.
 
-    python -m benchmarks.gpu.simulated_table FOLDER          (writes counts.json and results.md beside the files in it)
+    python -m benchmarks.gpu.simulated_table FOLDER --to benchmarks/results/simulated-2026-11 --page docs/performance.md
 
-The files in FOLDER are named by the counts of simulated.py. What counts.json has of others stays. results.md says
-everything, and performance.md in the documentation has its first tables.
+The files in FOLDER are those of simulated.py; what counts.json has of others stays. Writes counts.json and results.md,
+which says everything, and puts the page's tables in place of those that it has.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,16 @@ MOVERS = {
 """Measurements and phases whose largest operations are kept."""
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """Dates and packages, and of everything that was measured peaks, those of the plan, and phases."""
-    files = [file for file in sorted(folder.glob("*.json")) if file.stem != "counts"]
-    read = {file.stem: json.loads(file.read_text()) for file in files}
+def collect(folder: Path, before: Results) -> dict[str, Any]:
+    """Packages, and of everything that was counted its date, peaks, those of the plan, and phases; `before` is what is
+    not counted again."""
+    read = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
     for name, found in read.items():
         for phase, counted in found["phases"].items():
             if (name, phase) not in MOVERS:
                 del counted["movers"]
     kept = ("date", "planned_bytes", "peak_bytes", "phases")
     measured = {name: {key: found[key] for key in kept if key in found} for name, found in read.items()}
-    before = json.loads((folder / "counts.json").read_text())["measured"] if (folder / "counts.json").exists() else {}
     return {
         "packages": next(iter(read.values()))["environment"]["packages"],
         "measured": {name: found for name, found in sorted({**before, **measured}.items()) if name in NAMES},
@@ -172,13 +172,30 @@ def report(collected: dict[str, Any]) -> str:
     )
 
 
+def page_tables(results: Results) -> list[str]:
+    """Those of docs/performance.md, in its order."""
+    by_gpu = [steps(results, gpu) for gpu in ("rtx4090", "t4")]
+    return [peaks(results), tokens(results), *by_gpu, *map(times, ("single_gpu", "colab_t4", "qwen3_vl_4b"))]
+
+
+def with_tables(page: str, tables: list[str]) -> str:
+    """The page with these tables in place of its own; of those with the same head, the first in place of the first."""
+    for head in dict.fromkeys(table.partition("\n")[0] for table in tables):
+        new = iter([table for table in tables if table.startswith(head)])
+        page = re.sub(re.escape(head) + r"\n(\|.*\n)+", lambda _, new=new: next(new), page)
+    return page
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    results = collect(folder)
-    write_json(folder / "counts.json", results)
-    (folder / "results.md").write_text(report(results))
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--page", type=Path, required=True)
+    options = parser.parse_args()
+    collected = collect(options.folder, json.loads((options.to / "counts.json").read_text())["measured"])
+    write_json(options.to / "counts.json", collected)
+    (options.to / "results.md").write_text(report(collected))
+    options.page.write_text(with_tables(options.page.read_text(), page_tables(collected["measured"])))
 
 
 if __name__ == "__main__":
