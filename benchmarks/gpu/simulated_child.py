@@ -131,7 +131,7 @@ def watch(phases: Phases, count: Count) -> None:
 
 
 def measure(count: Count, setting: Setting, file: Path) -> None:
-    """In a fork. Nothing of CUDA is there that a fork could not use, as torch assumes."""
+    """In a fork, where torch would refuse a real GPU: a fork cannot use its context. The null GPU has none."""
     import torch
     from bitsandbytes.backends.cuda import ops
 
