@@ -119,7 +119,7 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_full_logits_are_ever_held():
     """Peak of one tensor, at a vocabulary where the full logits would dwarf everything else."""
-    from apo_lora.policy.scoring import _head_logps
+    from apo_lora.policy.scoring import head_logps
 
     tokens, hidden, vocabulary, chunk = 512, 16, 20_000, 32
     states = torch.randn(tokens, hidden, requires_grad=True)
@@ -128,7 +128,7 @@ def test_no_full_logits_are_ever_held():
 
     def largest(logits_bytes):
         with _LargestTensor() as seen:
-            logps, entropies = _head_logps(states, head, targets, 1.0, logits_bytes)
+            logps, entropies = head_logps(states, head, targets, 1.0, logits_bytes)
             logps.sum().backward()
         return seen.numel
 

@@ -48,7 +48,9 @@ class ComputedOnCPU(TorchDispatchMode):
 
 @cache
 def _is_composite(func: OpOverload) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    """Made of other operations, and not by a kernel of its own on a GPU (silu_backward has both)."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(func.name(), "CUDA")
 
 
 @cache
