@@ -85,10 +85,12 @@ def times(name: str) -> str:
     return table(head, iter(rows))
 
 
-def least_bytes_of_a_token(recipe: str) -> int:
-    """The language model's weights as they are stored, lm_head, and the cache, each read once."""
+def least_bytes_of_a_token(name: str, *, in_4bit: bool = True) -> int:
+    """The language model's weights in 4 bits or 16, lm_head, and the cache, each read once."""
+    recipe, shape = recipe_and_shape(name)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": in_4bit})})
     parts = ("language attention", "language mlp", "embedding = lm_head", "KV cache")
-    rows = planned(recipe).rows
+    rows = plan(shape, recipe).rows
     return sum(row.bytes for row in rows if row.part.startswith(parts) and "decode" in row.moments)
 
 
@@ -102,12 +104,13 @@ def tokens(results: Results) -> str:
                 engine = "transformers" if "transformers" in name else "Unsloth"
                 attention = "repeated" if name.endswith("stock") else "not repeated"
                 token = found["phases"]["token"]
-                share = token["bytes"] / least_bytes_of_a_token(recipe)
+                least = [least_bytes_of_a_token(recipe, in_4bit=in_4bit) for in_4bit in (True, False)]
+                shares = [f"{token['bytes'] / bytes_:.2f}" for bytes_ in least]
                 counts = [f"{token[kind]:,}" for kind in ("operations", "launches")]
-                yield [f"`{recipe}.yaml`", engine, attention, f"{token['bytes'] / GiB:.1f}", f"{share:.2f}", *counts]
+                yield [f"`{recipe}.yaml`", engine, attention, f"{token['bytes'] / GiB:.1f}", *shares, *counts]
 
-    head = ["recipe", "generate()", "keys and values", "GiB", "of weights and cache", "operations", "launches"]
-    return table(head, rows())
+    head = ["recipe", "generate()", "keys and values", "GiB", "of 4-bit weights and cache", "of 16-bit", "operations"]
+    return table([*head, "launches"], rows())
 
 
 def steps(results: Results) -> str:

@@ -24,7 +24,8 @@ SHAPED_BY_VALUES = {
     "repeat_interleave", "bincount", "equal",
 }  # fmt: skip
 WRITTEN_ONLY = {
-    "fill_", "zero_", "zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full",
+    "fill_", "zero_", "zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_full",
+    "new_zeros",
 }  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def _bytes_moved(short: str, args: tuple, kwargs: dict, result: Any) -> int:
         return sum(map(_size, made))
     if short in ("embedding", "index_select", "gather", "index"):  # not the whole table
         return 2 * sum(map(_size, made))
-    if short in ("copy_", "index_copy_", "index_put_", "_index_put_impl_", "scatter_add_"):  # nor all that is written to
+    if short in ("copy_", "index_copy_", "index_put_", "_index_put_impl_", "scatter_add_"):  # nor all of the target
         return 2 * sum(map(_size, given[1:]))
     return sum(map(_size, given)) + sum(map(_size, made))
 

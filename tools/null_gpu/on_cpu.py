@@ -99,6 +99,8 @@ def result_on_cpu(func: OpOverload, args: tuple, kwargs: dict) -> tuple[Any, dic
     cpu_args, cpu_kwargs = tree_map(to_cpu, (args, kwargs))
     for key in ("pin_memory", "non_blocking"):
         cpu_kwargs.pop(key, None)
+    if func._schema.name == "aten::_log_softmax" and cpu_args[2]:  # float16 to float32 at once, as no CPU kernel does
+        cpu_args = (cpu_args[0].float(), cpu_args[1], False)
     return func(*cpu_args, **cpu_kwargs), originals
 
 
