@@ -2,11 +2,13 @@
 
 import os
 import signal
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 from gguf_model import gguf_adapter, llama_cpp, llama_cpp_sources, llama_quantize  # noqa: F401  # fixtures
+
+from apo_lora.tiny import boards
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other on a busy machine
@@ -18,6 +20,8 @@ LONGEST = (
     "export/test_export_gguf.py", "export/test_export_unsloth.py", "test_trainer.py", "test_simulated_gpu.py",
     "chat/test_chat_gguf.py", "benchmarks/test_gpu_rehearsal.py", "test_emulated_gpu.py",
 )  # fmt: skip
+
+boards.reasoning_rows = cache(boards.reasoning_rows)  # hundreds of runs begin with the same 2,048
 
 PROJECT = Path(__file__).parent.parent
 SHARED_DATA = PROJECT.parent / "shared" / "data"

@@ -7,7 +7,7 @@ from pandas import DataFrame
 
 from apo_lora.run.curves import figure_curve, read_steps
 from apo_lora.run.directory import RunDir
-from apo_lora.run.drawing import Line, canvas, draw_curves, png
+from apo_lora.run.drawing import Line, draw_curves, plot_grid, png
 from apo_lora.run.figures import CURVES, PLOTS, Panel
 from apo_lora.run.files import replacing
 
@@ -35,8 +35,7 @@ def _measured(panels: Sequence[Panel], steps: DataFrame) -> list[Panel]:
 
 
 def _picture(panels: Sequence[Panel], steps: DataFrame, columns: int) -> bytes:
-    rows = -(-len(panels) // columns)
-    figure, grid = canvas(rows, columns, size=(5.5 * columns, 3.6 * rows))
+    figure, grid = plot_grid(-(-len(panels) // columns), columns)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for panel, axes in zip(panels, grid.flat, strict=False):

@@ -15,7 +15,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -90,16 +90,30 @@ def split_of(board: Board) -> str:
 
 def draw_board(board: Board, rng: random.Random) -> Image.Image:
     """The board as a picture; `rng` moves, scales and tints each shape a little."""
+    image = _empty_board().copy()
+    draw = ImageDraw.Draw(image)
+    for index, shape in enumerate(board):
+        if shape:
+            _draw_shape(draw, *_corner(index), shape, rng)
+    return image
+
+
+@cache
+def _empty_board() -> Image.Image:
+    """Cells and their numbers, which no shape reaches."""
     side = CELLS_PER_SIDE * CELL_PIXELS
     image = Image.new("RGB", (side, side), BACKGROUND)
     draw = ImageDraw.Draw(image)
-    for index, shape in enumerate(board):
-        left, top = index % CELLS_PER_SIDE * CELL_PIXELS, index // CELLS_PER_SIDE * CELL_PIXELS
+    for index in range(NUM_CELLS):
+        left, top = _corner(index)
         draw.rectangle([left, top, left + CELL_PIXELS - 1, top + CELL_PIXELS - 1], outline=GRID_LINE)
-        if shape:
-            _draw_shape(draw, left, top, shape, rng)
         draw.text((left + 2, top - 1), str(index + 1), fill=DIGIT_COLOR, font=DIGIT_FONT)
     return image
+
+
+def _corner(index: int) -> tuple[int, int]:
+    """The left and top pixel of a cell, counted from 0."""
+    return index % CELLS_PER_SIDE * CELL_PIXELS, index // CELLS_PER_SIDE * CELL_PIXELS
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, left: int, top: int, shape: Shape, rng: random.Random) -> None:

@@ -58,6 +58,8 @@ class Story:
 @pytest.fixture(scope="module")
 def story():
     CACHE.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(CACHE).free / 1e9) < (needed := install.DISK_GB + 2):
+        pytest.skip(f"the twin of Colab needs {needed:.1f} GB of disk, and {CACHE} has {free:.1f}")
     folder = Path(tempfile.mkdtemp(prefix="twin-", dir=CACHE))  # on the disk of uv's cache, for hard links
     try:
         yield told(COLAB_PYTHON, folder)

@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
@@ -28,11 +29,12 @@ elif {says!r}:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A folder to install into, and a uv on the PATH: machine(says="how it fails"). Returns the file of its calls."""
+    """A disk with room, and a uv on the PATH: machine(says="how it fails"). Returns the file of uv's calls."""
     for name, value in {
         "ENVIRONMENT": tmp_path / "env", "OWN_PYTHON": tmp_path / "env/bin/python", "READY": tmp_path / "env/ready",
     }.items():  # fmt: skip
         monkeypatch.setattr(install, name, value)
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: SimpleNamespace(free=50e9, used=0))
     monkeypatch.setenv("UV_SYSTEM_PYTHON", "true")
     monkeypatch.setenv("PYTHONPATH", "/env/python")
     asked = tmp_path / "asked"
@@ -91,7 +93,7 @@ def test_a_failure_is_one_line_with_a_remedy_and_the_next_run_goes_on(machine, s
 
 def test_a_full_disk_is_refused_beforehand(machine, monkeypatch):
     asked = machine()
-    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: os.statvfs_result and type("", (), {"free": 5e9})())
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
     with pytest.raises(StepFailed, match=r"5\.0 GB of disk are free, and 9\.2 are needed; make room"):
         install.install()
     assert not asked.exists()
