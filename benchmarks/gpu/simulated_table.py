@@ -30,6 +30,8 @@ MOVERS = {
     ("recipes-single_gpu", "train"): "training",
 }
 """Measurements and phases whose largest operations are kept."""
+FUSED = ("mul", "add", "pow", "mean", "silu", "silu_backward")
+"""Those that only layers have: RMSNorm, rotation, SwiGLU, residuals and LoRA's sums."""
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -140,6 +142,18 @@ def movers(results: Results) -> str:
     return table(list(MOVERS.values()), map(list, zip(*columns, strict=True)))
 
 
+def fused(results: Results) -> str:
+    """Which of the movers a compiler fuses, and their share of a phase's bytes."""
+    shares = [
+        f"{sum(counts['bytes'] for name, counts in part['movers'].items() if name in FUSED) / part['bytes']:.0%}"
+        for part in (results["recipes-single_gpu"]["phases"][phase] for phase in ("score", "train"))
+    ]
+    return (
+        f"{', '.join(FUSED[:-1])} and {FUSED[-1]} are the layers' own element-wise operations, {shares[0]} of the "
+        f"bytes of scoring and {shares[1]} of those of training: left as they are, since a compiled layer fuses them."
+    )
+
+
 def report(collected: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in collected["packages"].items() if version)
     results = collected["measured"]
@@ -156,7 +170,7 @@ def report(collected: dict[str, Any]) -> str:
             "## A step of one prompt and 8 completions of 512 tokens\n",
             steps(results),
             "## What moves the most bytes in `single_gpu.yaml`, GiB\n",
-            "Scoring is that of two rollouts, 32 passes; training is four passes.\n",
+            f"Scoring is that of two rollouts, 32 passes; training is four passes. {fused(results)}\n",
             movers(results),
         ]
     )

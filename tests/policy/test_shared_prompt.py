@@ -274,6 +274,9 @@ def test_attention_equals_the_dense_mask():
     ).transpose(1, 2)
     assert difference(causal(query, key, value, 0.3), expected) > 0.1
     assert difference(attend(query, key, value, groups, 0.3), expected) < 1e-6
+    masks = groups.masks(value)
+    assert masks is groups.masks(value)  # every layer's, and as CUDA's kernels read them
+    assert all(mask.stride(0) % 16 == 0 and mask.dtype == value.dtype for mask in masks)
 
 
 # --- once ------------------------------------------------------------------------------------------------------------
