@@ -28,7 +28,7 @@ RECIPE = [
     "model.engine=unsloth", "model.load_in_4bit=true", "model.gradient_checkpointing=true",
     "grpo.prompts_per_step=2", "grpo.num_generations=4", "grpo.completions_per_pass=4",
     "grpo.max_completion_length=16", "grpo.temperature=1.5", f"rewards.functions=[accuracy,'{REWARD}:by_text']",
-    "data.eval=null", "data.general=null",
+    "data.limit=8", "data.eval=null", "data.general=null",
     "train.max_steps=2", "train.warmup_steps=0", "train.learning_rate=1e-4", "output.dir=run",
 ]  # fmt: skip
 
