@@ -76,18 +76,17 @@ def _dequantised(shape: ModelShape, recipe: Recipe, names: tuple[str, ...] = ())
     return weights * (4.5 if recipe.model.load_in_4bit else value_bytes(recipe))
 
 
-def _read_tokens(shape: ModelShape, recipe: Recipe, tokens: int, completion_tokens: int) -> Work:
-    """Tokens through all layers at once, and the head at those of completions; without launches."""
-    layers = 6.4 * shape.layers * tokens * value_bytes(recipe) * shape.layer_forward
-    head = 2 * shape.vocabulary * shape.hidden * completion_tokens
-    return Work(0, _dequantised(shape, recipe) + layers, 2 * _weights(shape) * tokens + head)
+def _layers(shape: ModelShape, recipe: Recipe, tokens: int, moved: float) -> Work:
+    """Tokens through all layers at once, which move `moved` times what a layer holds at its peak; without launches."""
+    values = shape.layers * tokens * value_bytes(recipe) * shape.layer_forward
+    return Work(0, _dequantised(shape, recipe) + moved * values, 2 * _weights(shape) * tokens)
 
 
 def prefill(shape: ModelShape, recipe: Recipe) -> Work:
     load = load_of(recipe, shape)
     read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else load.rollout
     patches = read * load.image * shape.patches_per_token
-    language = _read_tokens(shape, recipe, read * load.prompt, load.rollout)
+    language = _layers(shape, recipe, read * load.prompt, 6.4)
     tower = 8.2 * shape.vision_layers * patches * value_bytes(recipe) * shape.tower_forward
     in_tower = 2 * patches * sum(linear.weights for linear in shape.vision_linears())
     return Work(136 * shape.layers + patches / 2, language.bytes + tower, language.flops + in_tower)
@@ -110,16 +109,20 @@ def token(shape: ModelShape, recipe: Recipe) -> Work:
 
 
 def score_pass(shape: ModelShape, recipe: Recipe) -> Work:
+    """The reference's pass: the layers without adapters, and the head."""
     load = load_of(recipe, shape)
-    read = _read_tokens(shape, recipe, load.pass_tokens, load.rows * load.completion)
-    return read._replace(launches=shape.layers * (70 + 7 * load.rows))
+    layers = _layers(shape, recipe, load.pass_tokens, 4.6)
+    logits = shape.vocabulary * load.rows * load.completion
+    launches = shape.layers * (68 + 3.2 * load.rows)
+    return Work(launches, layers.bytes + 35 * logits, layers.flops + 2 * shape.hidden * logits)
 
 
 def train_pass(shape: ModelShape, recipe: Recipe) -> Work:
-    """Forward, forward once more where activations are not kept, and backward to the inputs."""
+    """Forward, forward once more where activations are not kept, and backward to the inputs; the head's forward and
+    backward come together."""
     load = load_of(recipe, shape)
-    read = _read_tokens(shape, recipe, load.pass_tokens, load.rows * load.completion)
     times = 3 if recipe.model.gradient_checkpointing else 2
-    layers = read.bytes - _dequantised(shape, recipe)
-    moved = times * (_dequantised(shape, recipe) + 1.55 * layers)
-    return Work(shape.layers * (373 + 21 * load.rows), moved, times * read.flops)
+    layers = _layers(shape, recipe, load.pass_tokens, 7.9).times(times)
+    logits = shape.vocabulary * load.rows * load.completion
+    launches = shape.layers * (408 + 16 * load.rows)
+    return Work(launches, layers.bytes + 82 * logits, layers.flops + 4 * shape.hidden * logits)

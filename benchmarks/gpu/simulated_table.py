@@ -30,6 +30,8 @@ MOVERS = {
     ("recipes-single_gpu", "train"): "training",
 }
 """Measurements and phases whose largest operations are kept."""
+FUSED = ("mul", "add", "pow", "mean", "silu", "silu_backward")
+"""Those that only layers have: RMSNorm, rotation, SwiGLU, residuals and LoRA's sums."""
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -85,10 +87,12 @@ def times(name: str) -> str:
     return table(head, iter(rows))
 
 
-def least_bytes_of_a_token(recipe: str) -> int:
-    """The language model's weights as they are stored, lm_head, and the cache, each read once."""
+def least_bytes_of_a_token(name: str, *, in_4bit: bool = True) -> int:
+    """The language model's weights in 4 bits or 16, lm_head, and the cache, each read once."""
+    recipe, shape = recipe_and_shape(name)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": in_4bit})})
     parts = ("language attention", "language mlp", "embedding = lm_head", "KV cache")
-    rows = planned(recipe).rows
+    rows = plan(shape, recipe).rows
     return sum(row.bytes for row in rows if row.part.startswith(parts) and "decode" in row.moments)
 
 
@@ -102,12 +106,13 @@ def tokens(results: Results) -> str:
                 engine = "transformers" if "transformers" in name else "Unsloth"
                 attention = "repeated" if name.endswith("stock") else "not repeated"
                 token = found["phases"]["token"]
-                share = token["bytes"] / least_bytes_of_a_token(recipe)
+                least = [least_bytes_of_a_token(recipe, in_4bit=in_4bit) for in_4bit in (True, False)]
+                shares = [f"{token['bytes'] / bytes_:.2f}" for bytes_ in least]
                 counts = [f"{token[kind]:,}" for kind in ("operations", "launches")]
-                yield [f"`{recipe}.yaml`", engine, attention, f"{token['bytes'] / GiB:.1f}", f"{share:.2f}", *counts]
+                yield [f"`{recipe}.yaml`", engine, attention, f"{token['bytes'] / GiB:.1f}", *shares, *counts]
 
-    head = ["recipe", "generate()", "keys and values", "GiB", "of weights and cache", "operations", "launches"]
-    return table(head, rows())
+    head = ["recipe", "generate()", "keys and values", "GiB", "of 4-bit weights and cache", "of 16-bit", "operations"]
+    return table([*head, "launches"], rows())
 
 
 def steps(results: Results) -> str:
@@ -137,6 +142,18 @@ def movers(results: Results) -> str:
     return table(list(MOVERS.values()), map(list, zip(*columns, strict=True)))
 
 
+def fused(results: Results) -> str:
+    """Which of the movers a compiler fuses, and their share of a phase's bytes."""
+    shares = [
+        f"{sum(counts['bytes'] for name, counts in part['movers'].items() if name in FUSED) / part['bytes']:.0%}"
+        for part in (results["recipes-single_gpu"]["phases"][phase] for phase in ("score", "train"))
+    ]
+    return (
+        f"{', '.join(FUSED[:-1])} and {FUSED[-1]} are the layers' own element-wise operations, {shares[0]} of the "
+        f"bytes of scoring and {shares[1]} of those of training: left as they are, since a compiled layer fuses them."
+    )
+
+
 def report(collected: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in collected["packages"].items() if version)
     results = collected["measured"]
@@ -153,7 +170,7 @@ def report(collected: dict[str, Any]) -> str:
             "## A step of one prompt and 8 completions of 512 tokens\n",
             steps(results),
             "## What moves the most bytes in `single_gpu.yaml`, GiB\n",
-            "Scoring is that of two rollouts, 32 passes; training is four passes.\n",
+            f"Scoring is that of two rollouts, 32 passes; training is four passes. {fused(results)}\n",
             movers(results),
         ]
     )

@@ -115,22 +115,16 @@ def main(file: Path) -> None:
     with ComputedOnCPU(), sdpa_kernel(SDPBackend.MATH):
         run_dir = train(recipe, recipe_name="tiny_cpu")
         policies[0].model.generate(torch.ones(1, 4, dtype=torch.long, device="cuda"), max_new_tokens=4)
-    scoring = sys.modules["apo_lora.policy.scoring"]
     facts = {
         "passes": sorted(passes),
         "steps": steps,
         "stance after generate": stance(),
         "not computed": launches() - launched_before,
-        "checkpoint": {"torch": name_of(torch.utils.checkpoint.checkpoint), "scoring": name_of(scoring.checkpoint)},
         "preflight": json.loads(run_dir.preflight.read_text()),
         "metrics": list(read_jsonl(run_dir.metrics)),
         "adapter": sorted(file.name for file in run_dir.adapter.iterdir()),
     }
     file.write_text(json.dumps(facts))
-
-
-def name_of(function: Any) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
 
 
 if __name__ == "__main__":
