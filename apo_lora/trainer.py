@@ -77,6 +77,8 @@ class APOTrainer(GRPOTrainer):
         self.args.beta = args.beta
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             raise ValueError("APOTrainer: the model has no adapter; give peft_config=LoraConfig(...), or a PeftModel")
+        if any(weight.requires_grad for weight in closest_family(self.model).head_of(self.model).parameters()):
+            raise ValueError("APOTrainer: lm_head must be frozen; leave it out of target_modules and modules_to_save")
         set_reference(self.accelerator.unwrap_model(self.model), self.args.reference)
         accept_prompt_groups(self.model)  # before the first rollout, whoever loaded the model
         self._never_sample(closest_family(self.model).vision_token_ids(self.processing_class))
@@ -233,15 +235,10 @@ class APOTrainer(GRPOTrainer):
 
     # --- scoring and loss --------------------------------------------------------------------------------------------
 
-    def _score(self, batch: dict[str, Any], rows_per_pass: int | None = None) -> tuple[Tensor, Tensor]:
+    def _score(self, batch: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
         with self.accelerator.autocast():
-            return token_logps(
-                self.accelerator.unwrap_model(self.model),
-                batch,
-                temperature=self.temperature,
-                rows_per_pass=rows_per_pass,
-                entropy_gradient=self.args.entropy_coef > 0,
-            )
+            model = self.accelerator.unwrap_model(self.model)
+            return token_logps(model, batch, temperature=self.temperature, **options)
 
     def _with_shared_prompts(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """The rollout with what lets scoring compute a prompt once for its completions, and its images once for all."""
@@ -264,7 +261,7 @@ class APOTrainer(GRPOTrainer):
         started, model = time.perf_counter(), self.accelerator.unwrap_model(self.model)
 
         def score() -> Tensor:
-            return self.pass_size.fitting(lambda rows: self._score(batch, rows_per_pass=rows))[0]
+            return self.pass_size.fitting(lambda rows: self._score(batch, rows_per_pass=rows, entropies=False))[0]
 
         with torch.no_grad(), without_dropout(model):
             with reference_mode(model):
@@ -324,7 +321,7 @@ class APOTrainer(GRPOTrainer):
         return loss
 
     def _forward(self, inputs: dict[str, Any], num_tokens: float, num_sequences: float) -> Pass:
-        logps, entropies = self._score(inputs)
+        logps, entropies = self._score(inputs, entropy_gradient=self.args.entropy_coef > 0)
         # Fully on-policy, the old policy is the policy: the ratio is 1 and only its gradient matters.
         old_logps = inputs.get("old_per_token_logps", logps.detach())
         correct = correction(inputs, old_logps, self.args.importance_cap, num_tokens)

@@ -1,6 +1,6 @@
 """Who samples faster, the model's own generate() or a vLLM server: completions of ragged lengths, and whole steps.
 
-    python -m benchmarks.sampling --out sampling.json          (half an hour on two CPU cores; needs setup-vllm)
+    python -m benchmarks.sampling --out sampling.json          (an hour on two CPU cores; needs setup-vllm)
 
 Lengths are drawn log-uniformly from 16 to 1,024 tokens, the same for both, and every completion has exactly its length.
 generate() computes every row until the longest is done; vLLM computes no row for longer than it needs. Prompts are
@@ -47,7 +47,7 @@ SHORTEST, LONGEST = 16, 1024
 SIZES = ("embedded", "31m")
 GROUPS = (8, 16)
 STEP_PROMPTS = {"embedded": 8, "31m": 1}
-"""Prompts of a step, 8 completions each."""
+"""Prompts of a step."""
 
 
 def ragged_lengths(rows: int, longest: int, seed: int = 0) -> list[int]:
@@ -163,12 +163,16 @@ WAYS = {
 """Of a run to sample, and the keys that choose each."""
 
 
-def steps(folder: Path, model: str, name: str, prompts: int, number: int, repeats: int) -> list[dict[str, Any]]:
-    """Seconds per step of tiny_cpu.yaml with this model, by each way in turns and with one server; a run's first two
-    steps are not counted: what is sampled ahead is there from the second on.
+def steps(
+    folder: Path, model: str, name: str, prompts: int, generations: int, number: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Seconds per step of tiny_cpu.yaml with this model and G, by each way in turns and with one server; a run's first
+    two steps are not counted: what is sampled ahead is there from the second on.
     """
-    common = [f"model.name={model}", "rollout.engine=vllm", f"grpo.prompts_per_step={prompts}"]
-    common.append(f"grpo.completions_per_pass={8 * prompts}")
+    common = [
+        f"model.name={model}", "rollout.engine=vllm", f"grpo.prompts_per_step={prompts}",
+        f"grpo.num_generations={generations}", f"grpo.completions_per_pass={generations * prompts}",
+    ]  # fmt: skip
     recipe = load_recipe(find_recipe("tiny_cpu"), common)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     examples = load_examples("boards", recipe.data, split="train", limit=1).examples
@@ -176,7 +180,7 @@ def steps(folder: Path, model: str, name: str, prompts: int, number: int, repeat
         os.environ[KEY] = server.endpoints[0].key
         for repeat in range(repeats):
             for way, changes in WAYS.items():
-                run = RunDir(folder / f"{name}-{way}-{repeat}")
+                run = RunDir(folder / f"{name}-{generations}-{way}-{repeat}")
                 arguments = [
                     *common, f"rollout.servers=['{server.endpoints[0].url}']", f"train.max_steps={number + 2}",
                     "train.evaluate=false", "train.preflight=false", f"output.dir={run.path}", *changes,
@@ -187,8 +191,10 @@ def steps(folder: Path, model: str, name: str, prompts: int, number: int, repeat
                 names = ("seconds", "seconds_generate", "generated_tokens")
                 found[way].append({key: sum(row[key] for row in rows) / len(rows) for key in names})
     for way, runs in found.items():
-        print(f"{name}, {way}: " + ", ".join(f"{run['seconds']:.2f}" for run in runs) + " s per step", flush=True)
-    return [{"model": name, "way": way, "prompts": prompts, "runs": runs} for way, runs in found.items()]
+        seconds = ", ".join(f"{run['seconds']:.2f}" for run in runs)
+        print(f"{name}, {prompts} x {generations}, {way}: {seconds} s per step", flush=True)
+    shape = {"model": name, "G": generations, "prompts": prompts}
+    return [{**shape, "way": way, "runs": runs} for way, runs in found.items()]
 
 
 def main() -> None:
@@ -207,7 +213,8 @@ def main() -> None:
             "steps": [
                 row
                 for name, prompts in STEP_PROMPTS.items()
-                for row in steps(folder, models[name], name, prompts, options.steps, options.repeats)
+                for generations in GROUPS
+                for row in steps(folder, models[name], name, prompts, generations, options.steps, options.repeats)
             ],
             "rollouts": [
                 row

@@ -150,16 +150,20 @@ def test_the_first_rollout_copies_no_keys_whoever_loaded_the_model(text_model, t
     assert ALL_ATTENTION_FUNCTIONS["sdpa"].__wrapped__ is sdpa_attention_forward
 
 
-def test_a_model_without_an_adapter_is_refused(tiny_policy, tmp_path):
+@pytest.mark.parametrize("trained", ["nothing", "lm_head"])
+def test_a_model_without_an_adapter_or_with_a_trained_head_is_refused(tiny_policy, tmp_path, trained):
     from datasets import Dataset
 
     from apo_lora import APOConfig, APOTrainer
 
-    base = tiny_policy.model.get_base_model()
+    model, problem = tiny_policy.model.get_base_model(), "the model has no adapter; give peft_config"
+    if trained == "lm_head":
+        model.lm_head.weight.requires_grad_(True)
+        model, problem = tiny_policy.model, "lm_head must be frozen; leave it out of target_modules"
     data = Dataset.from_dict({"prompt": ["a"]})
-    with pytest.raises(ValueError, match="the model has no adapter; give peft_config"):
+    with pytest.raises(ValueError, match=problem):
         APOTrainer(
-            base, lambda **c: [0.0], APOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+            model, lambda **c: [0.0], APOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
             train_dataset=data, processing_class=tiny_policy.processor,
         )  # fmt: skip
 

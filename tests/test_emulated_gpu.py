@@ -93,13 +93,6 @@ def test_scoring_and_training_compile_after_unsloth_has_sampled(run):
     assert {stance for what, _, stance, _ in facts["passes"] if what != "sampling"} == {"default"}
 
 
-def test_scoring_checkpoints_with_torchs_own_function(run):
-    """The trainer, and scoring with it, is imported after the model is loaded."""
-    found = run[0]["checkpoint"]
-    assert found["torch"].endswith("unsloth_checkpoint")  # else compat.torch_checkpoint can go
-    assert found["scoring"] == "torch.utils.checkpoint.checkpoint"
-
-
 # --- the null GPU itself ---------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,14 @@ def test_peers_need_more_memory_for_the_same_work(committed, gpu, peer, most):
     assert own / other < most
 
 
+def test_every_recipe_s_token_moves_at_most_1_3_times_16_bit_weights_and_cache(committed):
+    recipes = [name.partition("-")[2] for name in committed if name.startswith("recipes-") and name.count("-") == 1]
+    for recipe in recipes:
+        least = simulated_table.least_bytes_of_a_token(recipe, in_4bit=False)
+        assert committed[f"recipes-{recipe}"]["phases"]["token"]["bytes"] <= 1.3 * least, recipe
+    assert len(recipes) >= 3
+
+
 def test_the_tables_are_those_of_the_results(committed):
     collected = json.loads((RESULTS / "counts.json").read_text())
     assert (RESULTS / "results.md").read_text() == simulated_table.report(collected)

@@ -10,7 +10,7 @@ WHEN_STOPPED = "Stopped. Answers so far are kept; run the same command again to 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add_path(parser, "run", "RUN", "a run directory")
+    add_path(parser, "run", "RUN", "a run directory, or its adapter-best")
     recipe = "take the settings of model, data, rewards and grpo from recipe R, where it sets them"
     add_path(parser, "--recipe", "R", recipe)
     change = "a change to the settings, such as grpo.max_completion_length=2048; can be repeated"

@@ -15,7 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--to", required=True, choices=TARGETS, help=targets)
     add_path(parser, "--out", "DIR", "new folder to write to (default: beside the adapter)")
     onto = "; ".join(f"{name}: {what}" for name, what in ONTO.items())
-    add("--onto", choices=ONTO, help=f"weights to merge into ({onto}; default: trained)")
+    add("--onto", choices=ONTO, help=f"weights to merge into ({onto}; default: trained, where that is known)")
     quantization = f"quantization of the GGUF text model (default: {QUANTIZATIONS[0]})"
     add("--quantization", choices=QUANTIZATIONS, default=QUANTIZATIONS[0], help=quantization)
     where = "a llama.cpp folder, for GGUF (default: llama.cpp's programs on the PATH)"

@@ -49,27 +49,27 @@ def evaluate(
 ) -> Path:
     """Answers, verifies and compares; prints the table and returns the folder RUN/evaluations/NAME.
 
-    `recipe` and `overrides` change how the models are asked (see `evaluation_recipe`). `data` replaces the
-    recipe's held-out sets, `split` and `limit` replace the recipe's. `base`: evaluate only that model; `model`: the
-    folder of a merged export instead of the run's adapter. `samples`: sampled answers per item, beside the greedy one.
-    `batch_size`: answers generated at once, by default as many as fitted in training. `engine`: transformers, or vllm
-    for answers from a server, as the recipe's section rollout describes it. Continues an existing one.
+    `run_path`: of a run, or of its `adapter-best`. `recipe` and `overrides` change how the models are asked (see
+    `evaluation_recipe`). `data` replaces the recipe's held-out sets, `split` and `limit` replace the recipe's. `base`:
+    evaluate only that model; `model`: the folder of a merged export instead of the run's adapter. `samples`: sampled
+    answers per item, beside the greedy one. `batch_size`: answers generated at once, by default as many as fitted in
+    training. `engine`: transformers, or vllm for answers from a server, as the recipe's section rollout describes it.
+    Continues an existing one.
     Raises UserError for what a user can fix, before anything is written where possible.
     """
     if ranks.num_processes() > 1:
         raise UserError("apo-lora eval: runs in one process; start it without a launcher")
-    run = RunDir(run_path)
-    if not run.recipe.is_file():
-        raise ModelError(f"{run.path}: not a run directory (it has no {run.recipe.name}); give a run directory")
+    run, adapter = _run_and_adapter(Path(run_path))
     asked = evaluation_recipe(run, recipe, overrides)
     asked = asked.model_copy(update={"rollout": asked.rollout.model_copy(update={"engine": engine})})
     if engine == "vllm" and model:
         raise UserError("apo-lora eval: --engine vllm answers with the run's adapter; leave --model out")
     sets = sets_to_measure(asked, data, split, limit)
-    source = None if base or model else find_adapter(run.path)
+    source = None if base or model else find_adapter(adapter)
     asked = on_its_base(asked, source) if source else asked
     exported = _exported(model) if model and not base else None
-    folder = run.evaluations / (name or default_name(recipe, sets if data else (), exported))
+    other = exported or (adapter if source and adapter != run.path else None)
+    folder = run.evaluations / (name or default_name(recipe, sets if data else (), other))
 
     print("Loading libraries ...", flush=True)
     from apo_lora.policy.loading import import_engine, load_processor, needs_gpu
@@ -123,6 +123,15 @@ def evaluate(
     return folder
 
 
+def _run_and_adapter(path: Path) -> tuple[RunDir, Path]:
+    """A run, and where its adapter is to be found: the run's own path, or that of its best. Raises ModelError."""
+    for run in (RunDir(path), RunDir(path.parent)):
+        if run.recipe.is_file() and path in (run.path, run.adapter_best):
+            return run, path
+    missing = RunDir(path).recipe.name
+    raise ModelError(f"{path}: not a run directory (it has no {missing}); give a run directory, or its adapter-best")
+
+
 def evaluation_recipe(run: RunDir, name: str | None, overrides: Sequence[str]) -> Recipe:
     """The run's recipe with `overrides`; of a second recipe, what it sets in SECTIONS, and `overrides` to that.
 
@@ -172,10 +181,11 @@ def title_of(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
-def default_name(recipe: str | None, titles: Collection[str], exported: Path | None) -> str:
-    """Of the folder below evaluations/. `titles`: of the sets that were named, if any were."""
+def default_name(recipe: str | None, titles: Collection[str], other: Path | None) -> str:
+    """Of the folder below evaluations/. `titles`: of the sets that were named, if any were. `other`: the folder of what
+    answers instead of the run's adapter."""
     what = Path(recipe).stem if recipe else "-".join(titles) or "held_out"
-    return f"{what}-{exported.resolve().name}" if exported else what
+    return f"{what}-{other.resolve().name}" if other else what
 
 
 def _exported(path: str) -> Path:

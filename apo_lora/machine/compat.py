@@ -6,12 +6,11 @@ tests/machine/test_compat.py shows that upstream still needs each of them, and t
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 
@@ -143,16 +142,3 @@ def kept_static_cache() -> Iterator[None]:
         yield
     finally:
         vision._static_cache_does_not_fit = stock
-
-
-def torch_checkpoint() -> Callable[..., Any]:
-    """torch's own torch.utils.checkpoint.checkpoint, even where Unsloth has replaced it.
-
-    Symptom: a module that imports `checkpoint` after a model was loaded with offloaded checkpointing gets Unsloth's:
-    use_reentrant=False is silently overridden, and what is checkpointed there is offloaded to the host as well.
-    Link: https://github.com/unslothai/unsloth-zoo (gradient_checkpointing.py, unsloth_checkpoint), seen in 2026.10.7.
-    Remove when: tests/test_emulated_gpu.py finds torch's function in torch.utils.checkpoint after a model was loaded.
-    """
-    module = torch.utils.checkpoint
-    kept = (getattr(module, name, None) for name in ("checkpoint", "_unsloth_pristine_checkpoint", "_old_checkpoint"))
-    return next(function for function in kept if getattr(function, "__module__", None) == module.__name__)

@@ -160,9 +160,11 @@ def check_image(policy: Policy, batch: dict) -> Check:
 def check_server(policy: Policy, examples: Sequence[Example], recipe: Recipe, servers: Servers) -> Check:
     """vLLM must read the trainer's prompts and sample with the adapter: a random one here, a fresh one does nothing."""
     sampler = VllmSampler(servers, policy, recipe, then="Check it with `apo-lora doctor`")
+    # From the whole distribution: its log-probs are otherwise those within top_p and top_k, and the trainer's are not.
+    unrestricted = {"max_tokens": SAMPLE_TOKENS, "top_p": 1.0, "top_k": 0}
     try:
         with random_adapter(policy.model), torch.no_grad():
-            batch, sampled = sample_by_vllm(sampler, policy, examples, recipe, 0, max_tokens=SAMPLE_TOKENS)
+            batch, sampled = sample_by_vllm(sampler, policy, examples, recipe, 0, **unrestricted)
             scored, _ = _score(policy, batch, temperature=recipe.grpo.temperature)
             with reference_mode(policy.model):
                 reference, _ = _score(policy, batch, temperature=recipe.grpo.temperature)

@@ -254,7 +254,7 @@ def scoring_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row]
         "one layer": load.pass_tokens * size * shape.layer_forward
         + copied_keys(shape, recipe, load, 1)
         + dequantised(shape, recipe),
-        "lm_head chunk": 3 * logits_chunk(shape, load),
+        "lm_head chunk": 5 * logits_chunk(shape, load) // 2,
     }
     yield _largest("score", work)
 
@@ -272,20 +272,19 @@ def training_rows(shape: ModelShape, recipe: Recipe, load: Load) -> Iterator[Row
         "one layer": tokens * size * shape.layer_backward
         + copied_keys(shape, recipe, load, load.rows)
         + dequantised(shape, recipe),
-        "lm_head chunk": (5 if in_loss else 3) * chunk,
+        "lm_head chunk": (6 if in_loss else 5) * chunk // 2,
     }
     yield _largest("train", work)
 
 
 def attention_mask(recipe: Recipe, load: Load) -> Row:
-    """Of whole padded rows; behind a shared prompt, a byte per pair of each group's longest completion, and a 16-bit
-    copy for every completion, which its backward keeps."""
+    """Of whole padded rows; behind a shared prompt, one per group, of its longest completion."""
     if not recipe.grpo.shared_prompt:
         how = f"{load.rows} x {load.length:,}^2 pairs"
         return Row("attention mask", ("score", "train"), mask_bytes(load.rows, load.length), how)
-    pairs = load.completion * load.length
-    how = f"{load.rows} x {load.completion:,} x {load.length:,} pairs"
-    return Row("attention mask", ("score", "train"), (load.prompts + 2 * load.rows) * pairs, how)
+    pairs = load.prompts * load.completion * load.length
+    how = f"{load.prompts} x {load.completion:,} x {load.length:,} pairs"
+    return Row("attention mask", ("score", "train"), value_bytes(recipe) * pairs, how)
 
 
 def copied_keys(shape: ModelShape, recipe: Recipe, load: Load, completions: int) -> int:

@@ -76,34 +76,20 @@ def _dequantised(shape: ModelShape, recipe: Recipe, names: tuple[str, ...] = ())
     return weights * (4.5 if recipe.model.load_in_4bit else value_bytes(recipe))
 
 
-class Moved(NamedTuple):
-    """Of one token in one layer: how often the values that memory_plan.py counts and those of norms in heads are moved;
-    bytes of a completion token's logits, each."""
-
-    values: float
-    head_norms: float
-    logit: float
-
-
-PREFILL, SCORING, TRAINING = Moved(6.4, 31, 0), Moved(4.5, 31, 80), Moved(8.7, 51, 68)
-"""The last one three times: forward, recomputed, backward."""
-
-
-def _through_layers(shape: ModelShape, recipe: Recipe, tokens: int, completion_tokens: int, moved: Moved) -> Work:
-    """Tokens through all layers at once, and the head at those of completions; without launches."""
-    values = moved.values * shape.layer_forward + moved.head_norms * shape.head_norms
+def _layers(shape: ModelShape, recipe: Recipe, tokens: int, moved: float, head_norms: float) -> Work:
+    """Tokens through all layers at once, which move `moved` times what a layer holds at its peak, and `head_norms` times
+    what has norms within heads; without launches."""
+    values = moved * shape.layer_forward + head_norms * shape.head_norms
     layers = shape.layers * tokens * value_bytes(recipe) * values
-    logits = moved.logit * shape.vocabulary * completion_tokens
-    flops = 2 * _weights(shape) * tokens + 2 * shape.vocabulary * shape.hidden * completion_tokens
-    return Work(0, _dequantised(shape, recipe) + layers + logits, flops)
+    return Work(0, _dequantised(shape, recipe) + layers, 2 * _weights(shape) * tokens)
 
 
 def prefill(shape: ModelShape, recipe: Recipe) -> Work:
-    """The prompts of a rollout and their images; a group's cache is then copied for each of its completions."""
+    """The prompts of a rollout and their images; a prompt's cache is then copied for each of its completions."""
     load, size = load_of(recipe, shape), value_bytes(recipe)
     read = recipe.prompts_per_rollout if recipe.grpo.shared_prompt else load.rollout
     patches = read * load.image * shape.patches_per_token
-    language = _through_layers(shape, recipe, read * load.prompt, load.rollout, PREFILL)
+    language = _layers(shape, recipe, read * load.prompt, 6.4, 31)
     tower = 8.2 * shape.vision_layers * patches * size * shape.tower_forward
     held = load.length if uses_unsloth(recipe) else load.prompt
     copied = 2 * load.rollout * held * kv_bytes_per_token(shape, size) if recipe.grpo.shared_prompt else 0
@@ -129,14 +115,20 @@ def token(shape: ModelShape, recipe: Recipe) -> Work:
 
 
 def score_pass(shape: ModelShape, recipe: Recipe) -> Work:
+    """The reference's pass: the layers without adapters, and the head."""
     load = load_of(recipe, shape)
-    work = _through_layers(shape, recipe, load.pass_tokens, load.rows * load.completion, SCORING)
-    return work._replace(launches=shape.layers * ((90 if shape.head_norms else 70) + 7 * load.rows))
+    layers = _layers(shape, recipe, load.pass_tokens, 4.6, 31)
+    logits = shape.vocabulary * load.rows * load.completion
+    launches = shape.layers * ((88 if shape.head_norms else 68) + 3.2 * load.rows)
+    return Work(launches, layers.bytes + 35 * logits, layers.flops + 2 * shape.hidden * logits)
 
 
 def train_pass(shape: ModelShape, recipe: Recipe) -> Work:
-    """Forward, forward once more where activations are not kept, and backward to the inputs."""
+    """Forward, forward once more where activations are not kept, and backward to the inputs; the head's forward and
+    backward come together."""
     load = load_of(recipe, shape)
-    work = _through_layers(shape, recipe, load.pass_tokens, load.rows * load.completion, TRAINING)
     times = 3 if recipe.model.gradient_checkpointing else 2
-    return work.times(times)._replace(launches=shape.layers * ((470 if shape.head_norms else 395) + 21 * load.rows))
+    layers = _layers(shape, recipe, load.pass_tokens, 7.9, 51).times(times)
+    logits = shape.vocabulary * load.rows * load.completion
+    launches = shape.layers * ((483 if shape.head_norms else 408) + 16 * load.rows)
+    return Work(launches, layers.bytes + 82 * logits, layers.flops + 4 * shape.hidden * logits)

@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "evidence-2026-11"
 BETAS = (0.01, 0.04, 0.16, 0.64)
 CAPTION = "embedded model of 0.8 M parameters, on a task built to isolate this mechanism"
+TASKS = {"even": "the task built to isolate STCR", "mixed": "the task built to isolate DADS"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,21 +75,24 @@ class Lab:
             for variant in load_experiment(experiment).variants
         }
 
-    def write(self, name: str, groups: dict[str, list[Run]], figures: Sequence[Figure], found: dict[str, Any]) -> None:
+    def write(
+        self, name: str, caption: str, groups: dict[str, list[Run]], figures: Sequence[Figure], found: dict[str, Any]
+    ) -> None:
         some = next(iter(groups.values()))[0]
         recipe = some.recipe.model_dump(mode="json")
         del recipe["train"]["seed"], recipe["output"]["dir"]
         facts = {"date": now(), "cpu_cores": os.cpu_count(), "environment": some.environment, "recipe": recipe}
         write_json(self.results / f"{name}.json", {**facts, **found})
-        write_atomically(self.results / f"{name}.md", tables(found, figures))
+        write_atomically(self.results / f"{name}.md", f"{caption}.\n\n{tables(found, figures)}")
 
 
 def stcr(lab: Lab) -> None:
     groups = lab.runs(HERE / "stcr.yaml", "even")
     found = {"figures": measured(groups, EVEN, [(label, "GRPO") for label in list(groups)[1:]])}
-    lab.write("stcr", groups, EVEN, found)
+    caption = f"STCR by its base: {CAPTION}"
+    lab.write("stcr", caption, groups, EVEN, found)
     keys = ("length_wrong", "length_correct", "accuracy", "entropy")
-    (lab.results / "stcr.png").write_bytes(pictures.ends(found["figures"], keys, f"STCR by its base: {CAPTION}"))
+    (lab.results / "stcr.png").write_bytes(pictures.ends(found["figures"], keys, caption))
 
 
 def dads(lab: Lab) -> None:
@@ -102,12 +106,13 @@ def dads(lab: Lab) -> None:
         "figures": figures,
         "pooled": {f"DADS minus {name}": pooled(figures, pairs) for name, pairs in others.items()},
     }
-    lab.write("dads", groups, MIXED, found)
+    caption = f"DADS by beta: {CAPTION}"
+    lab.write("dads", caption, groups, MIXED, found)
     series = {
         label: [(0.0, "GRPO-0"), *((beta, f"{name}-{beta:g}") for beta in BETAS)]
         for label, name in (("constant weight", "GRPO"), ("DADS", "DADS"), ("beta times DADS's mean weight", "mean"))
     }
-    (lab.results / "dads.png").write_bytes(pictures.frontier(figures, series, f"DADS by beta: {CAPTION}"))
+    (lab.results / "dads.png").write_bytes(pictures.frontier(figures, series, caption))
 
 
 def _with_mean_weights(path: Path, means: dict[float, float]) -> Path:
@@ -122,7 +127,8 @@ def released(lab: Lab, task: str, figures: Sequence[Figure]) -> None:
     name = f"released_{task}"
     groups = lab.runs(HERE / f"{name}.yaml", task)
     found = {"figures": measured(groups, figures, [(label, "GRPO") for label in list(groups)[1:]])}
-    lab.write(name, groups, figures, found)
+    caption = f"Both corrections: embedded model of 0.8 M parameters, on {TASKS[task]}"
+    lab.write(name, caption, groups, figures, found)
 
 
 def tables(found: dict[str, Any], figures: Sequence[Figure]) -> str:

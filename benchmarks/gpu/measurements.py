@@ -75,6 +75,9 @@ MEASUREMENTS = (
     Measurement("sampling/transformers", "sampling:steps", 480, {"engine": "transformers"}),
     Measurement("sampling/vllm", "sampling:steps", 600, {"engine": "vllm"}),
     Measurement("sampling/vllm-ahead", "sampling:steps", 600, {"engine": "vllm", "ahead": 1}),
+    Measurement("sampling/transformers-16", "sampling:steps", 480, {"engine": "transformers", "generations": 16}),
+    Measurement("sampling/vllm-16", "sampling:steps", 600, {"engine": "vllm", "generations": 16}),
+    Measurement("sampling/vllm-ahead-16", "sampling:steps", 600, {"engine": "vllm", "ahead": 1, "generations": 16}),
     Measurement("sampling/ragged", "sampling:ragged", 600),
 )
 

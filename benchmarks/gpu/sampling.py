@@ -16,17 +16,20 @@ from benchmarks.gpu.work import full_length_only, recipe_on_random_model
 RECIPE = "single_gpu"
 LONGEST = {"3b": 1024, "tiny": 32}
 PROMPTS, REPEATS = 1, 2
+COMPLETIONS = 64
+"""Of a step, as the recipe has them."""
 
 
-def steps(record: Record, setting: Setting, engine: str, ahead: int = 0) -> None:
-    """Steps of a recipe whose completions all have full length."""
+def steps(record: Record, setting: Setting, engine: str, ahead: int = 0, generations: int = 8) -> None:
+    """Steps of 64 completions, `generations` to a prompt, all of full length."""
     if engine == "vllm" and (why := problem()):
         record.put(skipped=why)
         return
-    run = f"sampling-{engine}-{ahead}"
+    run = f"sampling-{engine}-{ahead}-{generations}"
     shutil.rmtree(setting.folder / run, ignore_errors=True)
+    group = (f"grpo.num_generations={generations}", f"grpo.prompts_per_step={COMPLETIONS // generations}")
     keys = (f"rollout.engine={engine}", f"rollout.ahead={ahead}", f"train.max_steps={1 + setting.steps}")
-    recipe = recipe_on_random_model(RECIPE, setting, run, *keys)
+    recipe = recipe_on_random_model(RECIPE, setting, run, *group, *keys)
     clocks: list[PhaseClock] = []
 
     def look(trainer: APOTrainer) -> None:

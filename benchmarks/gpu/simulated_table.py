@@ -33,6 +33,8 @@ MOVERS = {
     ("recipes-single_gpu", "train"): "training",
 }
 """Measurements and phases whose largest operations are kept."""
+FUSED = ("mul", "add", "pow", "mean", "silu", "silu_backward")
+"""Those that only layers have: RMSNorm, rotation, SwiGLU, residuals and LoRA's sums."""
 
 
 def collect(folder: Path, before: Results) -> dict[str, Any]:
@@ -89,10 +91,12 @@ def times(name: str) -> str:
     return table(head, iter(rows))
 
 
-def least_bytes_of_a_token(recipe: str) -> int:
-    """The language model's weights as they are stored, lm_head, and the cache, each read once."""
+def least_bytes_of_a_token(name: str, *, in_4bit: bool = True) -> int:
+    """The language model's weights in 4 bits or 16, lm_head, and the cache, each read once."""
+    recipe, shape = recipe_and_shape(name)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": in_4bit})})
     parts = ("language attention", "language mlp", "embedding = lm_head", "KV cache")
-    rows = planned(recipe).rows
+    rows = plan(shape, recipe).rows
     return sum(row.bytes for row in rows if row.part.startswith(parts) and "decode" in row.moments)
 
 
@@ -106,12 +110,13 @@ def tokens(results: Results) -> str:
                 engine = "transformers" if "transformers" in name else "Unsloth"
                 attention = "repeated" if name.endswith("stock") else "not repeated"
                 token = found["phases"]["token"]
-                share = token["bytes"] / least_bytes_of_a_token(recipe)
+                least = [least_bytes_of_a_token(recipe, in_4bit=in_4bit) for in_4bit in (True, False)]
+                shares = [f"{token['bytes'] / bytes_:.2f}" for bytes_ in least]
                 counts = [f"{token[kind]:,}" for kind in ("operations", "launches")]
-                yield [f"`{recipe}.yaml`", engine, attention, f"{token['bytes'] / GiB:.1f}", f"{share:.2f}", *counts]
+                yield [f"`{recipe}.yaml`", engine, attention, f"{token['bytes'] / GiB:.1f}", *shares, *counts]
 
-    head = ["recipe", "generate()", "keys and values", "GiB", "of weights and cache", "operations", "launches"]
-    return table(head, rows())
+    head = ["recipe", "generate()", "keys and values", "GiB", "of 4-bit weights and cache", "of 16-bit", "operations"]
+    return table([*head, "launches"], rows())
 
 
 def peer_peak(found: dict[str, Any]) -> int:
@@ -148,6 +153,18 @@ def movers(results: Results) -> str:
     return table(list(MOVERS.values()), map(list, zip(*columns, strict=True)))
 
 
+def fused(results: Results) -> str:
+    """Which of the movers a compiler fuses, and their share of a phase's bytes."""
+    shares = [
+        f"{sum(counts['bytes'] for name, counts in part['movers'].items() if name in FUSED) / part['bytes']:.0%}"
+        for part in (results["recipes-single_gpu"]["phases"][phase] for phase in ("score", "train"))
+    ]
+    return (
+        f"{', '.join(FUSED[:-1])} and {FUSED[-1]} are the layers' own element-wise operations, {shares[0]} of the "
+        f"bytes of scoring and {shares[1]} of those of training: left as they are, since a compiled layer fuses them."
+    )
+
+
 def report(collected: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in collected["packages"].items() if version)
     results = collected["measured"]
@@ -166,7 +183,7 @@ def report(collected: dict[str, Any]) -> str:
             "## The same on a T4 (float16)\n",
             steps(results, "t4"),
             "## What moves the most bytes in `single_gpu.yaml`, GiB\n",
-            "Scoring and training of two steps, of each two passes.\n",
+            f"Scoring and training are those of two steps, two passes each. {fused(results)}\n",
             movers(results),
         ]
     )

@@ -161,7 +161,7 @@ def test_sampling_with_vllm_is_measured_beside_generate(tmp_path):
             patch.setenv(name, value)
         assert rehearse(tmp_path, "sampling") == 0
     found = results.read(tmp_path / "out")
-    steps = [found[f"sampling/{way}"] for way in ("transformers", "vllm", "vllm-ahead")]
+    steps = [found[f"sampling/{way}"] for way in ("transformers", "vllm", "vllm-ahead", "vllm-16")]
     assert all(all(checks(way).values()) and way["tokens"]["completion"] == 64 * 16 for way in steps)
     assert [row["G"] for row in found["sampling/ragged"]["rollouts"]] == [8, 16]
     table = results.table(found)

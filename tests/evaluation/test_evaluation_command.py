@@ -80,6 +80,14 @@ def test_an_evaluation_is_a_record(run, capsys):
     assert (run.evaluations / "held_out/gallery.html").read_text().count("<article") == 5
 
 
+def test_the_best_adapter_of_a_run_is_evaluated_by_its_path(run):
+    run.adapter.rename(run.adapter_best)
+    assert main(["eval", str(run.adapter_best), "--limit", "3"]) == 0
+    rows = answers(run, "held_out-adapter-best")
+    base, tuned = ([row["text"] for row in rows if row["model"] == model] for model in ("base", "tuned"))
+    assert len(base) == len(tuned) == 3 and base != tuned
+
+
 def test_the_base_is_the_model_without_its_adapter(run, load_tiny):
     assert evaluate(run) == 0
     recipe = load_recipe(run.recipe)

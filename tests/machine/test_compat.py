@@ -18,7 +18,6 @@ from apo_lora.machine.compat import (
     kept_compiler_stance,
     kept_static_cache,
     load_onto_numbered_cpus,
-    torch_checkpoint,
 )
 
 
@@ -115,16 +114,6 @@ def test_the_compiler_compiles_as_before():
         assert compiles(torch.float64)
     finally:
         torch.compiler.set_stance("default")
-
-
-@pytest.mark.parametrize("kept_as", ["_unsloth_pristine_checkpoint", "_old_checkpoint"])
-def test_torchs_checkpoint_is_found_behind_unsloths(monkeypatch, kept_as):
-    module = torch.utils.checkpoint
-    own = module.checkpoint
-    assert torch_checkpoint() is own
-    monkeypatch.setattr(module, kept_as, own, raising=False)
-    monkeypatch.setattr(module, "checkpoint", lambda *arguments: None)
-    assert torch_checkpoint() is own
 
 
 def test_torch_knows_no_numbered_cpu(tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ TINY = (
 @pytest.fixture(scope="module")
 def run_of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = ["command", folder, "train", *TINY, "train.max_steps=3", f"output.dir={folder}/run"]
+    measured = ["train.eval_steps=1", "output.keep_best=true"]
+    command = ["command", folder, "train", *TINY, *measured, "train.max_steps=3", f"output.dir={folder}/run"]
     return folder, finish(*two_processes([SCRIPT, *command]))
 
 
@@ -96,7 +97,7 @@ def rows(path):
 def test_only_the_main_process_writes(run_of_two):
     folder, _ = run_of_two
     main, other = (json.loads((folder / f"written-{rank}.json").read_text()) for rank in range(2))
-    assert {"run", "run/metrics.jsonl", "run/completions.jsonl"} <= set(main)
+    assert {"run", "run/metrics.jsonl", "run/completions.jsonl", "run/adapter-best"} <= set(main)
     assert other == []
 
 
@@ -113,6 +114,17 @@ def test_the_record_is_whole(run_of_two):
     assert all((folder / "run" / image).is_file() for row in answers for image in row["images"])
     assert json.loads((folder / "run" / "environment.json").read_text())["processes"] == 2
     assert output.count("3 per pass of each of 2 processes") == 1  # said once
+
+
+@pytest.mark.slow
+def test_what_is_measured_during_training_is_that_of_all_processes(run_of_two):
+    """At the last step it is what the run measures when it has ended: the same items, seed and adapter."""
+    folder, output = run_of_two
+    metrics = rows(folder / "run" / "metrics.jsonl")
+    after = json.loads((folder / "run" / "eval.json").read_text())["after"]["reasoning"]
+    assert metrics[-1]["held_out_accuracy"] == after["accuracy"] and after["items"] == 9
+    assert len({row["held_out_length"] for row in metrics}) > 1
+    assert output.count("held out: accuracy") == 3  # said once
 
 
 @pytest.mark.slow

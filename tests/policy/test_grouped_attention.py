@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from unsloth_on_cpu import run_script
 
-from apo_lora.policy.shared_prompt.attention import PromptGroups, accept_prompt_groups, attend, prompt_group
+from apo_lora.policy.shared_prompt.attention import PromptGroup, PromptGroups, accept_prompt_groups, attend
 
 ROWS, CACHE, WIDTH = 3, 11, 16
 LAYER = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS, is_causal=True)
@@ -69,7 +69,7 @@ def test_equals_the_expanded_attention(ours, length, kind):
 
 
 def test_gradients_behind_a_shared_prompt_equal_those_of_expanded_heads():
-    groups, length = PromptGroups(prompt_group(4, (3, 2)), prompt_group(2, (5,))), 16
+    groups, length = PromptGroups(PromptGroup(4, (3, 2)), PromptGroup(2, (5,))), 16
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, n, length, WIDTH, generator=generator) for n in (HEADS, KEY_HEADS, KEY_HEADS))
     upstream = torch.randn(1, length, HEADS, WIDTH, generator=generator)

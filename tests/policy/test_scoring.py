@@ -45,14 +45,17 @@ def test_equals_the_full_logits(tiny_policy, make_batch, stir_adapter, temperatu
     torch.testing.assert_close(entropies.double(), expected_entropies, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_equal_those_of_the_full_logits(tiny_policy, make_batch, stir_adapter):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_equal_those_of_the_full_logits(tiny_policy, make_batch, stir_adapter, temperature):
     model = tiny_policy.model
     stir_adapter(model)
     batch = make_batch(tiny_policy)
     weights = torch.randn(batch["completion_ids"].shape, generator=torch.Generator().manual_seed(3))
-    naive, naive_entropies = naive_logps(model, batch)
+    naive, naive_entropies = naive_logps(model, batch, temperature)
     expected = lora_gradients(model, (naive * weights).sum() + 0.1 * naive_entropies.sum())
-    logps, entropies = token_logps(model, batch, logits_bytes=4 * 448 * 4, entropy_gradient=True)
+    logps, entropies = token_logps(
+        model, batch, temperature=temperature, logits_bytes=4 * 448 * 4, entropy_gradient=True
+    )
     gradients = lora_gradients(model, (logps * weights).sum() + 0.1 * entropies.sum())
     assert gradients.keys() == expected.keys() and all("lora_" in name for name in gradients)
     for name, gradient in gradients.items():
@@ -119,25 +122,31 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_full_logits_are_ever_held():
     """Peak of one tensor, at a vocabulary where the full logits would dwarf everything else."""
-    from apo_lora.policy.scoring import _head_logps
+    from apo_lora.policy.scoring import head_logps
 
     tokens, hidden, vocabulary, chunk = 512, 16, 20_000, 32
     states = torch.randn(tokens, hidden, requires_grad=True)
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(False)
     targets = torch.randint(vocabulary, (tokens,))
 
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+
     def largest(logits_bytes):
         with _LargestTensor() as seen:
-            logps, entropies = _head_logps(states, head, targets, 1.0, logits_bytes)
+            logps, entropies = head_logps(states, head, targets, 1.0, logits_bytes)
             logps.sum().backward()
         return seen.numel
 
     assert largest(4 * vocabulary * tokens) == tokens * vocabulary  # in one chunk they are there
     assert largest(4 * vocabulary * chunk) == vocabulary * chunk
     assert head.weight.grad is None  # a frozen head gets no gradient buffer
+    assert len(calls) == 1 + tokens // chunk  # and is not applied again in backward
 
 
-def test_entropy_has_a_gradient_only_where_it_is_asked_for(tiny_policy, make_batch):
+def test_entropy_and_its_gradient_are_there_only_where_they_are_asked_for(tiny_policy, make_batch):
     batch = make_batch(tiny_policy)
+    (logps,) = token_logps(tiny_policy.model, batch, entropies=False)
+    assert logps.requires_grad and torch.equal(logps, token_logps(tiny_policy.model, batch)[0])
     assert not token_logps(tiny_policy.model, batch)[1].requires_grad
     assert token_logps(tiny_policy.model, batch, entropy_gradient=True)[1].requires_grad

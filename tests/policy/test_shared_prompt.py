@@ -11,7 +11,7 @@ from apo_lora.policy.batches import row_slices
 from apo_lora.policy.loading import reference_mode
 from apo_lora.policy.scoring import token_logps
 from apo_lora.policy.shared_prompt import attention as shared_attention
-from apo_lora.policy.shared_prompt.attention import PromptGroups, attend, obstacle, prompt_group
+from apo_lora.policy.shared_prompt.attention import PromptGroup, PromptGroups, attend, obstacle
 from apo_lora.policy.shared_prompt.rows import pack
 from apo_lora.policy.shared_prompt.vision_features import image_features, tower_is_frozen
 from apo_lora.tiny import BASE_DIR
@@ -255,7 +255,7 @@ def test_a_fault_would_show(tiny_policy, make_groups, monkeypatch, fault):
 
 
 def test_attention_equals_the_dense_mask():
-    groups = PromptGroups(prompt_group(7, (3, 5, 1)), prompt_group(4, (6,)), prompt_group(2, ()))
+    groups = PromptGroups(PromptGroup(7, (3, 5, 1)), PromptGroup(4, (6,)), PromptGroup(2, ()))
     lengths = [(f.prompt, *f.completions) for f in groups.members]
     length = sum(map(sum, lengths))
     visible, start = torch.zeros(length, length, dtype=torch.bool), 0
@@ -274,6 +274,9 @@ def test_attention_equals_the_dense_mask():
     ).transpose(1, 2)
     assert difference(causal(query, key, value, 0.3), expected) > 0.1
     assert difference(attend(query, key, value, groups, 0.3), expected) < 1e-6
+    masks = groups.masks(value)
+    assert masks is groups.masks(value)  # every layer's, and as CUDA's kernels read them
+    assert all(mask.stride(0) % 16 == 0 and mask.dtype == value.dtype for mask in masks)
 
 
 # --- once ------------------------------------------------------------------------------------------------------------
@@ -406,7 +409,7 @@ def test_a_compiled_layer_is_not_compiled_again_for_other_lengths(tiny_policy):
         length = lengths[0] + sum(lengths[1])
         hidden = torch.randn(1, length, 96, generator=generator)
         rotation = language_model.rotary_emb(hidden, torch.arange(length).expand(3, 1, -1))
-        options = {"position_embeddings": rotation, "prompt_groups": PromptGroups(prompt_group(*lengths))}
+        options = {"position_embeddings": rotation, "prompt_groups": PromptGroups(PromptGroup(*lengths))}
         torch.testing.assert_close(compiled(hidden, **options), layer.forward(hidden, **options))
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}

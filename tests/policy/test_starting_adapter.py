@@ -23,7 +23,8 @@ from apo_lora.run.adapter import CONFIG, WEIGHTS
 from apo_lora.run.start import with_start
 from apo_lora.tiny import BASE_DIR
 
-UNSLOTH = Path(__file__).parents[1] / "support" / "unsloth_start.py"
+SUPPORT = Path(__file__).parents[1] / "support"
+UNSLOTH, SWIFT = SUPPORT / "unsloth_start.py", SUPPORT / "ms_swift_adapter"
 
 
 def recipe_of(start, reference="base", lora=None, **model):
@@ -179,11 +180,10 @@ def by_trl(folder):
 
 
 def by_swift(folder):
-    """PEFT's layout as ms-swift leaves it: with files of its own, and the base by a path of the training machine."""
-    trained_by_peft(folder, target_modules=r"^(model\.language_model(?=\.).*\.(q_proj|o_proj))$")
-    edit_config(folder, base_model_name_or_path="/root/.cache/modelscope/hub/models/Qwen/tiny", modules_to_save=[])
-    for name in ("args.json", "additional_config.json"):
-        (folder / name).write_text("{}")
+    """Two steps of `swift sft` (ms-swift 4.6.0 with PEFT 0.20.0, which cannot be installed beside ours) on all linear
+    layers; here its base is at a path of the training machine. Its args.json and README are left out.
+    """
+    shutil.copytree(SWIFT, folder, dirs_exist_ok=True)
 
 
 def by_transformers_4(folder):
@@ -245,13 +245,17 @@ def test_the_family_is_that_of_the_base_and_not_of_a_name_elsewhere(small_qwen3_
 
 @pytest.mark.slow
 def test_unsloth_starts_where_unsloth_ended(tmp_path):
-    """A supervised adapter of Unsloth's, trained on by both engines: KL 0 to it at step 1, and not to the base."""
+    """A supervised adapter of Unsloth's, trained on by both engines: KL 0 to it at step 1, and not to the base.
+    Training by Unsloth's trainer does not notice that held-out items are measured meanwhile.
+    """
     run = run_script(UNSLOTH, str(BASE_DIR), folder=tmp_path)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["start"]["kl"][0] == 0 < facts["start"]["kl"][1] and facts["base"]["kl"][0] > 1e-3
     for one in facts.values():
         assert one["engine"] == "unsloth" and one["loaded"] == one["expected"] > 0 and one["folders"] == []
+    assert facts["measured"]["kl"] == facts["start"]["kl"] and facts["start"]["held_out"] == [None, None]
+    assert all(length > 0 for length in facts["measured"]["held_out"])
     policy = started(tmp_path / "sft", "start")
     assert len(trained_names(policy)) == facts["start"]["expected"]
 

@@ -161,7 +161,7 @@ def test_activations_of_one_layer(prefix, of, mode, values, request):
 def test_logits_of_the_training_pass(entropy_coef, chunks):
     """The head alone, at the real vocabulary: the peak does not grow with the number of chunks."""
     from apo_lora.policy.scoring import LOGITS_BYTES as REAL_LOGITS_BYTES
-    from apo_lora.policy.scoring import _head_logps
+    from apo_lora.policy.scoring import head_logps
 
     assert LOGITS_BYTES == REAL_LOGITS_BYTES
     shape, rows = QWEN2_5_VL.published["3b"], 4  # rows of a chunk, in place of 220
@@ -171,7 +171,7 @@ def test_logits_of_the_training_pass(entropy_coef, chunks):
     targets = torch.randint(0, shape.vocabulary, (rows * chunks,))
 
     def run():
-        logps, entropies = _head_logps(hidden, head, targets, 1.0, budget, entropy_coef > 0)
+        logps, entropies = head_logps(hidden, head, targets, 1.0, budget, entropy_gradient=entropy_coef > 0)
         (logps.sum() - (entropy_coef * entropies.sum() if entropy_coef else 0)).backward()
 
     real_rows = LOGITS_BYTES // (4 * shape.vocabulary)
@@ -180,14 +180,14 @@ def test_logits_of_the_training_pass(entropy_coef, chunks):
     )
     logits = 4 * shape.vocabulary * real_rows
     assert logits_chunk(shape, load_of(recipe, shape)) == logits
-    expected = (5 if entropy_coef else 3) * logits
+    expected = (3 if entropy_coef else 2.5) * logits
     run()
     assert expected / logits == pytest.approx(peak_of(run) / budget, rel=0.05)
 
 
 def test_what_attention_behind_a_shared_prompt_keeps():
-    """Copied keys and values, a 16-bit mask per completion, and the output, as parts and as one."""
-    from apo_lora.policy.shared_prompt.attention import PromptGroups, attend, prompt_group
+    """Copied keys and values, the mask, and the output, as parts and as one."""
+    from apo_lora.policy.shared_prompt.attention import PromptGroup, PromptGroups, attend
 
     recipe = recipe_of(
         "single_gpu", "grpo.prompts_per_step=6", "grpo.num_generations=4", "grpo.completions_per_pass=4",
@@ -198,8 +198,8 @@ def test_what_attention_behind_a_shared_prompt_keeps():
     query, key, value = (
         torch.randn(1, n, load.pass_tokens, width).bfloat16().requires_grad_() for n in (heads, SMALL.kv_heads, 2)
     )
-    groups, kept = PromptGroups(prompt_group(512, (128,) * 4)), []
+    groups, kept = PromptGroups(PromptGroup(512, (128,) * 4)), []
     measured = left_by(lambda: kept.append(attend(query, key, value, groups, None)))
-    masks = attention_mask(recipe, load).bytes - groups.members[0].visible.nbytes
+    masks = attention_mask(recipe, load).bytes
     outputs = 2 * load.pass_tokens * SMALL.hidden * 2
     assert copied_keys(SMALL, recipe, load, 4) + masks + outputs == pytest.approx(measured, rel=0.05)

@@ -198,6 +198,19 @@ def test_every_step_has_an_adapter_of_its_own_and_the_one_before_goes(fake, monk
     assert [path.name for path in server.adapters.iterdir()] == loaded[1:]
 
 
+def test_several_servers_share_the_prompts_and_each_has_the_adapter(fake, monkeypatch):
+    asked, ask = [], Endpoint.ask
+    monkeypatch.setattr(
+        Endpoint, "ask", lambda self, path, body=None: (asked.append((path, self.url)), ask(self, path, body))[1]
+    )
+    (server, sampler), (other, _) = fake(), fake()
+    server.endpoints += other.endpoints
+    assert rollout(sampler).ids == rollout(sampler, 1).ids == [fake_vllm.COMPLETION] * 4
+    both = sorted(endpoint.url for endpoint in server.endpoints)
+    for path, times in ((fake_vllm.LOAD, 2), (fake_vllm.CHAT, 2), (fake_vllm.UNLOAD, 1)):
+        assert sorted(url for to, url in asked if to == path) == sorted(both * times)
+
+
 def test_the_same_state_of_the_generator_draws_the_same_seeds(fake, monkeypatch):
     seeds = []
     ask = Endpoint.ask

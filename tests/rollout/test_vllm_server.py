@@ -5,12 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from conftest import PROJECT
+from forks import two_processes
 from peft import get_peft_model_state_dict
 from PIL import Image
 from stirred_adapters import stir, stirred_run
@@ -26,7 +30,7 @@ from apo_lora.preflight.checks import check_server
 from apo_lora.recipe.files import find_recipe, load_recipe
 from apo_lora.rollout.vllm.client import Endpoint, ServerFault
 from apo_lora.rollout.vllm.sampler import VllmSampler, as_request
-from apo_lora.rollout.vllm.server import KEY, serving
+from apo_lora.rollout.vllm.server import KEY, LocalServer, serving
 from apo_lora.run.adapter import find_adapter
 from apo_lora.run.directory import RunDir
 from apo_lora.run.figures import ALARM_DIFFERENCE
@@ -36,6 +40,7 @@ pytestmark = pytest.mark.slow
 
 SIZES = ((84, 84), (112, 56), (200, 140), (61, 300))
 RECIPE = load_recipe(find_recipe("tiny_cpu"), ["rollout.engine=vllm", "grpo.max_completion_length=24"])
+BY_TEXT = f"rewards.functions=[accuracy,{PROJECT / 'tests/faults/rewards.py'}:by_text]"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,8 @@ def test_preflight_compares_it_with_the_trainer(server, tiny_policy, boards, mon
     before = [parameter.clone() for parameter in tiny_policy.model.parameters()]
     check = check_server(tiny_policy, boards, RECIPE, server)
     assert check.ok and "4 prompts read alike; log-probs of 64 tokens" in check.found
+    narrow = RECIPE.model_copy(update={"grpo": RECIPE.grpo.model_copy(update={"top_k": 1})})
+    assert check_server(tiny_policy, boards, narrow, server).ok
     assert all(map(torch.equal, tiny_policy.model.parameters(), before))
     # As if the server took no notice of the adapter that it is sent.
     monkeypatch.setattr(type(tiny_policy.model), "save_pretrained", saves_zeros(tiny_policy.model))
@@ -325,10 +332,17 @@ def test_a_run_that_loses_it_stops_in_order_and_continues(server, whole_run, its
     assert completions_of(cut) == completions_of(whole_run) and len(completions_of(cut)) == 4 * 8
 
 
-def test_a_run_that_samples_ahead_says_with_which_adapter(server, its_key, tmp_path, monkeypatch, capfd):
-    """And it stops in order where the server is lost meanwhile; continued, it begins with the checkpoint's adapter."""
+def test_a_run_that_samples_ahead_says_with_which_adapter(server, whole_run, its_key, tmp_path, monkeypatch, capfd):
+    """And it stops in order where the server is lost meanwhile; continued, it begins with the checkpoint's adapter.
+
+    It starts from an adapter, which stays its reference and is not what the server gets, and is measured meanwhile.
+    """
     monkeypatch.setattr("apo_lora.rollout.vllm.server.RemoteServers.PATIENCE", 0.0)
     run, ask = RunDir(tmp_path / "ahead"), Endpoint.ask
+    ahead = [
+        *command(server, run.path), "rollout.ahead=1", f"lora.start={whole_run.adapter}", "grpo.reference=start",
+        "train.evaluate=true", "train.eval_steps=1", "data.eval_limit=2", "data.general=null", BY_TEXT,
+    ]  # fmt: skip
 
     def lost(self, path, body=None):
         if str((body or {}).get("model", "")).endswith("-step-2"):
@@ -336,13 +350,14 @@ def test_a_run_that_samples_ahead_says_with_which_adapter(server, its_key, tmp_p
         return ask(self, path, body)
 
     monkeypatch.setattr(Endpoint, "ask", lost)
-    assert main([*command(server, run.path), "rollout.ahead=1"]) == 1
+    assert main(ahead) == 1
     assert "vLLM failed again after a restart: it answered 500" in capfd.readouterr().err
     assert [path.name for path in run.valid_checkpoints()] == ["checkpoint-2"]
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3]  # the third had been sampled before
     monkeypatch.setattr(Endpoint, "ask", ask)
-    assert main([*command(server, run.path), "rollout.ahead=1"]) == 0
+    assert main(ahead) == 0
     rows = list(read_jsonl(run.metrics))
+    assert rows[0]["kl"] == 0 < rows[2]["kl"] and all(row["held_out_length"] > 0 for row in rows)
     assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
     by = {row["step"]: row["adapter_step"] for row in read_jsonl(run.completions)}
     assert by == {1: 0, 2: 0, 3: 2, 4: 2}
@@ -365,6 +380,45 @@ def test_a_run_that_is_killed_while_it_samples_continues(server, whole_run, its_
     assert main(command(server, killed.path)) == 0
     assert completions_of(killed) == completions_of(whole_run)
     assert not [path for path in killed.path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.matrix
+def test_two_processes_of_a_run_share_a_server(server, its_key, tmp_path):
+    """Each loads the adapter of the step under a name of its own."""
+    run = RunDir(tmp_path / "run")
+    processes = two_processes(["-m", "apo_lora", *command(server, run.path)])
+    outputs = ["".join(process.communicate(timeout=600)) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    rows, completions = list(read_jsonl(run.metrics)), list(read_jsonl(run.completions))
+    assert len(rows) == 4 and all(row["sampler_difference"] < 1e-3 for row in rows)
+    assert [row["adapter_step"] for row in completions] == [step for step in range(4) for _ in range(8)]
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.matrix
+def test_a_server_that_is_killed_while_it_samples_is_replaced(server, whole_run, tmp_path, monkeypatch, capfd):
+    """Its run's own one: the rollout is repeated, and the run ends as if nothing had been."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a faulty server leaves its log
+    started, start, ask = [], LocalServer.start, Endpoint.ask
+
+    def noted(self):
+        start(self)
+        started.append(self.process.pid)
+
+    def killing(self, path, body=None):
+        if len(started) == 1 and str((body or {}).get("model", "")).endswith("-step-2"):
+            with suppress(ProcessLookupError):
+                os.killpg(started[0], signal.SIGKILL)
+        return ask(self, path, body)
+
+    monkeypatch.setattr(LocalServer, "start", noted)
+    monkeypatch.setattr(Endpoint, "ask", killing)
+    run = RunDir(tmp_path / "run")
+    assert main([*command(server, run.path), "rollout.servers=auto"]) == 0
+    said = capfd.readouterr().out
+    assert "it was ended by SIGKILL" in said and said.count("it is restarted, and the rollout repeated") == 1
+    assert completions_of(run) == completions_of(whole_run)
+    assert len(started) == 2 and not any(map(_alive, started))
 
 
 def test_an_evaluation_gives_the_same_verdicts_as_the_models_own_answers(server, its_key, tmp_path):

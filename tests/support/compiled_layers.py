@@ -31,7 +31,7 @@ torch.compile = compile_to_graphs
 import unsloth  # noqa: E402, F401
 
 from apo_lora.policy.loading import load_policy, reference_mode  # noqa: E402
-from apo_lora.policy.shared_prompt.attention import PromptGroups, prompt_group  # noqa: E402
+from apo_lora.policy.shared_prompt.attention import PromptGroup, PromptGroups  # noqa: E402
 from apo_lora.recipe.schema import DataSection, LoraSection, ModelSection  # noqa: E402
 from benchmarks.gpu.random_model import make  # noqa: E402
 
@@ -55,7 +55,7 @@ def main(file: Path) -> None:
         hidden = language_model(
             inputs_embeds=embeds,
             position_ids=torch.zeros(3, 1, length, device="cuda", dtype=torch.long),
-            prompt_groups=PromptGroups(*(prompt_group(p, tuple(c), "cuda") for p, c in sizes)),
+            prompt_groups=PromptGroups(*(PromptGroup(p, tuple(c)) for p, c in sizes)),
             use_cache=False,
         )[0]
         if with_gradient:

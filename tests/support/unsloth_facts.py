@@ -32,7 +32,7 @@ from apo_lora.policy.batches import pixels  # noqa: E402
 from apo_lora.policy.loading import Policy, _load_with_unsloth, reference_mode  # noqa: E402
 from apo_lora.policy.scoring import token_logps  # noqa: E402
 from apo_lora.policy.shared_prompt import attention as shared_attention  # noqa: E402
-from apo_lora.policy.shared_prompt.attention import PromptGroups, prompt_group  # noqa: E402
+from apo_lora.policy.shared_prompt.attention import PromptGroup, PromptGroups  # noqa: E402
 from apo_lora.preflight.shared_prompt import compare_shared_prompt  # noqa: E402
 from apo_lora.recipe.schema import LoraSection, ModelSection, Recipe  # noqa: E402
 from apo_lora.rollout.sampling import generating, prompt_inputs  # noqa: E402
@@ -332,7 +332,7 @@ def shared_prompt(policy: Policy, batches: list[Batch]) -> dict[str, Any]:
         (logps, gradient), (expected_logps, expected_gradient) = score(alone=False), score(alone=True)
     attend = shared_attention.attend
     shared_attention.attend = lambda query, key, value, groups, scaling: attend(
-        query, key, value, PromptGroups(prompt_group(query.shape[2], ())), scaling
+        query, key, value, PromptGroups(PromptGroup(query.shape[2], ())), scaling
     )
     try:
         faulty_logps, faulty_gradient = score(alone=False)

@@ -1,4 +1,4 @@
-"""A supervised adapter made by Unsloth alone, and two steps of training from it, on a host without a GPU."""
+"""A supervised adapter made by Unsloth alone, and two steps of training from it, with and without measuring; no GPU."""
 
 import json
 import sys
@@ -40,19 +40,25 @@ OVERRIDES = [
     "grpo.max_completion_length=24", "train.max_steps=2", "train.learning_rate=1e-2", "train.evaluate=false",
     "data.limit=16", f"rewards.functions=[accuracy,'{here}/mine.py:by_place']",
 ]  # fmt: skip
+RUNS = {
+    "base": ["grpo.reference=base"],
+    "start": ["grpo.reference=start"],
+    "measured": [
+        "grpo.reference=start", "train.evaluate=true", "train.eval_steps=1", "data.eval_limit=4", "data.general=null",
+    ],
+}  # fmt: skip
 facts = {}
-for reference in ("base", "start"):
-    code = main(
-        ["train", "--recipe", "tiny_cpu", *OVERRIDES, f"grpo.reference={reference}", f"output.dir={here / reference}"]
-    )
+for run, changes in RUNS.items():
+    code = main(["train", "--recipe", "tiny_cpu", *OVERRIDES, *changes, f"output.dir={here / run}"])
     assert code == 0, code
-    rows = [json.loads(line) for line in (here / reference / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (here / run / "metrics.jsonl").read_text().splitlines()]
     names = [name for name, p in policies[-1].model.named_parameters() if p.requires_grad]
-    facts[reference] = {
+    facts[run] = {
         "kl": [row["kl"] for row in rows],
+        "held_out": [row.get("held_out_length") for row in rows],
         "engine": policies[-1].engine,
         "loaded": len(names),
         "expected": sum(parameter.requires_grad for parameter in model.parameters()),
-        "folders": [str(path) for path in (here / reference).glob("**/reference")],
+        "folders": [str(path) for path in (here / run).glob("**/reference")],
     }
 Path("facts.json").write_text(json.dumps(facts))

@@ -23,7 +23,10 @@ SHAPED_BY_VALUES = {
     "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "masked_scatter_backward",
     "repeat_interleave", "bincount", "equal",
 }  # fmt: skip
-WRITTEN_ONLY = {"fill_", "zero_", "zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like"}
+WRITTEN_ONLY = {
+    "fill_", "zero_", "zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_full",
+    "new_zeros",
+}  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -117,7 +120,7 @@ def _bytes_moved(short: str, args: tuple, kwargs: dict, result: Any) -> int:
         return sum(map(_size, made))
     if short in ("embedding", "index_select", "gather", "index"):  # not the whole table
         return 2 * sum(map(_size, made))
-    if short in ("copy_", "index_copy_", "index_put_", "_index_put_impl_"):  # nor all of what is written into
+    if short in ("copy_", "index_copy_", "index_put_", "_index_put_impl_", "scatter_add_"):  # nor all of the target
         return 2 * sum(map(_size, given[1:]))
     return sum(map(_size, given)) + sum(map(_size, made))
 

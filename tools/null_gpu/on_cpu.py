@@ -66,7 +66,9 @@ class ComputedOnCPU(TorchDispatchMode):
 
 @cache
 def _is_composite(func: OpOverload) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    """Made of other operations, and not by a kernel of its own on a GPU (silu_backward has both)."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(func.name(), "CUDA")
 
 
 @cache
@@ -115,6 +117,8 @@ def result_on_cpu(func: OpOverload, args: tuple, kwargs: dict) -> tuple[Any, dic
     cpu_args, cpu_kwargs = tree_map(to_cpu, (args, kwargs))
     for key in ("pin_memory", "non_blocking"):
         cpu_kwargs.pop(key, None)
+    if func._schema.name == "aten::_log_softmax" and cpu_args[2]:  # float16 to float32 at once, as no CPU kernel does
+        cpu_args = (cpu_args[0].float(), cpu_args[1], False)
     return func(*cpu_args, **cpu_kwargs), originals
 
 

@@ -3,7 +3,8 @@
 A mask of L x L pairs would hide most of them and still be computed: completions do not see each other. Instead, every
 stretch of the row is one call of PyTorch's own attention: a prompt causally on itself, a completion on its prompt and
 itself. Their cost is linear in the number of completions. The only mask is that of a group's longest completion, as
-wide as its prompt and itself; shorter ones use its corner, and every layer the same tensor.
+wide as its prompt and itself; shorter ones use its corner, and every layer the same tensor, in the form that SDPA's
+kernels read: it would convert and pad another for every layer and completion.
 
 The model's layers get here through transformers' registry of attention functions: what a language model is called with
 beyond its own arguments reaches that function, and the one that the model uses is wrapped to accept `prompt_groups`.
@@ -31,14 +32,14 @@ class PromptGroup(NamedTuple):
     """Tokens."""
     completions: tuple[int, ...]
     """Tokens of each in the order of the row; none is empty."""
-    visible: Tensor
-    """(longest completion, prompt + longest completion), bool: all of the prompt, and itself up to here."""
 
-
-def prompt_group(prompt: int, completions: tuple[int, ...], device: torch.device | str = "cpu") -> PromptGroup:
-    longest = max(completions, default=0)
-    visible = torch.ones(longest, prompt + longest, dtype=torch.bool, device=device).tril(prompt)
-    return PromptGroup(prompt, completions, visible)
+    def mask(self, like: Tensor) -> Tensor:
+        """(longest completion, prompt + longest completion), added to scores: 0 for all of the prompt, and itself up to
+        here, else -inf. Rows begin at multiples of 16 values."""
+        longest = max(self.completions, default=0)
+        width = self.prompt + longest
+        mask = like.new_full((longest, width + -width % 16), -torch.inf).triu_(self.prompt + 1)
+        return mask[:, :width]
 
 
 class PromptGroups:
@@ -50,6 +51,13 @@ class PromptGroups:
 
     def __init__(self, *members: PromptGroup):
         self.members = members
+        self._masks: list[Tensor] = []
+
+    def masks(self, like: Tensor) -> list[Tensor]:
+        """One per member, made for the first layer."""
+        if not self._masks:
+            self._masks = [member.mask(like) for member in self.members]
+        return self._masks
 
 
 @torch.compiler.disable
@@ -58,11 +66,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: PromptGroups, scal
 
     Unsloth compiles whole layers on a GPU. This stays out of their graphs: its shapes are other ones in every pass.
     """
-    lengths = [length for prompt, completions, _ in groups.members for length in (prompt, *completions)]
+    lengths = [length for prompt, completions in groups.members for length in (prompt, *completions)]
     # Splitting once keeps backward linear: the gradient of every single slice would be as long as the row.
     queries, keys, values = (iter(tensor[0].split(lengths, dim=1)) for tensor in (query, key, value))
     parts = []
-    for prompt, completions, visible in groups.members:
+    masks = groups.masks(value)  # in the dtype that autocast has SDPA compute in; rotation may have widened the others
+    for (prompt, completions), mask in zip(groups.members, masks, strict=True):
         prompt_key, prompt_value = next(keys), next(values)
         parts.append(_attend_row(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling))
         for length in completions:
@@ -71,7 +80,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: PromptGroups, scal
                     next(queries),
                     torch.cat([prompt_key, next(keys)], dim=1),
                     torch.cat([prompt_value, next(values)], dim=1),
-                    attn_mask=visible[:length, : prompt + length],
+                    attn_mask=mask[:length, : prompt + length],
                     scale=scaling,
                 )
             )

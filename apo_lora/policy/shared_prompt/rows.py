@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apo_lora.family.lookup import closest_family
 from apo_lora.policy.batches import Batch, row_slices
-from apo_lora.policy.shared_prompt.attention import PromptGroups, prompt_group
+from apo_lora.policy.shared_prompt.attention import PromptGroup, PromptGroups
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def pack(inner_model: nn.Module, batch: Batch) -> PackedRow:
         input_ids.append(prompt_ids_P)
         position_ids.append(prompt_positions_3P)
         lengths = tuple(lengths_B[row] for row in own_rows if lengths_B[row])
-        prompt_groups.append(prompt_group(len(prompt_ids_P), lengths, device))
+        prompt_groups.append(PromptGroup(len(prompt_ids_P), lengths))
         end += len(prompt_ids_P)
         last_of_prompt, next_position = end - 1, prompt_positions_3P.max() + 1
         for row in own_rows:
