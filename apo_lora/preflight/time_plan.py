@@ -77,8 +77,8 @@ def _dequantised(shape: ModelShape, recipe: Recipe, names: tuple[str, ...] = ())
 
 
 def _layers(shape: ModelShape, recipe: Recipe, tokens: int, moved: float, head_norms: float) -> Work:
-    """Tokens through all layers at once, which move `moved` times what a layer holds at its peak, and `head_norms` times
-    what has norms within heads; without launches."""
+    """Tokens through all layers at once, which move `moved` times what a layer holds at its peak, and `head_norms`
+    times what has norms within heads; without launches."""
     values = moved * shape.layer_forward + head_norms * shape.head_norms
     layers = shape.layers * tokens * value_bytes(recipe) * values
     return Work(0, _dequantised(shape, recipe) + layers, 2 * _weights(shape) * tokens)
