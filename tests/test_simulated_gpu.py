@@ -59,12 +59,17 @@ def simulated(request, tmp_path_factory):
     return {name.partition("-")[2]: facts for name, facts in found.items()}
 
 
+def preflight_ratio(recipe: str, found: dict) -> float:
+    planned = simulated_table.preflight_peak(simulated_table.planned_for(recipe))
+    return found["phases"]["preflight"]["peak_bytes"] / planned
+
+
 @pytest.mark.slow
 def test_peaks_are_within_a_tenth_of_the_plan(simulated):
     for recipe, found in simulated.items():
         assert found["checks"] and all(check["ok"] for check in found["checks"])
         assert set(found["memory"]) == {"generate", "score", "train"}
-        preflight = found["phases"]["preflight"]["peak_bytes"] / found["planned_bytes"]["train"]
+        preflight = preflight_ratio(recipe, found)
         for phase, ratio in {**found["memory"], "preflight": preflight}.items():
             assert abs(ratio - 1) < 0.1, (recipe, phase, ratio)
 
@@ -124,10 +129,12 @@ def test_every_recipe_and_peer_was_counted(committed):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_s_committed_peaks_are_within_a_tenth_of_today_s_plan(committed, recipe):
-    peaks = simulated_table.planned(recipe).peaks
+    peaks = simulated_table.planned_for(recipe).peaks
     peaks["generate"] = max(peaks["prefill"], peaks["decode"])
+    found = committed[f"recipes-{recipe}"]
     for phase in simulated_table.PHASES:
-        assert committed[f"recipes-{recipe}"]["peak_bytes"][phase] == pytest.approx(peaks[phase], rel=0.1)
+        assert found["peak_bytes"][phase] == pytest.approx(peaks[phase], rel=0.1)
+    assert preflight_ratio(recipe, found) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(

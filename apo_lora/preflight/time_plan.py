@@ -119,7 +119,7 @@ def score_pass(shape: ModelShape, recipe: Recipe) -> Work:
     load = load_of(recipe, shape)
     layers = _layers(shape, recipe, load.pass_tokens, 4.6, 31)
     logits = shape.vocabulary * load.rows * load.completion
-    launches = shape.layers * ((88 if shape.head_norms else 68) + 3.2 * load.rows)
+    launches = shape.layers * ((92 if shape.head_norms else 72) + 3.2 * load.rows)
     return Work(launches, layers.bytes + 35 * logits, layers.flops + 2 * shape.hidden * logits)
 
 
