@@ -4,6 +4,7 @@ training    what a run imports
 unsloth     Unsloth on a CPU (unsloth_on_cpu.py)
 """
 
+import gc
 import json
 import os
 import runpy
@@ -151,6 +152,7 @@ def serve(kind: str, address: str, tests: int) -> None:
     else:
         from tests.faults.tiny_runs import prepare
     prepare()
+    gc.freeze()  # as conftest.py does
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those below
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
