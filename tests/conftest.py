@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup():
-    """Takes the libraries' half a million objects out of garbage collection: every training begins and ends with one, and
-    each would last a third of a second."""
+    """Takes the libraries' half a million objects out of garbage collection: each training begins and ends with one,
+    which would last a third of a second."""
     global num_modules
     if len(sys.modules) > num_modules + 100:
         num_modules = len(sys.modules)

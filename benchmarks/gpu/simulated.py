@@ -7,6 +7,7 @@ completions of full length; one JSON file per count. What it shows and what it d
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.gpu.measurements import MEASUREMENTS, Measurement
 
+ROOT = Path(__file__).parents[2]
 GPUS = {
     "rtx3070": {"NULLGPU_CC": "86", "NULLGPU_BYTES": str(8 * 2**30), "NULLGPU_SMS": "46"},
     "t4": {"NULLGPU_CC": "75", "NULLGPU_BYTES": str(15 * 2**30), "NULLGPU_SMS": "40"},  # it has no bfloat16
@@ -104,7 +106,7 @@ def main() -> int:
                 *(("--passes", options.passes) if options.passes else ()),
                 *(("--steps", options.steps) if options.steps else ()),
             ]
-            if subprocess.run(command, cwd=scratch).returncode:
+            if subprocess.run(command, cwd=scratch, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
                 failed.append(names)
     return f"failed: {failed}" if failed else 0
 
