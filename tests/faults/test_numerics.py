@@ -13,6 +13,8 @@ from apo_lora.run.directory import RunDir
 
 from .tiny_runs import arguments, steady_rows
 
+SHORT = {"max_completion_length": 24}
+
 pytestmark = pytest.mark.slow
 
 NAN, INF = float("nan"), float("inf")
@@ -54,7 +56,7 @@ def poison_gradient(trainer, value, steps):
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("poison", [poison_logits, poison_gradient])
 def test_a_poisoned_step_is_skipped_counted_and_shown(make_trainer, poison, value, capsys):
-    trainer = make_trainer(recipe_of(train={"max_steps": 4, "save_steps": 4}))
+    trainer = make_trainer(recipe_of(grpo=SHORT, train={"max_steps": 4, "save_steps": 4}))
     states = weights_by_step(trainer)
     poison(trainer, value, steps={2, 4})
     trainer.train()
@@ -69,7 +71,7 @@ def test_a_poisoned_step_is_skipped_counted_and_shown(make_trainer, poison, valu
 
 @pytest.mark.parametrize("poison", [poison_logits, poison_gradient])
 def test_three_in_a_row_stop_with_the_last_good_adapter(make_trainer, poison):
-    trainer = make_trainer(recipe_of(train={"max_steps": 9, "save_steps": 9}))
+    trainer = make_trainer(recipe_of(grpo=SHORT, train={"max_steps": 9, "save_steps": 9}))
     states = weights_by_step(trainer)
     poison(trainer, NAN, steps={2, 4, 5, 6})  # the one at step 2 alone does not count
     trainer.train()
@@ -106,7 +108,7 @@ def test_a_reward_that_is_not_finite_costs_no_step(make_trainer, value):
     """One completion of eight: it earns nothing, counted or not, where it would be all that its group is about."""
 
     def rewards_of(guard):
-        trainer = make_trainer(recipe_of(train={"max_steps": 1}))
+        trainer = make_trainer(recipe_of(grpo=SHORT, train={"max_steps": 1}))
         original = trainer.reward_funcs[0]
 
         def accuracy(completions, **columns):
@@ -157,7 +159,7 @@ def with_scaler(trainer, scale):
 
 
 def test_an_overflow_of_the_loss_scale_is_skipped_and_does_not_stop_the_run(make_trainer, capsys):
-    trainer = make_trainer(recipe_of(train={"max_steps": 8, "save_steps": 8, "max_nonfinite_steps": 2}))
+    trainer = make_trainer(recipe_of(grpo=SHORT, train={"max_steps": 8, "save_steps": 8, "max_nonfinite_steps": 2}))
     scaler = with_scaler(trainer, 2.0**127)
     states = weights_by_step(trainer)
     trainer.train()
@@ -171,7 +173,7 @@ def test_an_overflow_of_the_loss_scale_is_skipped_and_does_not_stop_the_run(make
 
 
 def test_a_nan_under_a_loss_scale_stops_the_run_all_the_same(make_trainer):
-    trainer = make_trainer(recipe_of(train={"max_steps": 9, "save_steps": 9, "max_nonfinite_steps": 3}))
+    trainer = make_trainer(recipe_of(grpo=SHORT, train={"max_steps": 9, "save_steps": 9, "max_nonfinite_steps": 3}))
     with_scaler(trainer, 1024.0)
     before = adapter(trainer)
     poison_logits(trainer, NAN, steps=range(10))
