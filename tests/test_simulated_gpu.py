@@ -22,9 +22,8 @@ from tools.null_gpu.build import obstacle
 RESULTS = PROJECT / "benchmarks" / "results" / "simulated-2026-11"
 
 CASES = [
-    pytest.param(("gpu_8gb", "qwen3_vl_2b_8gb"), id="8 GB, bfloat16"),
+    pytest.param(("gpu_8gb", "qwen3_vl_2b_8gb", "single_gpu", "qwen3_vl_4b"), id="bfloat16"),
     pytest.param(("colab_t4",), id="T4, float16"),
-    pytest.param(("single_gpu", "qwen3_vl_4b"), id="24 GB, bfloat16", marks=pytest.mark.matrix),
 ]
 
 
