@@ -132,7 +132,9 @@ def kept_static_cache() -> Iterator[None]:
         yield
         return
 
-    def does_not_fit(model: Any, input_ids: Any, options: Any) -> bool:
+    def does_not_fit(model: nn.Module, input_ids: Any, options: Any) -> bool:
+        if model.device.type != "cuda":
+            return stock(model, input_ids, options)
         need = vision._static_cache_bytes(model, input_ids, options)
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return need is not None and need > 0.9 * (torch.cuda.mem_get_info()[0] + unused)

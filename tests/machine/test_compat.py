@@ -186,13 +186,15 @@ def test_a_static_cache_is_taken_where_it_fits(monkeypatch):
     memory = {"mem_get_info": (8, 24), "memory_reserved": 5, "memory_allocated": 3}  # 10 are free for it
     for name, found in memory.items():
         monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
-    need = 8
-    assert vision._static_cache_does_not_fit(None, None, {})
+    need, on_card = 8, SimpleNamespace(device=torch.device("cuda"))
+    assert vision._static_cache_does_not_fit(on_card, None, {})
     with kept_static_cache():
-        assert not vision._static_cache_does_not_fit(None, None, {})
+        assert not vision._static_cache_does_not_fit(on_card, None, {})
         need = 10
-        assert vision._static_cache_does_not_fit(None, None, {})
+        assert vision._static_cache_does_not_fit(on_card, None, {})
         need = None  # Unsloth does not know
-        assert not vision._static_cache_does_not_fit(None, None, {})
+        assert not vision._static_cache_does_not_fit(on_card, None, {})
+        elsewhere = SimpleNamespace(device=torch.device("cpu"))
+        assert vision._static_cache_does_not_fit(elsewhere, None, {})  # as Unsloth says
     need = 8
-    assert vision._static_cache_does_not_fit(None, None, {})
+    assert vision._static_cache_does_not_fit(on_card, None, {})
