@@ -7,7 +7,7 @@ RECIPE ?= tiny_cpu.yaml
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
-WORKERS ?= 2
+WORKERS ?= 3
 READY := $(VENV)/ready
 
 .PHONY: train test matrix fast clean

@@ -170,7 +170,7 @@ def _chunk_logps(
         return torch.autograd.grad(head_KV, states_KH, gradient_KV, retain_graph=True)[0].div_(divisor)
 
     with torch.set_grad_enabled(slopes):
-        states_KH = hidden_KH.detach().requires_grad_(slopes)
+        states_KH = hidden_KH.detach().requires_grad_(slopes).view_as(hidden_KH)  # module hooks of torch want no leaf
         head_KV = lm_head(states_KH)
     logits_KV = head_KV.detach() if temperature == 1 else head_KV.detach().float() / temperature
     softmax_KV = torch.log_softmax(logits_KV, dim=-1, dtype=torch.float32)
