@@ -32,7 +32,7 @@ SHARED_DATA = PROJECT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, then those with slow tests: two workers, which take a file at a time, end together."""
+    """The longest files first, then those with slow tests: workers, which take a file at a time, end together."""
     longest = [(PROJECT / "tests" / name).resolve(strict=True) for name in LONGEST]
     slow = [item.path for item in items if item.get_closest_marker("slow")]
     order = {path: place for place, path in enumerate(dict.fromkeys(longest + slow))}
