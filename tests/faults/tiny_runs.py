@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ def prepare() -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # else a bar starts a thread
+    # tqdm's own lock is one for all forks: killed while it holds it, one would stop the others for ever.
+    tqdm.tqdm.set_lock(threading.RLock())
     from apo_lora.machine.process import prepare_process
 
     prepare_process()
