@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from blank_plots import blank_plots
 from gguf_model import gguf_adapter, llama_cpp, llama_cpp_sources, llama_quantize  # noqa: F401  # fixtures
 
 from apo_lora.tiny import boards
@@ -24,6 +25,7 @@ LONGEST = (
 )  # fmt: skip
 
 boards.reasoning_rows = cache(boards.reasoning_rows)  # hundreds of runs begin with the same 2,048
+blank_plots()
 
 num_modules = 0
 

@@ -66,11 +66,12 @@ def watch(phases: Phases, count: Count) -> None:
     preflight only the memory part is done, since the others judge values."""
     import torch
     import trl
-    from transformers import GenerationMixin
+    from transformers import GenerationMixin, Trainer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from apo_lora.policy import scoring
     from apo_lora.preflight import checks
+    from apo_lora.run import plots
     from benchmarks.gpu.phase_clock import PhaseClock
 
     border, unfinished = PhaseClock._border, GenerationMixin._has_unfinished_sequences
@@ -126,6 +127,7 @@ def watch(phases: Phases, count: Count) -> None:
         return [row + [0] * (trainer.max_completion_length - len(row)) for row in map(list, ids)], logps
 
     PhaseClock._border, GenerationMixin._has_unfinished_sequences = closing, a_few
+    Trainer._save_checkpoint = plots.png = lambda *_: b""  # no work of the GPU's
     owner._generate_single_turn, step_owner.training_step = filled_up, only_the_first
     checks.preflight, scoring._score_rows = memory_part, score_the_first
 

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.blank_plots import blank_plots
+
 from .write_points import Point, WritePoints
 
 STEPS = 6
@@ -57,6 +59,7 @@ def prepare() -> None:
         "transformers.models.qwen2_5_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     ):  # fmt: skip
         importlib.import_module(name)
+    blank_plots()
 
 
 def import_as(modules: list[str]) -> None:

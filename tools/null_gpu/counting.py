@@ -90,7 +90,8 @@ def _is_small(args: tuple, kwargs: dict) -> bool:
     for tensor in tensors_in(args, kwargs):
         values[tensor.is_floating_point()] += tensor.numel()
     if not any(values.values()) and args and isinstance(args[0], (list, tuple)):  # a tensor of this shape is made
-        values[False] = torch.Size(x for x in args[0] if isinstance(x, int)).numel()
+        floating = (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
+        values[floating] = torch.Size(x for x in args[0] if isinstance(x, int)).numel()
     return all(values[kind] <= LARGEST[kind] for kind in values)
 
 
