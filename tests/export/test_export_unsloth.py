@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT
-from forks import environment
+from forks import environment, forks_address
+from gguf_model import forking_program
 
 from apo_lora.commands.main import main
 from apo_lora.export import by_unsloth as export_unsloth
@@ -113,7 +114,7 @@ def test_the_real_unsloth_exports(gguf_adapter, llama_cpp_sources, llama_quantiz
     """The whole command, with Unsloth's own code made to run on a CPU, and a llama.cpp where it keeps its own."""
     if torch.cuda.is_available():
         pytest.skip("Unsloth on a CPU is for hosts without a GPU")
-    home = tmp_path / "llama.cpp"
+    home = Path(forks_address("unsloth")).with_name("llama.cpp")
     home.mkdir()
     shutil.copy(llama_cpp_sources / "convert_hf_to_gguf.py", home)
     for part in ("conversion", "gguf-py"):
@@ -123,9 +124,7 @@ def test_the_real_unsloth_exports(gguf_adapter, llama_cpp_sources, llama_quantiz
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(home))
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", str(home))
-    monkeypatch.syspath_prepend(str(PROJECT))
-    # No fork: Unsloth reads these variables when it is imported.
-    as_program(PROJECT / "tests" / "support" / "unsloth_gguf.py")
+    as_program(forking_program(tmp_path, "unsloth", PROJECT / "tests" / "support" / "unsloth_gguf.py"))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     out = tmp_path / "out"
     assert main(["export", str(gguf_adapter), "--to", "gguf", "--out", str(out)]) == 0

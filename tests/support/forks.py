@@ -123,9 +123,11 @@ def forks_address(kind: str) -> str:
 
 
 def _start(kind: str, address: str, tests: int) -> None:
+    folder = Path(address).parent
+    own = {**environment(kind), "UNSLOTH_LLAMA_CPP_PATH": str(folder / "llama.cpp")}  # read when it is imported
     server = subprocess.Popen(
-        [sys.executable, __file__, kind, address, str(tests)], cwd=Path(address).parent,
-        env={**os.environ, **environment(kind)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, __file__, kind, address, str(tests)], cwd=folder, env={**os.environ, **own},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     lines = []
     for line in server.stdout:

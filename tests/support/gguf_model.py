@@ -41,9 +41,16 @@ def llama_cpp(llama_cpp_sources, tmp_path_factory):
     """The same, but that the converter, which is run twice in an export, need not import torch each time."""
     folder = tmp_path_factory.mktemp("llama.cpp")
     (folder / "gguf-py").symlink_to(llama_cpp_sources / "gguf-py")
-    arguments = (forks_address("training"), str(llama_cpp_sources / CONVERTER))
-    (folder / CONVERTER).write_text(IN_A_FORK.format(support=str(Path(__file__).parent), arguments=arguments))
+    forking_program(folder, "training", llama_cpp_sources / CONVERTER)
     return folder
+
+
+def forking_program(folder, kind, script):
+    """A program of the same name in `folder`, which runs `script` in a fork of the process of this kind."""
+    arguments = (forks_address(kind), str(script))
+    program = folder / script.name
+    program.write_text(IN_A_FORK.format(support=str(Path(__file__).parent), arguments=arguments))
+    return program
 
 
 IN_A_FORK = """
