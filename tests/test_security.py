@@ -10,7 +10,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 
 import forks
 import pytest
@@ -297,7 +296,7 @@ def test_a_run_holds_and_prints_no_token(finished):
 
 
 FAILS = {
-    "a model behind the network": ["train", "--recipe", "single_gpu", "model.engine=transformers"],
+    "a model without its GPU": ["train", "--recipe", "single_gpu", "model.engine=transformers"],
     "a data set behind the network": ["check-rewards", "--recipe", "tiny_cpu", "data.train=someone/private"],
     "a push that nobody answers": ["export", "{run}", "--to", "hub", "--repo", "me/it"],
 }
@@ -308,13 +307,12 @@ FAILS = {
 def test_what_fails_prints_no_token(what, finished, tmp_path):
     command = [word.replace("{run}", str(finished[0].path)) for word in FAILS[what]]
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    ran = subprocess.run(
-        [sys.executable, "-m", "apo_lora.commands.main", *command],
-        cwd=tmp_path, capture_output=True, env=os.environ | TOKENS | nobody, timeout=300,
-    )  # fmt: skip
+    environment = os.environ | TOKENS | nobody
+    ran = forks.run(["-m", "apo_lora.commands.main", *command], cwd=tmp_path, env=environment, timeout=300)
     assert ran.returncode != 0
-    assert b"Traceback" not in ran.stderr
-    assert_no_token(ran.stdout, ran.stderr, *files_below(tmp_path).values(), *files_below(finished[0].path).values())
+    assert "Traceback" not in ran.stderr
+    said = (ran.stdout + ran.stderr).encode()
+    assert_no_token(said, *files_below(tmp_path).values(), *files_below(finished[0].path).values())
 
 
 def test_a_traceback_shows_no_token():
@@ -325,6 +323,6 @@ def test_a_traceback_shows_no_token():
         "c.check_rows = broken\n"
         "cli.main(['check-rewards', '--recipe', 'tiny_cpu', 'data.limit=4'])\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | TOKENS)
-    assert b"RuntimeError: ours" in ran.stderr
-    assert_no_token(ran.stdout, ran.stderr)
+    ran = forks.run(["-c", code], env=os.environ | TOKENS)
+    assert "RuntimeError: ours" in ran.stderr
+    assert_no_token((ran.stdout + ran.stderr).encode())

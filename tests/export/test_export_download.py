@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import forks
 import pytest
 
 from apo_lora.run.adapter import CONFIG
@@ -73,14 +72,13 @@ def adapter(load_tiny, stir_adapter, tmp_path):
 
 
 def export(adapter, hub):
-    """As a process: huggingface_hub reads its environment once."""
+    """In a fork: huggingface_hub reads its environment once."""
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(adapter.parent / "home"), "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     options = ["--to", "merged", "--onto", "original"]
-    command = [sys.executable, "-m", "apo_lora.commands.main", "export", str(adapter), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return forks.run(["-m", "apo_lora.commands.main", "export", adapter, *options], env=environment, timeout=300)
 
 
 def fetched(hub):

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 
+import forks
 import pytest
 import yaml
 from fake_hub import FakeHub
@@ -23,7 +23,7 @@ from apo_lora.run.files import append_jsonl, write_json
 TOKEN = "hf_thisIsTheSecretOfTheTest"
 QWEN_3B = "unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit"
 
-# A child process, since huggingface_hub reads its environment once; it ends as `apo-lora` does.
+# In a fork, since huggingface_hub reads its environment once; it ends as `apo-lora` does.
 CHILD = """
 import sys
 from pathlib import Path
@@ -72,12 +72,11 @@ def arguments(hub, run, repo="me/counts", private="private", what="adapter", fol
         "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
     } | environment  # fmt: skip
-    command = [sys.executable, "-c", CHILD, str(run.path), repo, private, what, str(folder)]
-    return {"args": command, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return {"arguments": ["-c", CHILD, run.path, repo, private, what, folder], "env": environment}
 
 
 def push_in_child(*positional, **options):
-    return subprocess.run(**arguments(*positional, **options), timeout=120)
+    return forks.run(**arguments(*positional, **options), timeout=120)
 
 
 def assert_one_line(finished, *words):
@@ -265,13 +264,13 @@ def test_a_killed_push_resumes_at_the_file_that_was_not_whole(hub, run, tmp_path
         (folder / name).write_bytes(content)
     first, second = (hashlib.sha256(content).hexdigest() for content in parts.values())
     hub.hold = second
-    process = subprocess.Popen(**arguments(hub, run, what="merged", folder=folder))
+    process = forks.Forked(**arguments(hub, run, what="merged", folder=folder))
     deadline = time.monotonic() + 60
     while not (hub.holding.is_set() and first in hub.large):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert hub.repos["me/counts"]["files"] == {} and second not in hub.large
 
     hub.hold = None

@@ -9,12 +9,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tests.support.forks import Forked
 
 SAMPLE_SECONDS = 0.5
 WARM_UP = 0.25
@@ -61,7 +62,7 @@ class Figures:
 def arguments(run: Path, steps: int) -> list[str]:
     reward = Path(__file__).with_name("rewards.py")
     return [
-        sys.executable, "-m", "apo_lora.train", "--recipe", "tiny_cpu",
+        "-m", "apo_lora.train", "--recipe", "tiny_cpu",
         "grpo.prompts_per_step=1", "grpo.num_generations=2", "grpo.completions_per_pass=2",
         "grpo.max_completion_length=8", f"rewards.functions=[accuracy,'{reward}:by_text']",
         f"train.max_steps={steps}", f"train.save_steps={max(1, steps // 20)}", "train.keep_checkpoints=20",
@@ -77,8 +78,8 @@ def watch(folder: Path, steps: int, show_progress: bool = True) -> tuple[list[Sa
     run = folder / "run"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     samples: list[Sample] = []
-    with (folder / "output.log").open("wb") as log, tqdm(total=steps, unit="step", disable=not show_progress) as bar:
-        process = subprocess.Popen(arguments(run, steps), stdout=log, stderr=log, env=environment)
+    with tqdm(total=steps, unit="step", disable=not show_progress) as bar:
+        process = Forked(arguments(run, steps), env=environment)
         started = None
         while process.poll() is None:
             time.sleep(SAMPLE_SECONDS)
@@ -89,7 +90,7 @@ def watch(folder: Path, steps: int, show_progress: bool = True) -> tuple[list[Sa
                 samples.append(sample)
                 bar.update(step - bar.n)
     if process.returncode or _lines(run / "metrics.jsonl") != steps:
-        raise SystemExit(f"the run broke off:\n{(folder / 'output.log').read_text(errors='replace')[-3000:]}")
+        raise SystemExit(f"the run broke off:\n{process.communicate()[1][-3000:]}")
     return samples, (time.monotonic() - started[0]) / (steps - started[1])
 
 

@@ -2,9 +2,8 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
+import forks
 import pytest
 from fake_hub import FakeHub
 
@@ -152,10 +151,7 @@ def in_child(hub, what, run, place="hub:me/mirror", **environment):
         "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(run.path.parent / "home"), "NO_PROXY": "127.0.0.1",
     } | environment  # fmt: skip
-    finished = subprocess.run(
-        [sys.executable, "-c", CHILD, what, str(run.path), place],
-        env=environment, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    finished = forks.run(["-c", CHILD, what, run.path, place], env=environment, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert TOKEN not in finished.stdout + finished.stderr and "SIGNED" not in finished.stdout + finished.stderr
     return finished.stdout.strip()

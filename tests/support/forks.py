@@ -5,6 +5,7 @@ unsloth     Unsloth on a CPU (unsloth_on_cpu.py)
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -26,7 +27,9 @@ PROJECT = Path(__file__).parents[2]
 
 
 class Forked:
-    """Of subprocess.Popen, what tests use. `arguments` are those of python: [script, ...] or ["-m", module, ...]."""
+    """Of subprocess.Popen, what tests use. `arguments` are python's: [script, ...], ["-m", module, ...] or
+    ["-c", code, ...].
+    """
 
     def __init__(
         self, arguments: list, *, kind: str = "training", address: str | None = None, env: dict | None = None,
@@ -198,15 +201,18 @@ def _run(connection: socket.socket) -> int:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    arguments = request["arguments"]
-    is_module = arguments[0] == "-m"
-    sys.argv[:] = arguments[is_module:]
+    for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+        importlib.reload(sys.modules[name])  # it has read the environment already
+    first, *rest = request["arguments"]
+    sys.argv[:] = {"-m": rest, "-c": [first, *rest[1:]]}.get(first, [first, *rest])
     try:
-        if is_module:
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        if first == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif first == "-c":
+            exec(rest[0], sys.modules["__main__"].__dict__)
         else:
-            sys.path[0] = str(Path(arguments[0]).parent)
-            runpy.run_path(arguments[0], run_name="__main__")
+            sys.path[0] = str(Path(first).parent)
+            runpy.run_path(first, run_name="__main__")
         status = 0
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
