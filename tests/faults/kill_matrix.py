@@ -2,7 +2,7 @@
 
     python -m tests.faults.kill_matrix --kills 100 --seed 0
 
-Three of five moments are write points: an operation on a file of each kind in turn, at its beginning or up to 5 ms into
+Five of six moments are write points: an operation on a file of each kind in turn, at its beginning or up to 5 ms into
 it. The others are random times. Every fourth run is killed again while it resumes. On top of the SIGKILLs come a fifth
 as many SIGTERMs and SIGINTs. Exits with 1 on any difference.
 """
@@ -56,7 +56,7 @@ def cases(kills: int, seed: int, reference: Ended) -> Iterator[Case]:
             delay = rng.choice([0.0, rng.uniform(0, LONGEST_DELAY_MS)])
             return Moment(Point(kind, rng.randint(1, counts[kind]), delay), None)
 
-        moments = [moment(place % 5 < 3, kinds[place // 5 * 3 % len(kinds) + place % 5 - len(kinds)])]
+        moments = [moment(place % 6 < 5, kinds[(place // 6 * 5 + place % 6) % len(kinds)])]
         if place % 4 == 3:
             moments.append(moment(rng.random() < 0.5, rng.choice(kinds)))
         yield Case(number, tuple(moments))

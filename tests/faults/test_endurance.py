@@ -6,7 +6,7 @@ import pytest
 
 from .endurance import Figures, figures, slope, watch
 
-STEPS = 150
+STEPS = 100
 MOST_KB_PER_STEP = 40.0
 """A picture of a prompt takes more, so a step that kept its rollout would show. Over 2,000 steps the limit is 1 KB."""
 
