@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from tools.null_gpu.build import build, obstacle
@@ -35,13 +36,13 @@ def run(request, tmp_path_factory):
     """(facts, dtype) of a run on a card of compute capability 8.9, an RTX 4090's, and of 7.5, a T4's."""
     capability, dtype = request.param
     folder = tmp_path_factory.mktemp(f"capability-{capability}")
-    own = {
-        "NULLGPU_CC": capability, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "OMP_NUM_THREADS": "1",
-        "TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "PYTHONPATH": str(PROJECT),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tools.null_gpu", str(SCRIPT), "facts.json"]
-    finished = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
+    caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+    environment = {**os.environ, **forks.environment("t4"), **caches, "NULLGPU_CC": capability}
+    if capability == "75":
+        finished = forks.run([SCRIPT, "facts.json"], kind="t4", cwd=folder, env=environment)
+    else:
+        command = [sys.executable, "-m", "tools.null_gpu", str(SCRIPT), "facts.json"]
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
     return json.loads((folder / "facts.json").read_text()), dtype
 

@@ -274,7 +274,7 @@ def _rows(path: Path) -> list[dict]:
 
 MODELLED = {"colab_t4": (75, 95)}
 """Recipe to seconds per step at full completion length: what `apo-lora plan` models for a T4, and up to a quarter
-more for what it leaves out. No card has measured them."""
+more for what it leaves out. No GPU has measured them."""
 MEASURED_STEPS = 3
 """After the first one, which is slower: what is compiled and loaded on first use."""
 

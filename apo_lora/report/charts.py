@@ -7,7 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from pandas import DataFrame
 
-from apo_lora.report.runs import COMPLETION_KEYS, Group, Row
+from apo_lora.report.runs import COMPLETION_KEYS, Row, RunGroup
 from apo_lora.run.curves import figure_curve, thinned
 from apo_lora.run.drawing import Line, css_classes, draw_counts, draw_curves, rounded_range, small_canvas, svg
 from apo_lora.run.figures import SHARE, Panel
@@ -23,7 +23,7 @@ class Chart(NamedTuple):
     """(label, CSS classes of its sample) of each line."""
 
 
-def curve_charts(panels: Sequence[Panel], groups: Sequence[Group]) -> Iterator[Chart]:
+def curve_charts(panels: Sequence[Panel], groups: Sequence[RunGroup]) -> Iterator[Chart]:
     """With one group a panel is a chart. With several each figure has its own, on an axis that the panel's figures
     share, and the lines are the groups."""
     for panel in panels:

@@ -21,8 +21,8 @@ from apo_lora.report.cost import cost
 from apo_lora.report.recomputed import recomputed_credit
 from apo_lora.report.runs import (
     OWN_ANSWERS,
-    Group,
     Run,
+    RunGroup,
     answer_files,
     differences,
     grouped,
@@ -158,7 +158,7 @@ def _cell(compared: Compared, before: Any, after: Any, runs: Sequence[Run]) -> t
     return " → ".join(values), " → ".join(intervals)
 
 
-def _seed_differences(groups: Sequence[Group]) -> list[list[str]]:
+def _seed_differences(groups: Sequence[RunGroup]) -> list[list[str]]:
     """The groups' differences to the first; empty where they share no seed."""
     if len(groups) == 1:
         return []
@@ -172,7 +172,7 @@ def _signal(run: Run) -> dict[str, Any]:
     return {"run": run.name, "share": None if shares.empty else 1 - shares.mean(), "verdict": verdict(run.steps)}
 
 
-def _credit(group: Group) -> dict[str, Any]:
+def _credit(group: RunGroup) -> dict[str, Any]:
     """What DADS and STCR did in the runs of a group, with a chart of each that was on and left a trace."""
     seen = credit_seen(prompts for run in group.runs for prompts in prompt_groups(run))
     apo = group.recipe.apo
@@ -186,7 +186,7 @@ def _credit(group: Group) -> dict[str, Any]:
     }
 
 
-def _record(group: Group) -> dict[str, Any]:
+def _record(group: RunGroup) -> dict[str, Any]:
     environment = group.runs[0].environment
     return {
         "group": group,

@@ -142,7 +142,9 @@ def _rows_with(keys: frozenset[str], path: Path) -> Iterator[Row]:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
+    """Runs that differ in their seed alone."""
+
     label: str
     runs: list[Run]
     place: int
@@ -164,14 +166,14 @@ class Group:
         return css_classes(self.place)
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[Run]) -> list[RunGroup]:
     """In the order of their first runs."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         recipe_of_group = run.recipe.model_dump_json(exclude={"train": {"seed"}, "output": {"dir"}})
         members.setdefault(recipe_of_group, []).append(run)
     labels = _labels([group[0].recipe for group in members.values()])
-    return [Group(*group, place) for place, group in enumerate(zip(labels, members.values(), strict=True))]
+    return [RunGroup(*group, place) for place, group in enumerate(zip(labels, members.values(), strict=True))]
 
 
 def differences(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 training    what a run imports
 unsloth     Unsloth on a CPU (unsloth_on_cpu.py)
+t4          Unsloth on a null GPU (tools/null_gpu) that is a T4
 """
 
 import gc
@@ -24,6 +25,8 @@ import psutil
 from filelock import FileLock
 
 PROJECT = Path(__file__).parents[2]
+OF_THE_NULL_GPU = ("LD_PRELOAD", "TRITON_LIBCUDA_PATH", "NULLGPU_")
+"""How variables begin that its processes have and no test."""
 
 
 class Forked:
@@ -128,8 +131,13 @@ def forks_address(kind: str) -> str:
 def _start(kind: str, address: str, tests: int) -> None:
     folder = Path(address).parent
     own = {**environment(kind), "UNSLOTH_LLAMA_CPP_PATH": str(folder / "llama.cpp")}  # read when it is imported
+    python = [sys.executable]
+    if kind == "t4":
+        from benchmarks.gpu.simulated import GPUS
+
+        python, own = [*python, "-m", "tools.null_gpu"], {**own, **GPUS["t4"]}
     server = subprocess.Popen(
-        [sys.executable, __file__, kind, address, str(tests)], cwd=folder, env={**os.environ, **own},
+        [*python, __file__, kind, address, str(tests)], cwd=folder, env={**os.environ, **own},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     lines = []
@@ -147,6 +155,8 @@ def environment(kind: str) -> dict[str, str]:
         from unsloth_on_cpu import ENVIRONMENT
 
         return {**ENVIRONMENT, **own}
+    if kind == "t4":
+        return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "UNSLOTH_DISABLE_STATISTICS": "1", **own}
     return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **own}
 
 
@@ -154,6 +164,8 @@ def serve(kind: str, address: str, tests: int) -> None:
     """`tests`: the process with which this one ends."""
     if kind == "unsloth":
         from unsloth_on_cpu import start as prepare
+    elif kind == "t4":
+        prepare = _import_unsloth
     else:
         from tests.faults.tiny_runs import prepare
     prepare()
@@ -178,6 +190,16 @@ def serve(kind: str, address: str, tests: int) -> None:
     Path(f"{Path(address).parent}.lock").unlink()
 
 
+def _import_unsloth() -> None:
+    from apo_lora.machine.process import prepare_process
+
+    prepare_process()
+    import torch
+    import unsloth  # noqa: F401
+
+    torch.cuda._is_in_bad_fork = lambda: False  # the null GPU has no context that a fork could not use
+
+
 def _watch(connection: socket.socket) -> None:
     """Runs the request in a fork and tells its number, then how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -199,8 +221,9 @@ def _run(connection: socket.socket) -> int:
     for descriptor, own in zip(descriptors, (1, 2), strict=True):
         os.dup2(descriptor, own)
     os.chdir(request["folder"])
+    own = {name: value for name, value in os.environ.items() if name.startswith(OF_THE_NULL_GPU)}
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request["environment"] | own)
     for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
         importlib.reload(sys.modules[name])  # it has read the environment already
     first, *rest = request["arguments"]

@@ -12,7 +12,7 @@ from apo_lora.recipe.schema import Recipe
 SMALL = {
     "data": {"train": "boards", "limit": 16},
     "grpo": {
-        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 64,
+        "num_generations": 4, "prompts_per_step": 2, "completions_per_pass": 8, "max_completion_length": 40,
         "beta": 0.1,
     },
     "apo": {"dads": "complement_exp", "stcr": 1.05},
