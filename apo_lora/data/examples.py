@@ -25,6 +25,7 @@ from apo_lora.data.text import BadRow, row_numbers
 from apo_lora.errors import DataError, printable
 from apo_lora.machine import ranks
 from apo_lora.recipe.schema import ColumnsSection, DataSection
+from apo_lora.rewards.scores import accepted, gold_is_parsable
 
 Message = dict[str, Any]
 Dropped = dict[str, list[tuple[int, str]]]
@@ -53,7 +54,7 @@ class Example:
     @property
     def answers(self) -> tuple[str, ...]:
         """Every text that is right."""
-        return (self.answer,) if isinstance(self.answer, str) else self.answer
+        return accepted(self.answer)
 
     @property
     def gold(self) -> str:
@@ -125,18 +126,13 @@ def load_examples(
     split: str,
     limit: int | None = None,
     seed: int = 0,
-    base_dir: Path | None = None,
-    correct_gold: Callable[[Answer, list[str] | None], bool] | None = None,
 ) -> Loaded:
     """Reads the first `limit` rows of `spec` (see `DataSection.train` for its forms).
 
     Rows that cannot be used are dropped and counted; more than half of them is a DataError. `split` matters to
-    `boards`, folders and Hub ids, `seed` to `boards`. `correct_gold` says whether an answer can be graded at all.
+    `boards`, folders and Hub ids, `seed` to `boards`.
     """
-    if correct_gold is None:
-        from apo_lora.rewards.scores import gold_is_parsable as correct_gold
-
-    source = open_source(spec, split=split, limit=limit, seed=seed, base_dir=base_dir)
+    source = open_source(spec, split=split, limit=limit, seed=seed)
     rows = [row for _, row in source.rows if isinstance(row, Mapping)]
     if not rows:
         raise DataError(f"{source.name}: {_no_rows(source.rows)}")
@@ -153,7 +149,7 @@ def load_examples(
     whole = dict(source.rows)
 
     def example(number: int, fields: Fields) -> Example:
-        return _example(number, fields, _others(whole[number], columns), reading, folders, correct_gold)
+        return _example(number, fields, _others(whole[number], columns), reading, folders)
 
     made = _usable(read, example, dropped)
     examples = [example for _, example in made]
@@ -197,16 +193,11 @@ def _image_folder(data: DataSection) -> tuple[Path, ...]:
 
 
 def _example(
-    number: int,
-    fields: Fields,
-    others: Mapping[str, Any],
-    reading: Reading,
-    folders: tuple[Path, ...],
-    correct_gold: Callable[[Answer, list[str] | None], bool],
+    number: int, fields: Fields, others: Mapping[str, Any], reading: Reading, folders: tuple[Path, ...]
 ) -> Example:
     choices = fields.choices.texts if fields.choices else None
     answer = resolve(fields.gold, fields.choices, reading)
-    if not correct_gold(answer, list(choices) if choices else None):
+    if not gold_is_parsable(answer, choices):
         among = f" among {[choice for choice in choices if choice]}" if choices else ""
         raise BadRow("unparsable gold", f"{answer!r}{among}")
     images = image_refs(fields.images, folders=folders, row=number)

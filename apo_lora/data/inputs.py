@@ -56,9 +56,10 @@ def open_inputs(recipe: Recipe, *, train: bool = True, held_out: Mapping[str, Se
         loaded = load_examples(rows.spec, recipe.data, split=rows.split, limit=rows.limit, seed=recipe.train.seed)
         return drop_undecodable(loaded)
 
+    data = recipe.data
     if held_out is None:
         held_out = held_out_sets(recipe) if recipe.train.evaluate else {}
-    trained = opened(training_set(recipe)) if train else None
+    trained = opened(SetSpec(data.train, data.split, data.limit)) if train else None
     others = {title: opened(rows) for title, rows in held_out.items()}
     return Inputs(trained, {title: _compared(other, trained) for title, other in others.items()} if trained else others)
 
@@ -86,10 +87,6 @@ def _look(example: Example) -> tuple[Any, ...]:
 
 def _pictures(example: Example) -> tuple[str, ...]:
     return tuple(image.digest() for image in example.images)
-
-
-def training_set(recipe: Recipe) -> SetSpec:
-    return SetSpec(recipe.data.train, recipe.data.split, recipe.data.limit)
 
 
 def held_out_sets(recipe: Recipe) -> dict[str, SetSpec]:

@@ -39,14 +39,14 @@ class Source:
     """Its columns have our names; the recipe's column names do not apply."""
 
 
-def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir: Path | None) -> Source:
-    """The first `limit` rows of a data set. Relative paths start at `base_dir`, or else at the working directory."""
-    refuse_missing(spec, base_dir)
+def open_source(spec: str, *, split: str, limit: int | None, seed: int) -> Source:
+    """The first `limit` rows of a data set. Relative paths start at the working directory."""
+    refuse_missing(spec)
     if spec in BOARDS:
         return _boards(spec, split, limit or BOARDS_ROWS, seed)
     if (found := find_benchmark(spec)) is not None:
-        return _benchmark(*found, limit, base_dir)
-    path = _local_path(spec, base_dir)
+        return _benchmark(*found, limit)
+    path = _local_path(spec)
     if path is None:
         return _from_hub(spec, split, limit)
     if path.is_dir():
@@ -54,24 +54,21 @@ def open_source(spec: str, *, split: str, limit: int | None, seed: int, base_dir
     return _from_files([path], limit, path.parent)
 
 
-def refuse_missing(spec: str, base_dir: Path | None = None) -> None:
+def refuse_missing(spec: str) -> None:
     """Raises DataError for what names nothing that could be opened. Opens nothing, and asks no network."""
     if not spec.strip():
         raise DataError("data: the name is empty; give `boards`, a file, a folder or a Hugging Face id")
     if spec not in BOARDS and find_benchmark(spec) is None:
-        _local_path(spec, base_dir)
+        _local_path(spec)
 
 
-def _local_path(spec: str, base_dir: Path | None) -> Path | None:
+def _local_path(spec: str) -> Path | None:
     """The existing file or folder that `spec` names; None if it has the form of a Hub id."""
     path = Path(spec).expanduser()
-    for candidate in (Path(base_dir or ".") / path, path):
-        if candidate.exists():
-            return Path(os.path.abspath(candidate))
+    if path.exists():
+        return Path(os.path.abspath(path))
     if path.suffix.lower() in READERS or not _HUB_ID.fullmatch(spec) or spec.startswith("."):
-        raise DataError(
-            f"{spec}: no such file or folder (relative to {Path(base_dir or '.').resolve()}); check the path"
-        )
+        raise DataError(f"{spec}: no such file or folder (relative to {Path.cwd()}); check the path")
     return None
 
 
@@ -95,7 +92,7 @@ def _boards(spec: str, split: str, num_rows: int, seed: int) -> Source:
     return Source(f"{spec} ({split})", (), rows, own_columns=True)
 
 
-def _benchmark(benchmark: Benchmark, path: str | None, limit: int | None, base_dir: Path | None) -> Source:
+def _benchmark(benchmark: Benchmark, path: str | None, limit: int | None) -> Source:
     """All its parts from the Hub, or a file or folder of the same schema; numbered on from part to part."""
     specs = (
         [path] if path else [f"{benchmark.hub_id}:{part}" if part else benchmark.hub_id for part in benchmark.configs]
@@ -105,7 +102,7 @@ def _benchmark(benchmark: Benchmark, path: str | None, limit: int | None, base_d
         if limit is not None and len(rows) >= limit:
             break
         left = None if limit is None else limit - len(rows)
-        source = open_source(spec, split=benchmark.split, limit=left, seed=0, base_dir=base_dir)
+        source = open_source(spec, split=benchmark.split, limit=left, seed=0)
         rows += [(len(rows) + place, row) for place, (_, row) in enumerate(source.rows, start=1)]
     name = f"{benchmark.title} ({path or benchmark.hub_id}, {benchmark.split})"
     return Source(name, source.folders, converted_rows(benchmark, rows, name), own_columns=True)

@@ -6,7 +6,7 @@ completion alike: pixels, or thousandths of the image's width and height, which 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from apo_lora.rewards.answers.denials import NEGATED
 
@@ -75,7 +75,7 @@ def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def box_tries(answer: str, choices: Sequence[str] | None = None) -> Iterator[tuple[str, float, str]]:
+def box_tries(answer: str) -> Iterator[tuple[str, float, str]]:
     """(what it is, its right reward, final answer), for the check of rewards."""
     boxes = boxes_in(answer)
     yield "unchanged", 1.0, answer

@@ -12,6 +12,7 @@ from apo_lora.recipe.schema import BUILT_IN_REWARDS, GrpoSection, RewardsSection
 from apo_lora.rewards.answers.same import Rules
 from apo_lora.rewards.boxes import boxes_in, iou_reward
 from apo_lora.rewards.calls import CheckedRewards, RewardFunction, awaited
+from apo_lora.rewards.plugins import load_reward
 from apo_lora.rewards.relaxed import nearly_equal
 from apo_lora.rewards.scores import accepted, format_reward
 from apo_lora.rewards.shaping import overlong_punishment, repetition_penalty
@@ -73,7 +74,7 @@ def reward_functions(
     }
     functions = []
     for name in rewards.functions:
-        function = built_in.get(name) or _with_own_copies(_load(name))
+        function = built_in.get(name) or _with_own_copies(load_reward(name))
         function.__name__ = name  # TRL names its reward columns after the function
         functions.append(function)
     return functions
@@ -113,12 +114,6 @@ def are_correct(
     for i, reward in zip(others, exact, strict=True):
         correct[i] = reward == 1
     return correct
-
-
-def _load(spec: str) -> RewardFunction:
-    from apo_lora.rewards.plugins import load_reward
-
-    return load_reward(spec)
 
 
 def _with_own_copies(function: RewardFunction) -> RewardFunction:

@@ -45,12 +45,6 @@ def test_a_column_that_hardly_a_row_fills_yields(tmp_path):
     assert {e.answer for e in load(write_jsonl(tmp_path / "data.jsonl", rows)).examples} == {"3"}
 
 
-def test_older_names_of_the_keys(tmp_path):
-    path = write_jsonl(tmp_path / "data.jsonl", [{"ask": "Which?", "reply": "3"}])
-    assert only(load(path, data=section(problem_column="ask", answer_column="reply"))).answer == "3"
-    assert section(answer_column="reply") == section(columns={"answer": "reply"}) != section()
-
-
 def test_choices_switched_off(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [{**ROW, "choices": ["3", "4"]}] * 3 + [{**ROW, "choices": None}])
     assert load(path).examples[0].choices == ("3", "4")

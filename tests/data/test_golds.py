@@ -14,7 +14,7 @@ THREE = ["kite", "drum", "lamp"]
 def golds(tmp_path, *rows, **recipe) -> list:
     """The answer of each (gold, choices); a reason in its place for a row that was dropped."""
     rows = [{"problem": "Which?", "answer": gold, "choices": choices} for gold, choices in rows]
-    loaded = load(write_jsonl(tmp_path / "data.jsonl", rows), data=section(**recipe), correct_gold=lambda *_: True)
+    loaded = load(write_jsonl(tmp_path / "data.jsonl", rows), data=section(**recipe))
     found = {example.row: example.answer for example in loaded.examples}
     found |= {number: reason for reason, bad in loaded.dropped.items() for number, _ in bad}
     return [found[number] for number in sorted(found)]

@@ -3,7 +3,7 @@
 import pytest
 from data_sets import load, png, section
 
-from apo_lora.rewards.scores import accuracy_reward, gold_is_parsable
+from apo_lora.rewards.scores import accuracy_reward
 
 FIVE = ["kite", "drum", "lamp", "boat", "fork"]
 ARC = {"text": FIVE[:4], "label": ["A", "B", "C", "D"]}
@@ -90,7 +90,7 @@ def test_rows_of_the_schema_are_read_rightly(name, tmp_path):
     rows = [{key: with_pictures(value) for key, value in row.items()} for row, _, _ in SCHEMAS[name]]
     pandas.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
     named = section(columns={"problem": PROBLEM.get(name), "answer": ANSWER.get(name)})
-    loaded = load(tmp_path / "data.parquet", data=named, correct_gold=gold_is_parsable)
+    loaded = load(tmp_path / "data.parquet", data=named)
     assert loaded.dropped == {} and len(loaded.examples) == 2
     for example, (row, right, wrong) in zip(loaded.examples, SCHEMAS[name], strict=True):
         said = [accuracy_reward(f"<answer>{text}</answer>", example.answer, example.choices) for text in (right, wrong)]

@@ -6,7 +6,6 @@ completion has a right reward, that is the one it gets.
 
 import json
 import math
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -160,20 +159,15 @@ def test_a_worker_that_did_evaluate_text_could_do_nothing_with_it(payload, tmp_p
     assert sentinel.exists() == ("%s" in payload)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_worker_has_no_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("LANG_OF_TEST", "kept")
-    code = "import os; print(*(os.environ.get(n) for n in ('HF_TOKEN', 'WANDB_API_KEY', 'LANG_OF_TEST')))"
     with Verifier() as verifier:
         verifier.score(["\\boxed{1+x}"], ["x+1"], None)
-        shown = Path(f"/proc/{verifier._workers[0]._process.pid}/environ")
-        if shown.exists():
-            assert b"secret" not in shown.read_bytes() and b"LANG_OF_TEST" in shown.read_bytes()
-    from apo_lora.rewards.verifier import _worker_environment
-
-    ran = subprocess.run([sys.executable, "-c", code], env=_worker_environment(), capture_output=True, text=True)
-    assert ran.stdout.split() == ["None", "None", "kept"]
+        shown = Path(f"/proc/{verifier._workers[0]._process.pid}/environ").read_bytes()
+    assert b"secret" not in shown and b"LANG_OF_TEST=kept" in shown
 
 
 # --- fuzzing ---------------------------------------------------------------------------------------------------------

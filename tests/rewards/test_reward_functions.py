@@ -14,7 +14,7 @@ from apo_lora.rewards.verifier import Verifier
 RIGHT, WRONG = "<think>2 + 2</think><answer>4.0</answer>", "<think>2 + 2</think><answer>5</answer>"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def verifier():
     with Verifier(seconds_per_item=3) as verifier:
         yield verifier

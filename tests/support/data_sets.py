@@ -24,7 +24,6 @@ def section(**keys) -> DataSection:
 
 
 def load(path, *, split="train", data=None, **keys) -> Loaded:
-    keys.setdefault("correct_gold", lambda answer, choices: answer != "unparsable")
     return load_examples(str(path), data or section(), split=split, **keys)
 
 
