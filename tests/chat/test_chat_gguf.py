@@ -106,7 +106,7 @@ def shown(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_image", [False, True])
+@pytest.mark.parametrize("with_image", [pytest.param(False, marks=pytest.mark.matrix), True])
 def test_the_answers_are_those_of_transformers(run, board, program, with_image, capsys):
     image = board if with_image else None
     base, tuned = greedy_answers(run, image)
