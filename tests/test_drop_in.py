@@ -94,18 +94,22 @@ def with_our_names(script: str) -> str:
     return script
 
 
-def run(script, model, folder):
+def run(script, model, folder, *, forked):
     path = folder / "script.py"
     path.write_text(f"MODEL = {str(model)!r}\n" + with_our_names(script) + REPORT)
     environment = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
-    finished = forks.run([path], cwd=folder, env=environment)
+    if forked:
+        finished = forks.run([path], cwd=folder, env=environment)
+    else:
+        command = [sys.executable, str(path)]
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished
 
 
 @pytest.mark.slow
 def test_plain_prompts_on_a_text_model(text_model, tmp_path):
-    run(HEAD + ARGUMENTS + PLAIN, text_model, tmp_path)
+    run(HEAD + ARGUMENTS + PLAIN, text_model, tmp_path, forked=False)
     assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
@@ -113,7 +117,7 @@ def test_plain_prompts_on_a_text_model(text_model, tmp_path):
 def test_chats_with_images_and_an_evaluation(tmp_path):
     from apo_lora.tiny import BASE_DIR
 
-    run(HEAD + ARGUMENTS + CHATS_WITH_IMAGES, BASE_DIR, tmp_path)
+    run(HEAD + ARGUMENTS + CHATS_WITH_IMAGES, BASE_DIR, tmp_path, forked=True)
 
 
 @pytest.mark.slow

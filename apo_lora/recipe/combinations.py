@@ -51,6 +51,8 @@ def combination_problems(recipe: Recipe, num_processes: int = 1) -> Iterator[str
         yield (
             f"rewards.overlong_tokens: {rewards.overlong_tokens} must not exceed grpo.max_completion_length = {length}"
         )
+    if twice := sorted({name for name in rewards.functions if rewards.functions.count(name) > 1}):
+        yield f"rewards.functions: {', '.join(twice)} must not stand twice; give it a larger weight in rewards.weights"
     if rewards.weights is not None and len(rewards.weights) != len(rewards.functions):
         yield (
             f"rewards.weights: {len(rewards.weights)} weights for {len(rewards.functions)} functions; "

@@ -163,6 +163,7 @@ RECIPES = [
     override(r"grpo.completions_per_pass: 7 does not divide .*; use one of \[1, 2, 4", "grpo.completions_per_pass=7"),
     override(r"rewards.correct_by: 'accuracy' must be one of rewards.functions \['format'\]", "rewards.functions=[format]"),
     override(r"rewards.weights: 3 weights for 2 functions; give one per function", "rewards.weights=[1,2,3]"),
+    override(r"rewards.functions: accuracy must not stand twice", "rewards.functions=[accuracy,format,accuracy]"),
     override(r"rewards.weights: all are 0, so there is nothing to learn from", "rewards.weights=[0,0]"),
     override(r"rewards.functions: must be a list such as \[a, b\], not 3", "rewards.functions=3"),
     override(r"'train.seed=012': .* \(012 would be read as 10; write a plain decimal number\)", "train.seed=012"),

@@ -224,8 +224,9 @@ def _run(connection: socket.socket) -> int:
     own = {name: value for name, value in os.environ.items() if name.startswith(OF_THE_NULL_GPU)}
     os.environ.clear()
     os.environ.update(request["environment"] | own)
-    for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
-        importlib.reload(sys.modules[name])  # it has read the environment already
+    for name in ("huggingface_hub.constants", "datasets.config"):  # the second reads the first
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])  # it has read the environment already
     first, *rest = request["arguments"]
     sys.argv[:] = {"-m": rest, "-c": [first, *rest[1:]]}.get(first, [first, *rest])
     try:
