@@ -176,15 +176,13 @@ def _load_with_transformers(
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = base_path(model.name)
-    quantization = None
-    if model.load_in_4bit:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
-        quantization = nf4_config(dtype, closest_family(config).kept_in_16_bits)
+    config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     base = AutoModelForImageTextToText.from_pretrained(
         path,
+        config=config,
         revision=model.revision,
         dtype=dtype,
-        quantization_config=quantization,
+        quantization_config=nf4_config(dtype, closest_family(config).kept_in_16_bits) if model.load_in_4bit else None,
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         trust_remote_code=False,
         use_safetensors=True,
