@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from apo_lora.machine.process import prepare_process
@@ -26,14 +27,12 @@ from apo_lora.machine.versions import environment  # noqa: E402
 from apo_lora.policy.loading import load_policy  # noqa: E402
 from apo_lora.recipe.files import find_recipe, load_recipe  # noqa: E402
 from apo_lora.recipe.schema import Recipe  # noqa: E402
-from apo_lora.rollout.credit import score_rollout  # noqa: E402
+from apo_lora.rollout.credit import CreditRule  # noqa: E402
 from apo_lora.rollout.training_arguments import training_arguments  # noqa: E402
 from apo_lora.run.directory import RunDir  # noqa: E402
 from apo_lora.run.files import write_json  # noqa: E402
 from apo_lora.trainer import APOTrainer  # noqa: E402
 from benchmarks.gpu.witness import stir  # noqa: E402
-
-RECIPES = {"GRPO": "grpo_baseline", "APO": "tiny_cpu"}
 
 
 def length_parity(completions: Sequence, completion_ids: Sequence[Sequence[int]], **columns: object) -> list[float]:
@@ -56,11 +55,11 @@ def build_trainer(recipe: Recipe, folder: Path) -> APOTrainer:
     )
 
 
-def step_seconds(trainer: APOTrainer, recipe: Recipe) -> tuple[float, float]:
+def step_seconds(trainer: APOTrainer, credit_of: CreditRule) -> tuple[float, float]:
     """(CPU seconds, loss) of one optimizer step's credit and gradients on the buffered rollout."""
     trainer.model.zero_grad()
     started = time.process_time()
-    credit = score_rollout(trainer.rollout, recipe).credit
+    credit = credit_of(trainer.rollout).credit
     loss, first = 0.0, 0
     for batch in trainer._buffered_inputs:
         rows = slice(first, first := first + len(batch["prompt_ids"]))
@@ -70,11 +69,11 @@ def step_seconds(trainer: APOTrainer, recipe: Recipe) -> tuple[float, float]:
     return time.process_time() - started, loss
 
 
-def seconds_of_credit(trainer: APOTrainer, recipe: Recipe, repeats: int = 300) -> float:
+def seconds_of_credit(trainer: APOTrainer, credit_of: CreditRule, repeats: int = 300) -> float:
     """The only code that differs: the loss computes the same with other weights."""
     started = time.process_time()
     for _ in range(repeats):
-        score_rollout(trainer.rollout, recipe)
+        credit_of(trainer.rollout)
     return (time.process_time() - started) / repeats
 
 
@@ -84,30 +83,32 @@ def median_interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, 
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="results as JSON")
     parser.add_argument("--pairs", type=int, default=200)
-    given = parser.parse_args()
-    recipes = {name: load_recipe(find_recipe(file), ["rewards.functions=[accuracy]"]) for name, file in RECIPES.items()}
+    parser.add_argument("overrides", nargs="*", help="keys of the recipe tiny_cpu")
+    given = parser.parse_args(arguments)
+    recipe = load_recipe(find_recipe("tiny_cpu"), ["rewards.functions=[accuracy]", *given.overrides])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(recipes["APO"], Path(folder))
+        trainer = build_trainer(recipe, Path(folder))
         trainer.train()  # one step: its rollout is what both are measured on
         trainer.model.train()
         stir(trainer.model, scale=0.02)  # a fresh adapter has no KL for DADS to weigh
-        for recipe in recipes.values():
-            step_seconds(trainer, recipe)  # warms up
-        credit_seconds = {name: seconds_of_credit(trainer, recipe) for name, recipe in recipes.items()}
+        rules = {"GRPO": replace(trainer.credit_of, dads=None, stcr=None), "APO": trainer.credit_of}
+        for rule in rules.values():
+            step_seconds(trainer, rule)  # warms up
+        credit_seconds = {name: seconds_of_credit(trainer, rule) for name, rule in rules.items()}
         pairs = []
         for number in range(given.pairs):
-            order = list(recipes) if number % 2 else list(reversed(recipes))
-            found = {name: step_seconds(trainer, recipes[name]) for name in order}
-            pairs.append({name: found[name] for name in recipes})
+            order = list(rules) if number % 2 else list(reversed(rules))
+            found = {name: step_seconds(trainer, rules[name]) for name in order}
+            pairs.append({name: found[name] for name in rules})
     ratios = [pair["APO"][0] / pair["GRPO"][0] for pair in pairs]
     low, high = median_interval(ratios)
-    seconds = {name: statistics.median(pair[name][0] for pair in pairs) for name in recipes}
-    losses = {name: pairs[0][name][1] for name in recipes}
-    for name in recipes:
+    seconds = {name: statistics.median(pair[name][0] for pair in pairs) for name in rules}
+    losses = {name: pairs[0][name][1] for name in rules}
+    for name in rules:
         print(f"{name:4} {seconds[name]:.4f} s of CPU, loss {losses[name]:.5f}")
     extra = credit_seconds["APO"] - credit_seconds["GRPO"]
     print(f"credit alone: {1e6 * extra:+.0f} us, {extra / seconds['GRPO']:+.2%} of a step")

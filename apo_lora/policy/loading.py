@@ -222,9 +222,8 @@ def _load_with_unsloth(
         use_gradient_checkpointing=checkpointing,
         trust_remote_code=False,
     )
-    if (
-        loaded_as := base.get_output_embeddings().weight.dtype
-    ) != dtype:  # Unsloth may choose another dtype, with only a printed line
+    loaded_as = base.get_output_embeddings().weight.dtype
+    if loaded_as != dtype:  # Unsloth may choose another, with only a printed line
         raise ModelError(f"model.dtype: Unsloth loads {model.name} as {loaded_as} here, not as {dtype}; use auto")
     adapter = _adapter(base, model, lora, adapter)
     processor.tokenizer.padding_side = "left"
