@@ -39,6 +39,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
 
 def prepare() -> None:
     """Imports what a run imports, in a process that will fork: it must have no thread that holds a lock."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background is started without it
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import tqdm
 
